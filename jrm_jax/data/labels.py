@@ -1,0 +1,132 @@
+"""Labels and field checks of a JSON record: ranks, scores or a preference matrix -> arrays.
+
+Letters: K candidates, R reward dimensions. `where` is 'file:line', `field` the field's path.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from jrm_jax.errors import UserError
+
+
+def parse_labels(
+    obj: dict, count: int, dimensions: tuple[str, ...], where: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """(preference, weight), each [K, K, R] float32; see `schema.parse_json` for what is read."""
+    keys = [key for key in ("ranks", "scores", "preference") if obj.get(key) is not None]
+    if len(keys) > 1:
+        raise field_error(where, keys[1], f"stands beside {keys[0]!r}; give only one kind of label")
+    shape = (count, count, len(dimensions))
+    if not keys:
+        return np.full(shape, 0.5, np.float32), np.zeros(shape, np.float32)
+    key = keys[0]
+    if key == "preference":
+        preference = _matrix(obj[key], shape, where, key)
+        missing = np.isnan(preference)
+        if (missing != missing.swapaxes(0, 1)).any():
+            i, j, r = np.argwhere(missing & ~missing.swapaxes(0, 1))[0]
+            raise field_error(where, f"preference[{i}][{j}][{r}]", "is null but its mirror is not")
+        preference = np.where(missing, np.float32(0.5), preference)
+        labelled = ~missing
+    else:
+        values_KR = _values(obj[key], count, dimensions, where, key)
+        sign = np.sign(values_KR[:, None] - values_KR[None, :]) * (-1 if key == "ranks" else 1)
+        labelled = ~np.isnan(sign)
+        preference = np.where(labelled, (1 + sign) / 2, 0.5)
+    off_diagonal = ~np.eye(count, dtype=bool)[:, :, None]
+    labelled &= off_diagonal
+    weight = labelled.astype(np.float32)
+    if obj.get("weight") is not None:
+        factor = _matrix(obj["weight"], shape, where, "weight", scalar=True)
+        # What is said of unlabelled pairs and of the diagonal carries no meaning.
+        weight = np.where(labelled, np.nan_to_num(factor, nan=0.0), 0.0)
+    preference = np.where(off_diagonal, preference, 0.5)
+    return preference.astype(np.float32), weight.astype(np.float32)
+
+
+def _values(
+    value: Any, count: int, dimensions: tuple[str, ...], where: str, field: str
+) -> np.ndarray:
+    """[K, R] float64 of `ranks` or `scores`; NaN = unlabelled."""
+    if isinstance(value, list):
+        if len(dimensions) != 1:
+            raise field_error(
+                where, field, f"must name its dimensions: {{{dimensions[0]!r}: [...]}}"
+            )
+        value = {dimensions[0]: value}
+    check_type(value, dict, where, field, "a list or {dimension: list}")
+    check_keys(value, dimensions, (), where, field)
+    values_KR = np.full((count, len(dimensions)), np.nan)
+    for r, name in enumerate(dimensions):
+        if value.get(name) is None:
+            continue
+        row, at = value[name], f"{field}.{name}"
+        check_type(row, list, where, at, "a list")
+        if len(row) != count:
+            raise field_error(where, at, f"has {len(row)} entries for {count} candidates")
+        values_KR[:, r] = [_number(v, where, f"{at}[{k}]") for k, v in enumerate(row)]
+    return values_KR
+
+
+def _matrix(
+    value: Any, shape: tuple[int, ...], where: str, field: str, scalar: bool = False
+) -> np.ndarray:
+    """[K, K, R] float32 from nested lists; [K][K] is spread over R, NaN = null."""
+    count, _, dims = shape
+    if scalar and not isinstance(value, list):
+        return np.full(shape, _number(value, where, field), np.float32)
+    out = np.zeros(shape, np.float32)
+
+    def rows(value: Any, length: int, at: str) -> list:
+        check_type(value, list, where, at, "a list")
+        if len(value) != length:
+            raise field_error(
+                where, at, f"has {len(value)} entries, must have {length} (K x K matrix)"
+            )
+        return value
+
+    for i, row in enumerate(rows(value, count, field)):
+        for j, cell in enumerate(rows(row, count, f"{field}[{i}]")):
+            at = f"{field}[{i}][{j}]"
+            cells = rows(cell, dims, at) if isinstance(cell, list) else [cell]
+            out[i, j] = [_number(v, where, at) for v in cells]
+    return out
+
+
+def _number(value: Any, where: str, field: str) -> float:
+    if value is None:
+        return math.nan
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise field_error(where, field, f"is {json.dumps(value)[:40]}, must be a number or null")
+    return float(value)
+
+
+def check_type(value: Any, kind: type, where: str, field: str, words: str) -> None:
+    if not isinstance(value, kind):
+        found = "null" if value is None else json.dumps(value, default=repr)[:40]
+        raise field_error(where, field, f"is {found}, must be {words}")
+
+
+def check_keys(
+    obj: Mapping, allowed: Iterable[str], required: Iterable[str], where: str, field: str
+) -> None:
+    prefix = f"{field}." if field else ""
+    for key in obj:
+        if key not in tuple(allowed):
+            close = difflib.get_close_matches(str(key), tuple(allowed), 1, 0.5)
+            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(allowed)}"
+            raise field_error(where, f"{prefix}{key}", f"is unknown; {hint}")
+    for key in required:
+        if key not in obj:
+            raise field_error(where, f"{prefix}{key}", "is missing")
+
+
+def field_error(where: str, field: str, message: str) -> UserError:
+    return UserError(f"{where}: field '{field}': {message}")

@@ -1,0 +1,82 @@
+"""The two functional heads: a reward for each candidate, and critique tokens. Pure: jax only.
+
+Letters: B groups, K candidates, R reward dimensions, P prompt slots, C candidate slots,
+S = P + K*C packed slots, T critique targets per candidate, X = K*T, D hidden width, W vocabulary.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from jrm_jax.losses import Term
+
+
+def init_reward_head(key: jax.Array, width: int, dimensions: int, scale: float = 1.0) -> dict:
+    """{'kernel': [D, R] float32}, normal with deviation scale / sqrt(D): rewards start near `scale`."""
+    kernel_DR = jax.random.normal(key, (width, dimensions), jnp.float32)
+    return {"kernel": kernel_DR * (scale / jnp.sqrt(jnp.float32(width)))}
+
+
+def apply_reward_head(params: dict, hidden_BKD: jax.Array) -> jax.Array:
+    """[B, K, R] float32: one bias-free linear on the final-normed state of the reward token."""
+    kernel_DR = params["kernel"].astype(jnp.float32)
+    return jnp.dot(
+        hidden_BKD.astype(jnp.float32), kernel_DR, precision=jax.lax.Precision.HIGHEST
+    )
+
+
+def gather_hidden(hidden_BSD: jax.Array, index_BKT: jax.Array, prompt: int, slots: int) -> jax.Array:
+    """[B, K, T, D]: the states at slots `index` (0..C-1) of each candidate in the packed axis."""
+    groups, candidates, count = index_BKT.shape
+    start_K = prompt + slots * jnp.arange(candidates)
+    flat_BX = (index_BKT + start_K[None, :, None]).reshape(groups, candidates * count)
+    picked_BXD = jnp.take_along_axis(hidden_BSD, flat_BX[:, :, None], axis=1)
+    return picked_BXD.reshape(groups, candidates, count, hidden_BSD.shape[-1])
+
+
+def language_kernel(params: dict) -> jax.Array:
+    """[D, vocab]: the untied head's kernel, or the transposed embedding table."""
+    if "kernel" in params["language_head"]:
+        return params["language_head"]["kernel"]
+    return params["backbone"]["embed"]["embedding"].T
+
+
+def critique_nll(
+    kernel_DW: jax.Array,
+    hidden_BXD: jax.Array,
+    targets_BX: jax.Array,
+    weights_BX: jax.Array,
+    suppressed_id: int,
+    chunk: int = 0,
+) -> Term:
+    """Weighted cross-entropy in float32, `chunk` positions of every group at a time (0: all).
+
+    The logits of a chunk are made again in the backward pass, so that at most [B, chunk, vocab] of
+    them ever exist. Chunks run along X and leave B alone, which is the sharded axis. The logit of
+    `suppressed_id` (the reward token) is minus infinity.
+    """
+
+    def chunk_nll(hidden_BXD, targets_BX, weights_BX):
+        logits_BXW = jnp.dot(
+            hidden_BXD, kernel_DW.astype(hidden_BXD.dtype), preferred_element_type=jnp.float32
+        )
+        logits_BXW = jnp.where(
+            jnp.arange(logits_BXW.shape[-1]) == suppressed_id, -jnp.inf, logits_BXW
+        )
+        picked_BX = jnp.take_along_axis(logits_BXW, targets_BX[..., None], axis=-1)[..., 0]
+        nll_BX = jax.nn.logsumexp(logits_BXW, axis=-1) - picked_BX
+        return jnp.sum(jnp.where(weights_BX > 0, nll_BX, 0.0) * weights_BX)
+
+    groups, positions = targets_BX.shape
+    weight = jnp.sum(weights_BX)
+    if chunk <= 0 or positions <= chunk:
+        return Term(chunk_nll(hidden_BXD, targets_BX, weights_BX), weight)
+    pad = -positions % chunk
+
+    def split(array_BX):
+        padding = ((0, 0), (0, pad)) + ((0, 0),) * (array_BX.ndim - 2)
+        parts = jnp.pad(array_BX, padding).reshape(groups, -1, chunk, *array_BX.shape[2:])
+        return jnp.moveaxis(parts, 1, 0)
+
+    step = jax.checkpoint(lambda total, part: (total + chunk_nll(*part), None))
+    parts = (split(hidden_BXD), split(targets_BX), split(weights_BX))
+    return Term(jax.lax.scan(step, jnp.float32(0.0), parts)[0], weight)

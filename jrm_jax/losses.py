@@ -1,0 +1,95 @@
+"""Losses as (sum, weight) terms on plain arrays. Pure: jax only.
+
+Letters: B groups, K candidates, R reward dimensions.
+
+Every loss is divided once, by its weight over the whole global batch (`term_weights`), so that
+gradient accumulation, padding and unlabelled entries cannot change what is minimised.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Term(NamedTuple):
+    """One loss before its division: both float32 scalars; the mean is sum / weight."""
+
+    sum: jax.Array
+    weight: jax.Array
+
+
+class PairCounts(NamedTuple):
+    """Float32 scalars. Human ties stand outside `pairs`; equal predictions count one half."""
+
+    correct: jax.Array
+    pairs: jax.Array
+    ties: jax.Array
+
+
+def _upper(weight_BKKR: jax.Array) -> jax.Array:
+    """Each pair once: the weights where i < j, zero elsewhere."""
+    candidates = weight_BKKR.shape[1]
+    return weight_BKKR * jnp.triu(jnp.ones((candidates, candidates)), 1)[None, :, :, None]
+
+
+def preference_loss(
+    reward_BKR: jax.Array,
+    preference_BKKR: jax.Array,
+    weight_BKKR: jax.Array,
+    margin: float = 0.0,
+) -> Term:
+    """Bradley-Terry negative log-likelihood over all labelled pairs i < j.
+
+    `preference[i, j]` is the share of votes for i: 1, 0 or 1/2 (a tie is half a vote each way).
+    A margin is asked of decided pairs only; it fades to zero for a tie.
+    Source: Bradley and Terry (1952), Biometrika 39; the margin as in Llama 2 (arXiv 2307.09288).
+    """
+    gap_BKKR = reward_BKR[:, :, None, :] - reward_BKR[:, None, :, :]
+    wanted_BKKR = margin * jnp.abs(2.0 * preference_BKKR - 1.0)
+    nll_BKKR = preference_BKKR * jax.nn.softplus(wanted_BKKR - gap_BKKR) + (
+        1.0 - preference_BKKR
+    ) * jax.nn.softplus(wanted_BKKR + gap_BKKR)
+    weight_BKKR = _upper(weight_BKKR)
+    return Term(jnp.sum(nll_BKKR * weight_BKKR), jnp.sum(weight_BKKR))
+
+
+def centering_loss(reward_BKR: jax.Array, mask_BK: jax.Array) -> Term:
+    """Mean squared reward of the candidates present: pulls the free offset of the scale to zero."""
+    square_BK = jnp.mean(jnp.square(reward_BKR), axis=-1)
+    return Term(jnp.sum(square_BK * mask_BK), jnp.sum(mask_BK))
+
+
+def pair_counts(
+    reward_BKR: jax.Array, preference_BKKR: jax.Array, weight_BKKR: jax.Array
+) -> PairCounts:
+    """How many labelled pairs (per reward dimension) the rewards order as people did."""
+    labelled_BKKR = _upper((weight_BKKR > 0).astype(jnp.float32))
+    sign_BKKR = jnp.sign(2.0 * preference_BKKR - 1.0)
+    decided_BKKR = labelled_BKKR * jnp.abs(sign_BKKR)
+    guess_BKKR = jnp.sign(reward_BKR[:, :, None, :] - reward_BKR[:, None, :, :])
+    correct_BKKR = 0.5 * (1.0 + guess_BKKR * sign_BKKR)
+    pairs = jnp.sum(decided_BKKR)
+    return PairCounts(jnp.sum(correct_BKKR * decided_BKKR), pairs, jnp.sum(labelled_BKKR) - pairs)
+
+
+def term_weights(batch: dict) -> dict[str, jax.Array]:
+    """The global weight of every term, from the batch alone, before any forward pass."""
+    return {
+        "preference": jnp.sum(_upper(batch["preference_weight"])),
+        "centering": jnp.sum(batch["candidate_mask"] * (batch["example_index"] >= 0)[:, None]),
+        "language": jnp.sum(batch["critique_weights"]),
+    }
+
+
+def combine(
+    terms: dict[str, Term], coefficients: dict[str, float], weights: dict[str, jax.Array]
+) -> jax.Array:
+    """Sum of coefficient * sum / global weight; a term of weight zero adds nothing at all."""
+    total = jnp.float32(0.0)
+    for name, term in terms.items():
+        weight = weights[name]
+        # The divisor is replaced before dividing, so that the gradient is zero and not NaN.
+        share = jnp.where(weight > 0, 1.0 / jnp.where(weight > 0, weight, 1.0), 0.0)
+        total = total + coefficients[name] * term.sum * share
+    return total

@@ -1,0 +1,251 @@
+"""The one attention interface: segment ids plus a causal offset, and an optional shared prefix.
+
+A key is visible to a query iff their segment ids are equal and, where `causal_offset` is given,
+key index j <= query index i + causal_offset. Padding has its own id and attends to itself, so no
+query is ever without a key and empty slots stay finite.
+
+Letters: B rows, s queries, t keys, H query heads, G key/value heads (G divides H), M = H / G,
+d head width, p prefix keys, J rows that share a prefix (B = J * prefixes).
+
+Implementations: 'xla' (any shape and dtype; the reference), 'splash' (TPU; interpreted elsewhere),
+'cudnn' (NVIDIA, bfloat16 or float16), 'auto' (by platform). Where splash or cuDNN cannot run a
+shape or dtype, XLA does, and `fallback_reason` says why; an explicit request also warns.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import Mesh, PartitionSpec
+
+IMPLEMENTATIONS = ("auto", "xla", "splash", "cudnn")
+MASKED = -1e30  # exp(MASKED - largest) is exactly 0 in float32
+SPLASH_BLOCK = 128
+BATCH_AXES, HEAD_AXIS = ("data", "fsdp"), "tensor"
+
+
+class Prefix(NamedTuple):
+    """Keys and values that stand before the own keys of several rows.
+
+    Row r of the queries uses prefix r // J. Key indices count the prefix first.
+    """
+
+    k: Array  # [B/J, p, G, d]
+    v: Array  # [B/J, p, G, d]
+    segments: Array  # [B/J, p]
+
+
+def attention(
+    q_BsHd: Array,
+    k_BtGd: Array,
+    v_BtGd: Array,
+    q_segments_Bs: Array,
+    kv_segments_Bt: Array,
+    *,
+    causal_offset: int | None,
+    implementation: str = "auto",
+    mesh: Mesh | None = None,
+    prefix: Prefix | None = None,
+) -> Array:
+    """Scaled dot-product attention, softmax in float32.
+
+    Args:
+        q_BsHd, k_BtGd, v_BtGd: one dtype.
+        q_segments_Bs, kv_segments_Bt: int32 ids.
+        causal_offset: None sees all keys of the segment; with a prefix of p keys, p is the usual
+            causal rule.
+        implementation: see the module.
+        mesh: the mesh of a sharded computation; splash then runs per shard, rows over
+            ('data', 'fsdp') and heads over 'tensor' where these divide.
+        prefix: equal to repeating it for each of its rows and concatenating it before k and v.
+
+    Returns:
+        [B, s, H, d] in q's dtype.
+
+    Raises:
+        ValueError: unknown implementation.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"attention {implementation!r}: use one of {', '.join(IMPLEMENTATIONS)}")
+    platform = mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()
+    chosen = implementation
+    if implementation == "auto":
+        chosen = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}.get(platform, "xla")
+    if chosen != "xla":
+        keys = k_BtGd.shape[1] + (0 if prefix is None else prefix.k.shape[1])
+        reason = fallback_reason(chosen, q_BsHd.shape, keys, q_BsHd.dtype, platform)
+        if reason is not None:
+            if implementation != "auto" or platform == "tpu":
+                warnings.warn(f"attention {chosen!r} replaced by 'xla': {reason}", stacklevel=2)
+            chosen = "xla"
+    if chosen == "xla":
+        return _xla(q_BsHd, k_BtGd, v_BtGd, q_segments_Bs, kv_segments_Bt, causal_offset, prefix)
+    if prefix is not None:
+        rows = q_BsHd.shape[0] // prefix.k.shape[0]
+        before = [jnp.repeat(x, rows, axis=0) for x in prefix]
+        k_BtGd = jnp.concatenate([before[0], k_BtGd], axis=1)
+        v_BtGd = jnp.concatenate([before[1], v_BtGd], axis=1)
+        kv_segments_Bt = jnp.concatenate([before[2], kv_segments_Bt], axis=1)
+    arrays = (q_BsHd, k_BtGd, v_BtGd, q_segments_Bs, kv_segments_Bt)
+    if chosen == "cudnn":
+        mask_B1st = _visible(q_segments_Bs, kv_segments_Bt, causal_offset)[:, None]
+        return jax.nn.dot_product_attention(*arrays[:3], mask=mask_B1st, implementation="cudnn")
+    return _splash(*arrays, causal_offset, mesh, interpret=platform != "tpu")
+
+
+def fallback_reason(
+    implementation: str, q_shape: tuple[int, ...], keys: int, dtype: jnp.dtype, platform: str
+) -> str | None:
+    """Why `implementation` cannot run these shapes, or None if it can."""
+    queries, width = q_shape[1], q_shape[3]
+    if implementation == "splash":
+        if queries % SPLASH_BLOCK or keys % SPLASH_BLOCK:
+            return f"{queries} queries and {keys} keys are not both multiples of {SPLASH_BLOCK}"
+    elif implementation == "cudnn":
+        if platform not in ("gpu", "cuda"):
+            return f"cuDNN needs an NVIDIA device, the platform is {platform}"
+        if dtype not in (jnp.bfloat16, jnp.float16):
+            return f"cuDNN needs bfloat16 or float16, the dtype is {jnp.dtype(dtype).name}"
+        if width % 8 or width > 128:
+            return f"cuDNN needs a head width that is a multiple of 8 up to 128, not {width}"
+        if queries % 2 or keys % 2:
+            return f"cuDNN needs even lengths for gradients, not {queries} queries, {keys} keys"
+    return None
+
+
+def _visible(q_segments_Bs: Array, kv_segments_Bt: Array, causal_offset: int | None) -> Array:
+    """[B, s, t] bool: the rule at the top of this file."""
+    visible = q_segments_Bs[:, :, None] == kv_segments_Bt[:, None, :]
+    if causal_offset is not None:
+        query = jnp.arange(visible.shape[1])[:, None]
+        visible &= jnp.arange(visible.shape[2])[None, :] <= query + causal_offset
+    return visible
+
+
+def _xla(
+    q: Array,
+    k: Array,
+    v: Array,
+    q_segments: Array,
+    kv_segments: Array,
+    causal_offset: int | None,
+    prefix: Prefix | None,
+) -> Array:
+    rows, queries, heads, width = q.shape
+    kv_heads = k.shape[2]
+    # the scale goes into the queries: one small product instead of one as large as the logits
+    q = (q.astype(jnp.float32) * width**-0.5).astype(q.dtype)
+    q = q.reshape(rows, queries, kv_heads, heads // kv_heads, width)
+    before = 0 if prefix is None else prefix.k.shape[1]
+    offset = None if causal_offset is None else causal_offset - before
+    own_BGsMt = jnp.einsum("bsgmd,btgd->bgsmt", q, k, preferred_element_type=jnp.float32)
+    visible_Bst = _visible(q_segments, kv_segments, offset)
+    own_BGsMt = jnp.where(visible_Bst[:, None, :, None, :], own_BGsMt, MASKED)
+    if not before:
+        weights = jax.nn.softmax(own_BGsMt, axis=-1).astype(v.dtype)
+        out = jnp.einsum("bgsmt,btgd->bsgmd", weights, v)
+        return out.reshape(rows, queries, heads, width)
+
+    # The rows of one prefix become more queries of one product, so its keys are never repeated;
+    # letters: a prefixes, j rows of a prefix.
+    shared = prefix.k.shape[0]
+    q = q.reshape(shared, rows // shared, *q.shape[1:])
+    prefix_logits = jnp.einsum(
+        "ajsgmd,apgd->ajgsmp", q, prefix.k, preferred_element_type=jnp.float32
+    )
+    visible = q_segments.reshape(shared, -1, queries)[..., None] == prefix.segments[:, None, None]
+    if offset is not None and causal_offset < before - 1:
+        visible &= jnp.arange(before) <= jnp.arange(queries)[:, None] + causal_offset
+    prefix_logits = jnp.where(visible[:, :, None, :, None, :], prefix_logits, MASKED)
+    logits = jnp.concatenate(
+        [prefix_logits, own_BGsMt.reshape(*prefix_logits.shape[:-1], -1)], axis=-1
+    )
+    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+    v = v.reshape(shared, rows // shared, *v.shape[1:])
+    out = jnp.einsum("ajgsmp,apgd->ajsgmd", weights[..., :before], prefix.v)
+    out = out + jnp.einsum("ajgsmt,ajtgd->ajsgmd", weights[..., before:], v)
+    return out.reshape(rows, queries, heads, width)
+
+
+def _splash(
+    q: Array,
+    k: Array,
+    v: Array,
+    q_segments: Array,
+    kv_segments: Array,
+    causal_offset: int | None,
+    mesh: Mesh | None,
+    interpret: bool,
+) -> Array:
+    def per_shard(q, k, v, q_segments, kv_segments):
+        kernel = _splash_kernel(q.shape[1], k.shape[1], q.shape[2], causal_offset, interpret)
+        q = (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)
+        q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+
+        def row(q, k, v, q_segments, kv_segments):
+            return kernel(q, k, v, segment_ids=_segment_ids(q_segments, kv_segments))
+
+        return jax.vmap(row)(q, k, v, q_segments, kv_segments).swapaxes(1, 2)
+
+    arrays = (q, k, v, q_segments, kv_segments)
+    if mesh is None:
+        return per_shard(*arrays)
+    batch = tuple(axis for axis in BATCH_AXES if axis in mesh.shape)
+    size = 1
+    for axis in batch:
+        size *= mesh.shape[axis]
+    batch = batch if size > 1 and q.shape[0] % size == 0 else None
+    tensor = mesh.shape.get(HEAD_AXIS, 1)
+    heads = HEAD_AXIS if tensor > 1 and k.shape[2] % tensor == 0 else None
+    wide, narrow = PartitionSpec(batch, None, heads, None), PartitionSpec(batch, None)
+    mapped = jax.shard_map(
+        per_shard,
+        mesh=mesh,
+        in_specs=(wide, wide, wide, narrow, narrow),
+        out_specs=wide,
+        check_vma=False,
+    )
+    return mapped(*arrays)
+
+
+def _segment_ids(q_segments: Array, kv_segments: Array):
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
+
+    return splash_attention_kernel.SegmentIds(q=q_segments, kv=kv_segments)
+
+
+def _splash_kernel(queries: int, keys: int, heads: int, causal_offset: int | None, interpret: bool):
+    # imported here: Pallas takes a second to load and only TPUs need it
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_kernel,
+        splash_attention_mask,
+    )
+
+    def block(length: int) -> int:
+        return next(size for size in (512, 384, 256, 128) if length % size == 0)
+
+    if causal_offset is None:
+        mask = splash_attention_mask.FullMask((queries, keys))
+    else:
+        mask = splash_attention_mask.CausalMask((queries, keys), offset=causal_offset)
+    q_block, kv_block = block(queries), block(keys)
+    return splash_attention_kernel.make_splash_mha(
+        splash_attention_mask.MultiHeadMask([mask] * heads),
+        block_sizes=splash_attention_kernel.BlockSizes(
+            block_q=q_block,
+            block_kv=kv_block,
+            block_kv_compute=kv_block,
+            block_q_dkv=q_block,
+            block_kv_dkv=kv_block,
+            block_kv_dkv_compute=kv_block,
+            block_q_dq=q_block,
+            block_kv_dq=kv_block,
+        ),
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=interpret,
+    )

@@ -1,0 +1,260 @@
+"""Backbone shapes, read from the config.json of a Hugging Face folder.
+
+Covers the dense Qwen2.5-VL and Qwen3-VL sizes. Hub configs are flat (Qwen2.5-VL: text fields at
+the top level) or nested (`text_config`), with `rope_theta` + `rope_scaling` or `rope_parameters`;
+all of these are read. Class defaults of the reference code are never used: they describe no
+released checkpoint, so a field that is not in the file is an error.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jrm_jax.errors import UserError
+
+FAMILIES = ("qwen2_5_vl", "qwen3_vl")
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """The vision tower. `deepstack` and `full_attention` are layer indices, `window` is pixels."""
+
+    family: str
+    depth: int
+    hidden: int
+    mlp: int
+    heads: int
+    patch: int
+    merge: int
+    temporal_patch: int
+    channels: int
+    out_hidden: int
+    deepstack: tuple[int, ...] = ()  # Qwen3-VL: layers whose output also feeds the decoder
+    full_attention: tuple[int, ...] = ()  # Qwen2.5-VL: layers that see the whole image
+    window: int = 0  # Qwen2.5-VL: side of an attention window
+    num_positions: int = 0  # Qwen3-VL: rows of the learned (square) position table
+
+    @property
+    def features(self) -> int:
+        """Numbers per patch of one frame: (channel, row, column)."""
+        return self.channels * self.patch**2
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The decoder. `mrope_section` counts rotary frequencies for (time, height, width)."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp: int
+    vocab: int
+    rope_theta: float
+    mrope_section: tuple[int, ...]
+    mrope_interleaved: bool
+    eps: float
+    qkv_bias: bool
+    qk_norm: bool
+    tie_embeddings: bool
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """One vision-language backbone; hashable, so that it can be a static argument."""
+
+    family: str
+    vision: VisionConfig
+    text: TextConfig
+    image_token_id: int
+    vision_start_id: int
+    vision_end_id: int
+
+    @property
+    def taps(self) -> int:
+        """Decoder layers followed by the addition of a deepstack feature."""
+        return len(self.vision.deepstack)
+
+
+def vision_segments(vision: VisionConfig) -> tuple[tuple[int, int, str, int | None], ...]:
+    """Cut the tower into runs of layers that one scan can hold.
+
+    Returns (first layer, length, 'full' | 'window', tap) per run; tap is the index of the deepstack
+    merger that reads the run's output, or None.
+    """
+    segments: list[tuple[int, int, str, int | None]] = []
+    for layer in range(vision.depth):
+        windowed = vision.family == "qwen2_5_vl" and layer not in vision.full_attention
+        kind = "window" if windowed else "full"
+        tap = vision.deepstack.index(layer) if layer in vision.deepstack else None
+        if segments and segments[-1][2] == kind and segments[-1][3] is None:
+            first, length = segments.pop()[:2]
+            segments.append((first, length + 1, kind, tap))
+        else:
+            segments.append((layer, 1, kind, tap))
+    return tuple(segments)
+
+
+class _Fields:
+    """Looks fields up in the sections of one config.json and reports what is missing or odd."""
+
+    def __init__(self, path: Path, where: str, *sections: dict[str, Any]):
+        self.path, self.where, self.sections = path, where, sections
+
+    def fail(self, message: str) -> UserError:
+        return UserError(f"{self.path}: {self.where}: {message}")
+
+    def get(self, *names: str, default: Any = None) -> Any:
+        for section in self.sections:
+            for name in names:
+                if section.get(name) is not None:
+                    return section[name]
+        return default
+
+    def need(self, *names: str) -> Any:
+        value = self.get(*names)
+        if value is None:
+            raise self.fail(f"field {' or '.join(map(repr, names))} is missing")
+        return value
+
+    def integer(self, *names: str) -> int:
+        value = self.need(*names)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise self.fail(f"field {names[0]!r} should be a whole number, found {value!r}")
+        return value
+
+    def number(self, *names: str) -> float:
+        value = self.need(*names)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise self.fail(f"field {names[0]!r} should be a number, found {value!r}")
+        return float(value)
+
+    def integers(self, *names: str) -> tuple[int, ...]:
+        value = self.need(*names)
+        if not isinstance(value, list) or not all(isinstance(item, int) for item in value):
+            raise self.fail(
+                f"field {names[0]!r} should be a list of whole numbers, found {value!r}"
+            )
+        return tuple(value)
+
+    def require(self, name: str, *allowed: Any, default: Any = None) -> None:
+        value = self.get(name, default=default)
+        if value not in allowed:
+            expected = " or ".join(map(repr, allowed))
+            raise self.fail(f"field {name!r} is {value!r}; only {expected} is supported")
+
+
+def _vision_config(family: str, fields: _Fields) -> VisionConfig:
+    qwen3 = family == "qwen3_vl"
+    fields.require("hidden_act", "gelu_pytorch_tanh" if qwen3 else "silu")
+    vision = VisionConfig(
+        family=family,
+        depth=fields.integer("depth"),
+        hidden=fields.integer("hidden_size"),
+        mlp=fields.integer("intermediate_size"),
+        heads=fields.integer("num_heads"),
+        patch=fields.integer("patch_size"),
+        merge=fields.integer("spatial_merge_size"),
+        temporal_patch=fields.integer("temporal_patch_size"),
+        channels=fields.get("in_channels", "in_chans", default=3),
+        out_hidden=fields.integer("out_hidden_size"),
+        deepstack=fields.integers("deepstack_visual_indexes") if qwen3 else (),
+        full_attention=() if qwen3 else fields.integers("fullatt_block_indexes"),
+        window=0 if qwen3 else fields.integer("window_size"),
+        num_positions=fields.integer("num_position_embeddings") if qwen3 else 0,
+    )
+    if vision.hidden % (4 * vision.heads):
+        raise fields.fail("hidden_size / num_heads must be a multiple of 4 (2-D rotary)")
+    if list(vision.deepstack) != sorted(set(vision.deepstack)):
+        raise fields.fail("deepstack_visual_indexes must increase")
+    if vision.deepstack and vision.deepstack[-1] >= vision.depth:
+        raise fields.fail("deepstack_visual_indexes names a layer beyond depth")
+    if qwen3 and int(vision.num_positions**0.5) ** 2 != vision.num_positions:
+        raise fields.fail("num_position_embeddings must be a square")
+    if not qwen3 and vision.window // (vision.merge * vision.patch) < 1:
+        raise fields.fail("window_size is smaller than one merged token")
+    return vision
+
+
+def _text_config(family: str, fields: _Fields, tied: bool) -> TextConfig:
+    qwen3 = family == "qwen3_vl"
+    fields.require("hidden_act", "silu", default="silu")
+    if fields.get("use_sliding_window", default=False):
+        raise fields.fail("use_sliding_window is true; only full attention is supported")
+    if qwen3 and fields.get("attention_bias", default=False):
+        raise fields.fail("attention_bias is true; no Qwen3-VL checkpoint has it")
+    rope = fields.get("rope_parameters", "rope_scaling", default={})
+    ropes = _Fields(fields.path, fields.where, rope, *fields.sections)
+    if rope.get("rope_type", rope.get("type", "default")) not in ("default", "mrope"):
+        raise fields.fail(
+            f"rotary type {rope.get('rope_type', rope.get('type'))!r} is not supported"
+        )
+    hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
+    text = TextConfig(
+        layers=fields.integer("num_hidden_layers"),
+        hidden=hidden,
+        heads=heads,
+        kv_heads=fields.get("num_key_value_heads", default=heads),
+        head_dim=fields.get("head_dim", default=hidden // heads) if qwen3 else hidden // heads,
+        mlp=fields.integer("intermediate_size"),
+        vocab=fields.integer("vocab_size"),
+        rope_theta=ropes.number("rope_theta"),
+        mrope_section=ropes.integers("mrope_section"),
+        mrope_interleaved=qwen3,
+        eps=fields.number("rms_norm_eps"),
+        qkv_bias=not qwen3,
+        qk_norm=qwen3,
+        tie_embeddings=tied,
+    )
+    if len(text.mrope_section) != 3 or sum(text.mrope_section) != text.head_dim // 2:
+        raise fields.fail(
+            f"mrope_section {list(text.mrope_section)} must be three counts that sum to half of "
+            f"the head width {text.head_dim}"
+        )
+    if heads % text.kv_heads:
+        raise fields.fail("num_key_value_heads must divide num_attention_heads")
+    return text
+
+
+def load_config(folder: str | Path) -> BackboneConfig:
+    """Read `folder/config.json`.
+
+    Raises:
+        UserError: the file is missing or not JSON, the model family is not supported, or a field
+            is missing or has a value this implementation does not cover; names file and field.
+    """
+    path = Path(folder) / "config.json"
+    try:
+        root = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} not found: give a Hugging Face model folder") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid JSON ({error})") from error
+    top = _Fields(path, "config", root)
+    family = root.get("model_type")
+    if family not in FAMILIES:
+        raise top.fail(f"field 'model_type' is {family!r}; supported: {', '.join(FAMILIES)}")
+    nested = root.get("text_config") or {}
+    vision_fields = root.get("vision_config")
+    if not isinstance(vision_fields, dict):
+        raise top.fail("field 'vision_config' is missing")
+    # the head's tying belongs to the whole model: the top level decides where both state it
+    tied = bool(root.get("tie_word_embeddings", nested.get("tie_word_embeddings", False)))
+    text = _text_config(family, _Fields(path, "text_config", nested or root), tied)
+    vision = _vision_config(family, _Fields(path, "vision_config", vision_fields))
+    if vision.out_hidden != text.hidden:
+        raise top.fail("vision_config.out_hidden_size differs from the decoder's hidden_size")
+    if len(vision.deepstack) > text.layers:
+        raise top.fail("more deepstack taps than decoder layers")
+    return BackboneConfig(
+        family=family,
+        vision=vision,
+        text=text,
+        image_token_id=top.integer("image_token_id"),
+        vision_start_id=top.integer("vision_start_token_id"),
+        vision_end_id=top.integer("vision_end_token_id"),
+    )

@@ -1,0 +1,166 @@
+"""The decoder over the packed prompt-sharing layout.
+
+Letters: B groups, K candidates, P prompt slots, C candidate slots, S = P + K*C packed slots,
+D width, H heads, G key/value heads, h head width, E visual tokens of a group.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array
+from jax.sharding import NamedSharding
+
+from jrm_jax.model.attention import Prefix, attention
+from jrm_jax.model.config import TextConfig
+from jrm_jax.model.layers import Linear, RMSNorm, stack
+from jrm_jax.model.rope import Rotary, apply_rotary
+
+
+class Layout(NamedTuple):
+    """What every layer needs to know about the packed slots."""
+
+    rotary: Rotary  # over S
+    prompt_segments: Array  # [B, P]
+    candidate_segments: Array  # [B, K, C]
+    visual: Array  # [B, S] int32: row among the group's E visual tokens, -1 = text
+
+
+def gather_visual(features_BED: Array, visual_BS: Array) -> Array:
+    """Visual feature of each slot; slots that are not visual get zeros."""
+    picked = jnp.take_along_axis(features_BED, jnp.maximum(visual_BS, 0)[..., None], axis=1)
+    return jnp.where(visual_BS[..., None] >= 0, picked, 0)
+
+
+class DecoderAttention(nn.Module):
+    """Prompt slots attend to the prompt; a candidate's slots to the prompt and to themselves."""
+
+    text: TextConfig
+    dtype: jnp.dtype
+    attention: str
+    hidden_sharding: NamedSharding | None
+
+    @nn.compact
+    def __call__(self, x_BSD: Array, layout: Layout) -> Array:
+        text = self.text
+        groups, slots, _ = x_BSD.shape
+        candidates, length = layout.candidate_segments.shape[1:]
+        prompt = layout.prompt_segments.shape[1]
+
+        def project(name: str, heads: int) -> Array:
+            linear = Linear(heads * text.head_dim, self.dtype, bias=text.qkv_bias, name=name)
+            return linear(x_BSD).reshape(groups, slots, heads, text.head_dim)
+
+        q, k, v = project("q", text.heads), project("k", text.kv_heads), project("v", text.kv_heads)
+        if text.qk_norm:
+            q = RMSNorm(text.eps, self.dtype, name="q_norm")(q)
+            k = RMSNorm(text.eps, self.dtype, name="k_norm")(k)
+        q, k = apply_rotary(q, layout.rotary), apply_rotary(k, layout.rotary)
+
+        def own(x_BSGh: Array) -> Array:
+            return x_BSGh[:, prompt:].reshape(groups * candidates, length, *x_BSGh.shape[2:])
+
+        sharding = self.hidden_sharding
+        options = {
+            "implementation": self.attention,
+            "mesh": None if sharding is None else sharding.mesh,
+        }
+        segments = layout.candidate_segments.reshape(groups * candidates, length)
+        prefix = None
+        if prompt:
+            prefix = Prefix(k[:, :prompt], v[:, :prompt], layout.prompt_segments)
+        out = attention(
+            own(q), own(k), own(v), segments, segments,
+            causal_offset=prompt, prefix=prefix, **options,
+        )  # fmt: skip
+        out = out.reshape(groups, candidates * length, -1)
+        if prompt:
+            segments = layout.prompt_segments
+            before = attention(
+                q[:, :prompt], prefix.k, prefix.v, segments, segments, causal_offset=0, **options
+            )
+            out = jnp.concatenate([before.reshape(groups, prompt, -1), out], axis=1)
+        gain = (2 * text.layers) ** -0.5
+        return Linear(text.hidden, self.dtype, bias=False, gain=gain, name="o")(out)
+
+
+class DecoderMLP(nn.Module):
+    text: TextConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x_BSD: Array) -> Array:
+        gate = nn.silu(Linear(self.text.mlp, self.dtype, bias=False, name="gate")(x_BSD))
+        up = Linear(self.text.mlp, self.dtype, bias=False, name="up")(x_BSD)
+        gain = (2 * self.text.layers) ** -0.5
+        return Linear(self.text.hidden, self.dtype, bias=False, gain=gain, name="down")(gate * up)
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm layer, then the deepstack feature of this layer where there is one.
+
+    The second output is the hidden state when `collect`.
+    """
+
+    text: TextConfig
+    dtype: jnp.dtype
+    attention: str
+    hidden_sharding: NamedSharding | None
+    collect: bool
+
+    @nn.compact
+    def __call__(self, hidden_BSD: Array, feature_BED: Array | None, layout: Layout):
+        text = self.text
+        x = RMSNorm(text.eps, self.dtype, name="norm1")(hidden_BSD)
+        attend = DecoderAttention(
+            text, self.dtype, self.attention, self.hidden_sharding, name="attn"
+        )
+        hidden_BSD = hidden_BSD + attend(x, layout)
+        x = RMSNorm(text.eps, self.dtype, name="norm2")(hidden_BSD)
+        hidden_BSD = hidden_BSD + DecoderMLP(text, self.dtype, name="mlp")(x)
+        if feature_BED is not None:
+            hidden_BSD = hidden_BSD + gather_visual(feature_BED, layout.visual)
+        hidden_BSD = constrain(hidden_BSD, self.hidden_sharding)
+        return hidden_BSD, hidden_BSD if self.collect else None
+
+
+def constrain(hidden_BSD: Array, sharding: NamedSharding | None) -> Array:
+    """Pin the sharding of the hidden state between layers; None leaves it to the compiler."""
+    if sharding is None:
+        return hidden_BSD
+    return jax.lax.with_sharding_constraint(hidden_BSD, sharding)
+
+
+class Decoder(nn.Module):
+    """Layers and final norm. `taps` layers lead, in a stack of their own."""
+
+    text: TextConfig
+    taps: int
+    dtype: jnp.dtype
+    remat: str
+    attention: str
+    scan_unroll: int | bool
+    hidden_sharding: NamedSharding | None
+
+    @nn.compact
+    def __call__(
+        self, hidden_BSD: Array, deepstack: Array | None, layout: Layout, collect: bool = False
+    ) -> tuple[Array, Array | None]:
+        """deepstack: [taps, B, E, D] or None. Returns the normed hidden state and, if `collect`,
+        the output of every layer [L, B, S, D]."""
+        collected = []
+        for name, length, features in (
+            ("taps", self.taps, deepstack),
+            ("layers", self.text.layers - self.taps, None),
+        ):
+            if length:
+                layers = stack(DecoderLayer, length, self.remat, self.scan_unroll)(
+                    self.text, self.dtype, self.attention, self.hidden_sharding, collect, name=name
+                )
+                hidden_BSD, outputs = layers(hidden_BSD, features, layout)
+                collected.append(outputs)
+        hidden_BSD = RMSNorm(self.text.eps, self.dtype, name="norm")(hidden_BSD)
+        return hidden_BSD, jnp.concatenate(collected) if collect else None

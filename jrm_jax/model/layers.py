@@ -1,0 +1,77 @@
+"""Parts that the vision tower and the decoder share: projections, norms, stacks of layers.
+
+Parameters are float32 (or the dtype they are loaded in) and are cast to the compute dtype where
+they are used; statistics of norms are float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array
+
+REMAT = ("none", "full", "dots")
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * scale over the last axis (Zhang and Sennrich, 2019)."""
+
+    eps: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+        wide = x.astype(jnp.float32)
+        mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+        normed = (wide * jax.lax.rsqrt(mean_square + self.eps)).astype(self.dtype)
+        return normed * scale.astype(self.dtype)
+
+
+class Linear(nn.Module):
+    """x @ kernel (+ bias). `gain` scales the random initial kernel only."""
+
+    width: int
+    dtype: jnp.dtype
+    bias: bool = True
+    gain: float = 1.0
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        init = nn.initializers.variance_scaling(self.gain**2, "fan_in", "normal")
+        kernel = self.param("kernel", init, (x.shape[-1], self.width), jnp.float32)
+        out = x.astype(self.dtype) @ kernel.astype(self.dtype)
+        if self.bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.width,), jnp.float32)
+            out = out + bias.astype(self.dtype)
+        return out
+
+
+def stack(
+    layer: type[nn.Module], length: int, remat: str, unroll: int | bool
+) -> Callable[..., nn.Module]:
+    """`length` copies of `layer` as one module whose parameters lead with the layer axis.
+
+    The layer's call is (carry, scanned, shared) -> (carry, output): `scanned` leads with the layer
+    axis, `shared` is the same for all layers. `remat`: 'none' keeps everything for the backward
+    pass, 'full' only the carries, 'dots' also the results of unbatched matrix products.
+    """
+    if remat not in REMAT:
+        raise ValueError(f"remat {remat!r}: use one of {', '.join(REMAT)}")
+    if remat != "none":
+        policy = None
+        if remat == "dots":
+            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        # inside a rolled loop nothing can be merged with the forward pass anyway
+        layer = nn.remat(layer, policy=policy, prevent_cse=unroll is True)
+    return nn.scan(
+        layer,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=(0, nn.broadcast),
+        length=length,
+        unroll=unroll,
+    )

@@ -1,0 +1,265 @@
+"""The device mesh and where every array lives on it.
+
+Mesh axes: `data` repeats the parameters, `fsdp` splits them (and the batch) and gathers a layer
+when it is used, `tensor` splits heads and MLP widths. The compiler places the rest (AxisType.Auto).
+
+Letters: B groups in a global batch.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jrm_jax.errors import UserError
+from jrm_jax.model.config import BackboneConfig
+
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+
+_BLOCK = r"backbone/vision/blocks_\d+"
+_LAYER = r"backbone/decoder/(taps|layers)"
+_MERGER = r"backbone/vision/(merger|deepstack_\d+)"
+
+# Path of a leaf (whole path) -> mesh axis of each of its dimensions. Stacks keep their layer axis
+# whole: a scan slices it. A matrix pair is split by `tensor` along its inner width (heads, MLP), by
+# `fsdp` along its outer one. The tower's fused query-key-value is not split by `tensor`: its thirds
+# would not line up with heads. Vectors stay whole unless the output of their matrix is split.
+RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    (r"backbone/embed/embedding", ("tensor", "fsdp")),
+    (r"backbone/vision/patch_embed/kernel", (None, None, "fsdp")),
+    (r"backbone/vision/patch_embed/bias", (None,)),
+    (r"backbone/vision/position/embedding", (None, "fsdp")),
+    (rf"({_BLOCK}|{_LAYER})/norm[12]/(scale|bias)", (None, None)),
+    (rf"{_BLOCK}/attn/qkv/kernel", (None, "fsdp", None)),
+    (rf"{_BLOCK}/attn/proj/kernel", (None, "tensor", "fsdp")),
+    (rf"{_BLOCK}/attn/(qkv|proj)/bias", (None, None)),
+    (rf"{_LAYER}/attn/[qkv]/kernel", (None, "fsdp", "tensor")),
+    (rf"{_LAYER}/attn/[qkv]/bias", (None, "tensor")),
+    (rf"{_LAYER}/attn/[qk]_norm/scale", (None, None)),
+    (rf"{_LAYER}/attn/o/kernel", (None, "tensor", "fsdp")),
+    (rf"({_BLOCK}|{_LAYER})/mlp/(gate|up|fc1)/kernel", (None, "fsdp", "tensor")),
+    (rf"({_BLOCK}|{_LAYER})/mlp/(gate|up|fc1)/bias", (None, "tensor")),
+    (rf"({_BLOCK}|{_LAYER})/mlp/(down|fc2)/kernel", (None, "tensor", "fsdp")),
+    (rf"({_BLOCK}|{_LAYER})/mlp/(down|fc2)/bias", (None, None)),
+    (rf"{_MERGER}/norm/(scale|bias)", (None,)),
+    (rf"{_MERGER}/fc1/kernel", ("fsdp", "tensor")),
+    (rf"{_MERGER}/fc1/bias", ("tensor",)),
+    (rf"{_MERGER}/fc2/kernel", ("tensor", "fsdp")),
+    (rf"{_MERGER}/fc2/bias", (None,)),
+    (r"backbone/decoder/norm/scale", (None,)),
+    (r"language_head/kernel", ("fsdp", "tensor")),
+    (r"reward_head/kernel", (None, None)),
+    (r"reward_embedding", (None,)),
+)
+
+
+def make_mesh(
+    data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[Any] | None = None
+) -> Mesh:
+    """A mesh over all devices; one of the three sizes may be -1: whatever is left.
+
+    Neighbouring devices hold neighbouring places of `tensor`, then `fsdp`. Over several TPU slices,
+    `data` crosses them and must be a multiple of their number.
+
+    Raises:
+        UserError: the sizes do not multiply to the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    asked = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
+    free = [axis for axis, size in sizes.items() if size == -1]
+    if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+        raise UserError(
+            f"config.mesh ({asked}): sizes are positive, and at most one is -1 (whatever is left)"
+        )
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if len(devices) % fixed or (not free and fixed != len(devices)):
+        verb = "divide" if free else "multiply to"
+        raise UserError(
+            f"config.mesh ({asked}): the sizes must {verb} the number of devices, {len(devices)}"
+        )
+    if free:
+        sizes[free[0]] = len(devices) // fixed
+    shape = tuple(sizes.values())
+    on_tpu = devices[0].platform == "tpu"
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if on_tpu else 1
+    if slices > 1:
+        if shape[0] % slices:
+            raise UserError(
+                f"config.mesh.data is {shape[0]}: it must be a multiple of the {slices} TPU slices"
+            )
+        grid = mesh_utils.create_hybrid_device_mesh(
+            (shape[0] // slices, *shape[1:]),
+            (slices, 1, 1),
+            devices,
+            allow_split_physical_axes=True,
+        )
+    else:
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def check_mesh(config: BackboneConfig, mesh: Mesh) -> None:
+    """Raise UserError unless `tensor` splits every attention into whole heads."""
+    tensor = mesh.shape["tensor"]
+    heads = {
+        "attention heads": config.text.heads,
+        "key-value heads": config.text.kv_heads,
+        "vision heads": config.vision.heads,
+    }
+    bad = [f"{count} {name}" for name, count in heads.items() if count % tensor]
+    if bad:
+        largest = math.gcd(*heads.values())
+        raise UserError(
+            f"config.mesh.tensor is {tensor}, which does not divide this backbone's "
+            f"{', '.join(bad)}: use {largest} or a divisor of it, and config.mesh.fsdp for the rest"
+        )
+
+
+def fit_spec(dims: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> P:
+    """`dims` without the axes whose size does not divide their dimension (kept whole instead)."""
+    fits = (
+        axis if axis is not None and size % mesh.shape[axis] == 0 else None
+        for axis, size in zip(dims, shape, strict=True)
+    )
+    return P(*fits)
+
+
+def param_shardings(tree: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
+    """A NamedSharding per leaf of a parameter tree (arrays or jax.ShapeDtypeStruct).
+
+    Raises:
+        UserError: leaves that no rule covers, or with another number of dimensions than their
+            rule; names all of them.
+    """
+    offenders: list[str] = []
+
+    def place(keys: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        path = "/".join(key.key for key in keys)
+        dims = next((dims for pattern, dims in RULES if re.fullmatch(pattern, path)), None)
+        if dims is None or len(dims) != len(leaf.shape):
+            offenders.append(f"{path} {list(leaf.shape)}")
+            return replicated(mesh)
+        return NamedSharding(mesh, fit_spec(dims, leaf.shape, mesh))
+
+    shardings = jax.tree_util.tree_map_with_path(place, tree)
+    if offenders:
+        raise UserError(f"no sharding rule covers these parameters: {', '.join(offenders)}")
+    return shardings
+
+
+def optimizer_shardings(opt_state: Any, trainable: Mapping[str, Any], mesh: Mesh) -> Any:
+    """Shardings of an optax state: moments lie like the parameters they belong to.
+
+    A leaf belongs to the parameter whose path ends its own; one of the same shape is placed like
+    it. Scalars, and reduced statistics of another shape, are repeated on every device.
+
+    Raises:
+        UserError: arrays that belong to no parameter; names all of them.
+    """
+    placed = {
+        tuple(key.key for key in keys): sharding
+        for keys, sharding in jax.tree_util.tree_leaves_with_path(param_shardings(trainable, mesh))
+    }
+    shapes = {
+        tuple(key.key for key in keys): leaf.shape
+        for keys, leaf in jax.tree_util.tree_leaves_with_path(trainable)
+    }
+    offenders: list[str] = []
+
+    def place(keys: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        names = tuple(getattr(key, "key", None) for key in keys)
+        owner = next((names[i:] for i in range(len(names)) if names[i:] in placed), None)
+        if owner is not None and shapes[owner] == leaf.shape:
+            return placed[owner]
+        if owner is None and leaf.shape:
+            offenders.append(f"{jax.tree_util.keystr(keys)} {list(leaf.shape)}")
+        return replicated(mesh)
+
+    shardings = jax.tree_util.tree_map_with_path(place, opt_state)
+    if offenders:
+        raise UserError(f"no parameter goes with these optimizer states: {', '.join(offenders)}")
+    return shardings
+
+
+def state_shardings(state: Any, mesh: Mesh) -> Any:
+    """Shardings of a TrainState(step, trainable, frozen, opt_state), arrays or abstract.
+
+    Raises:
+        UserError: as `param_shardings` and `optimizer_shardings`.
+    """
+    return state._replace(
+        step=replicated(mesh),
+        trainable=param_shardings(state.trainable, mesh),
+        frozen=param_shardings(state.frozen, mesh),
+        opt_state=optimizer_shardings(state.opt_state, state.trainable, mesh),
+    )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The whole array on every device."""
+    return NamedSharding(mesh, P())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows (the leading axis) over `data` and `fsdp`; also right for hidden states [B, S, D]."""
+    return NamedSharding(mesh, P(BATCH_AXES))
+
+
+def check_batch_size(batch_size: int, mesh: Mesh, accumulation: int = 1) -> None:
+    """Raise UserError unless every microbatch gives each place of data * fsdp as many rows."""
+    places = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    if batch_size < 1 or batch_size % (places * accumulation):
+        sizes = " x ".join(f"{axis} {mesh.shape[axis]}" for axis in BATCH_AXES)
+        parts = f" x {accumulation} microbatches" if accumulation > 1 else ""
+        raise UserError(
+            f"config.batch_size is {batch_size}; the mesh ({sizes}{parts}) needs a multiple of "
+            f"{places * accumulation}"
+        )
+
+
+def local_rows(batch_size: int, mesh: Mesh) -> np.ndarray:
+    """Rows of the global batch that this process must supply to `place_batch`, ascending.
+
+    Not always one range by process number: the mesh follows the wiring of the machine, and
+    processes that share a place along `tensor` supply the same rows.
+    """
+    check_batch_size(batch_size, mesh)
+    parts = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    rows = {row for (part,) in parts for row in range(*part.indices(batch_size))}
+    return np.array(sorted(rows), np.int64)
+
+
+def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """This process's rows (see `local_rows`) of every array -> global arrays on the mesh.
+
+    Raises:
+        UserError: the number of rows does not fit the mesh.
+    """
+    sharding = batch_sharding(mesh)
+    places = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    here = len(local_rows(places, mesh))
+    sizes = {name: len(array) for name, array in batch.items()}
+    rows = next(iter(sizes.values()))
+    if set(sizes.values()) != {rows}:
+        raise ValueError(f"arrays of one batch differ in their rows: {sizes}")
+    if rows % here:
+        raise UserError(
+            f"{rows} rows cannot be spread evenly over the {here} places of data x fsdp on this "
+            "host: change config.batch_size or config.mesh"
+        )
+    return {
+        name: jax.make_array_from_process_local_data(
+            sharding, array, (rows // here * places, *array.shape[1:])
+        )
+        for name, array in batch.items()
+    }

@@ -1,0 +1,177 @@
+"""One training step and one evaluation step: pure functions, jitted by the caller.
+
+Letters: B groups, K candidates, R reward dimensions, P prompt slots, C candidate slots,
+S = P + K*C packed slots, T critique targets per candidate, D hidden width.
+
+Order of a step: normalise pixels, backbone, both heads, terms, one division by the global
+weights, gradients, optimizer. With `accumulation` microbatches the weights still come from the
+whole batch, so the sum of the microbatches' gradients is the gradient of the whole batch.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jrm_jax.heads import apply_reward_head, critique_nll, gather_hidden, language_kernel
+from jrm_jax.losses import (
+    Term,
+    centering_loss,
+    combine,
+    pair_counts,
+    preference_loss,
+    term_weights,
+)
+from jrm_jax.model.backbone import Backbone, normalise_patches
+from jrm_jax.optim import merge_params
+
+
+class TrainState(NamedTuple):
+    """step int32 []; trainable float32; frozen (no gradient, no moments); optax state."""
+
+    step: jax.Array
+    trainable: dict
+    frozen: dict
+    opt_state: optax.OptState
+
+
+class LossConfig(NamedTuple):
+    """Coefficients and options of the losses. A coefficient of 0 leaves its path untraced."""
+
+    preference_weight: float = 1.0
+    language_weight: float = 1.0
+    margin: float = 0.0
+    centering_weight: float = 0.0
+    chunk: int = 0
+
+
+class Outputs(NamedTuple):
+    """reward_BKR float32, or None for a generative run; terms by name."""
+
+    reward_BKR: jax.Array | None
+    terms: dict[str, Term]
+
+
+Forward = Callable[[dict, dict], Outputs]
+
+
+def make_forward(backbone: Backbone, mean: tuple, std: tuple, loss: LossConfig) -> Forward:
+    """forward(params, batch) -> Outputs."""
+
+    def forward(params: dict, batch: dict) -> Outputs:
+        patches_BINF = normalise_patches(batch["patches"], mean, std)
+        hidden_BSD = backbone.apply(
+            {"params": params["backbone"]}, batch, params["reward_embedding"], patches_BINF
+        )
+        prompt, slots = batch["prompt_tokens"].shape[1], batch["candidate_tokens"].shape[2]
+        terms, reward_BKR = {}, None
+        if loss.preference_weight:
+            index_BK1 = batch["reward_index"][:, :, None]
+            hidden_BKD = gather_hidden(hidden_BSD, index_BK1, prompt, slots)[:, :, 0]
+            reward_BKR = apply_reward_head(params["reward_head"], hidden_BKD)
+            terms["preference"] = preference_loss(
+                reward_BKR, batch["preference"], batch["preference_weight"], loss.margin
+            )
+            if loss.centering_weight:
+                present_BK = batch["candidate_mask"] * (batch["example_index"] >= 0)[:, None]
+                terms["centering"] = centering_loss(reward_BKR, present_BK)
+        if loss.language_weight and batch["critique_targets"].shape[-1]:
+            hidden_BKTD = gather_hidden(hidden_BSD, batch["critique_index"], prompt, slots)
+            groups, width = hidden_BKTD.shape[0], hidden_BKTD.shape[-1]
+            terms["language"] = critique_nll(
+                language_kernel(params),
+                hidden_BKTD.reshape(groups, -1, width),
+                batch["critique_targets"].reshape(groups, -1),
+                batch["critique_weights"].reshape(groups, -1),
+                backbone.reward_token_id,
+                loss.chunk,
+            )
+        return Outputs(reward_BKR, terms)
+
+    return forward
+
+
+def _measure(outputs: Outputs, batch: dict) -> dict[str, Term]:
+    """Terms plus pair accuracy and the moments of the rewards, all as (sum, weight)."""
+    measured = dict(outputs.terms)
+    if outputs.reward_BKR is not None:
+        counts = pair_counts(outputs.reward_BKR, batch["preference"], batch["preference_weight"])
+        measured["pair_accuracy"] = Term(counts.correct, counts.pairs)
+        measured["ties"] = Term(counts.ties, jnp.float32(1.0))
+        mask_BK1 = (batch["candidate_mask"] * (batch["example_index"] >= 0)[:, None])[..., None]
+        count = jnp.sum(mask_BK1) * outputs.reward_BKR.shape[-1]
+        measured["reward"] = Term(jnp.sum(outputs.reward_BKR * mask_BK1), count)
+        measured["reward_square"] = Term(
+            jnp.sum(jnp.square(outputs.reward_BKR) * mask_BK1), count
+        )
+    return measured
+
+
+def make_train_step(
+    forward: Forward,
+    optimizer: optax.GradientTransformation,
+    loss: LossConfig,
+    accumulation: int = 1,
+) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
+    """train_step(state, batch) -> (state, metrics); metrics are Terms and float32 scalars.
+
+    `metrics['param_norm']` is the norm of the new parameters: not finite where any of them is not.
+    """
+    coefficients = {
+        "preference": loss.preference_weight,
+        "centering": loss.centering_weight,
+        "language": loss.language_weight,
+    }
+
+    def gradients(trainable: dict, frozen: dict, batch: dict, weights: dict):
+        def objective(trainable):
+            outputs = forward(merge_params(trainable, frozen), batch)
+            return combine(outputs.terms, coefficients, weights), _measure(outputs, batch)
+
+        return jax.value_and_grad(objective, has_aux=True)(trainable)
+
+    def train_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
+        weights = term_weights(batch)
+        if accumulation == 1:
+            (total, measured), grads = gradients(state.trainable, state.frozen, batch, weights)
+        else:
+            # Strided, so that every microbatch spans all the devices the batch is sharded over.
+            micro = jax.tree.map(
+                lambda x: jnp.moveaxis(x.reshape(-1, accumulation, *x.shape[1:]), 1, 0), batch
+            )
+
+            def add(carry, part):
+                new = gradients(state.trainable, state.frozen, part, weights)
+                return jax.tree.map(jnp.add, carry, new), None
+
+            first = jax.tree.map(lambda x: x[0], micro)
+            shapes = jax.eval_shape(
+                lambda t, f, b: gradients(t, f, b, weights), state.trainable, state.frozen, first
+            )
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+            ((total, measured), grads), _ = jax.lax.scan(add, zeros, micro)
+            if "ties" in measured:
+                measured["ties"] = Term(measured["ties"].sum, jnp.float32(1.0))
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        metrics = {
+            **measured,
+            "loss": total,
+            "grad_norm": optax.global_norm(grads),
+            "param_norm": optax.global_norm(trainable),
+        }
+        return TrainState(state.step + 1, trainable, state.frozen, opt_state), metrics
+
+    return train_step
+
+
+def make_eval_step(forward: Forward) -> Callable[[dict, dict, dict], tuple[dict, jax.Array | None]]:
+    """eval_step(trainable, frozen, batch) -> (Terms by name, reward_BKR); filler rows count 0."""
+
+    def eval_step(trainable: dict, frozen: dict, batch: dict):
+        outputs = forward(merge_params(trainable, frozen), batch)
+        return _measure(outputs, batch), outputs.reward_BKR
+
+    return eval_step
