@@ -11,7 +11,7 @@ from jrm_jax.losses import Term
 
 
 def init_reward_head(key: jax.Array, width: int, dimensions: int, scale: float = 1.0) -> dict:
-    """{'kernel': [D, R] float32}, normal with deviation scale / sqrt(D): rewards start near `scale`."""
+    """{'kernel': [D, R] float32}, normal with deviation scale / sqrt(D)."""
     kernel_DR = jax.random.normal(key, (width, dimensions), jnp.float32)
     return {"kernel": kernel_DR * (scale / jnp.sqrt(jnp.float32(width)))}
 
@@ -24,7 +24,9 @@ def apply_reward_head(params: dict, hidden_BKD: jax.Array) -> jax.Array:
     )
 
 
-def gather_hidden(hidden_BSD: jax.Array, index_BKT: jax.Array, prompt: int, slots: int) -> jax.Array:
+def gather_hidden(
+    hidden_BSD: jax.Array, index_BKT: jax.Array, prompt: int, slots: int
+) -> jax.Array:
     """[B, K, T, D]: the states at slots `index` (0..C-1) of each candidate in the packed axis."""
     groups, candidates, count = index_BKT.shape
     start_K = prompt + slots * jnp.arange(candidates)

@@ -1,5 +1,6 @@
 """The built-in world: determinism, splits, gold scores, honesty of the preferences, words."""
 
+import dataclasses
 import hashlib
 import io
 import itertools
@@ -25,6 +26,7 @@ from jrm_jax.data.world import (
     Thing,
     pool_of,
     sample_scene,
+    scene_split,
 )
 from jrm_jax.data.world_edits import Edit, apply, apply_all, changes, compare
 
@@ -124,11 +126,17 @@ def test_splits_share_no_source_scene():
             )
             asked[split].add((text, group.instruction))
             if split != "hard":
+                # The rule that keeps them apart, since chance alone would rarely be caught.
+                assert scene_split(group.source) == split
                 seen[split].add(text)
     for a, b in itertools.combinations(PLAIN_SPLITS, 2):
         assert not seen[a] & seen[b]
     for a, b in itertools.combinations(scenes.SPLITS, 2):
         assert not asked[a] & asked[b]
+    # The small offsets do not matter to it: the same scene a pixel off is the same scene.
+    for group in groups("valid", 50):
+        things = tuple(dataclasses.replace(t, key=9, dx=0, dy=0) for t in group.source.things)
+        assert scene_split(Scene(group.source.background, things)) == "valid"
 
 
 def test_hard_combinations_are_never_seen_before():

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import shutil
 
 import jax
@@ -12,7 +13,7 @@ import pytest
 from jrm_jax.errors import UserError
 from jrm_jax.model import weights
 from jrm_jax.model.backbone import init_backbone
-from jrm_jax.model.config import load_config
+from jrm_jax.model.config import BackboneConfig, TextConfig, VisionConfig, load_config
 from jrm_jax.model.tensors import flatten, tensor_table
 from jrm_jax.model.weights import abstract_params, load_params, load_reward_head, save_params
 from jrm_jax.sharding import make_mesh, param_shardings
@@ -299,3 +300,44 @@ def test_save_names_every_leaf_that_does_not_fit(models, tmp_path):
     assert "language_head/kernel is unknown" in str(error.value)
     assert "backbone/embed/embedding is missing" in str(error.value)
     assert not list(tmp_path.iterdir())
+
+
+# parameters of the released checkpoints: layers, width, heads, key heads, MLP, vocabulary, tied;
+# tower depth, width, MLP, taps
+RELEASED = {
+    3_754_622_976: ("qwen2_5_vl", (36, 2048, 16, 2, 11008, 151936, True), (32, 1280, 3420, ())),
+    8_292_166_656: ("qwen2_5_vl", (28, 3584, 28, 4, 18944, 152064, False), (32, 1280, 3420, ())),
+    2_127_532_032: (
+        "qwen3_vl",
+        (28, 2048, 16, 8, 6144, 151936, True),
+        (24, 1024, 4096, (5, 11, 17)),
+    ),
+    4_437_815_808: (
+        "qwen3_vl",
+        (36, 2560, 32, 8, 9728, 151936, True),
+        (24, 1024, 4096, (5, 11, 17)),
+    ),
+    8_767_123_696: (
+        "qwen3_vl",
+        (36, 4096, 32, 8, 12288, 151936, False),
+        (27, 1152, 4304, (8, 16, 24)),
+    ),
+}
+
+
+@pytest.mark.parametrize("count", RELEASED)
+def test_table_counts_the_released_sizes(count):
+    family, decoder, tower = RELEASED[count]
+    layers, hidden, heads, kv_heads, mlp, vocab, tied = decoder
+    qwen3 = family == "qwen3_vl"
+    text = TextConfig(
+        layers, hidden, heads, kv_heads, 128, mlp, vocab, 1e6, (24, 20, 20), qwen3, 1e-6,
+        not qwen3, qwen3, tied,
+    )  # fmt: skip
+    depth, width, tower_mlp, taps = tower
+    vision = VisionConfig(
+        family, depth, width, tower_mlp, 16, 16 if qwen3 else 14, 2, 2, 3, hidden, taps,
+        () if qwen3 else (7, 15, 23, 31), 0 if qwen3 else 112, 2304 if qwen3 else 0,
+    )  # fmt: skip
+    table = tensor_table(BackboneConfig(family, vision, text, 0, 1, 2))
+    assert sum(math.prod(leaf.shape) for leaf in table.values()) == count

@@ -1,10 +1,11 @@
-"""The same joint loss in plain PyTorch on `transformers`' own model: the side to beat, and a referee.
+"""The same joint loss in plain PyTorch on `transformers`' own model: the side to beat.
 
-Needs torch (requirements-test.txt). Every candidate is its own sequence, as in the PyTorch trainers:
-the prompt and the source picture are encoded again for each one. The reward token stands before the
-critique here too, so one forward pass serves both losses; nothing is made slower than it need be.
+Needs torch (requirements-test.txt). Every candidate is its own sequence, as in the PyTorch
+trainers: the prompt and the source picture are encoded again for each one. The reward token stands
+before the critique here too, so one forward pass serves both losses; nothing is made slower than
+it need be.
 
-Letters: B groups, K candidates, X = number of candidates present, S longest sequence, D hidden width.
+Letters: B groups, K candidates, X = candidates present, S longest sequence, D hidden width.
 """
 
 from pathlib import Path
@@ -106,7 +107,8 @@ def joint_loss(model, reward_kernel_DR, inputs: dict, batch: dict, preference_we
     reward_BKR = reward_BKR.index_put((b, k), reward_XR)
     gap = reward_BKR[:, :, None] - reward_BKR[:, None]
     preference = torch.from_numpy(batch["preference"])
-    weight = torch.triu(torch.from_numpy(batch["preference_weight"]).movedim(-1, 1), 1).movedim(1, -1)
+    weight = torch.from_numpy(batch["preference_weight"])
+    weight = torch.triu(weight.movedim(-1, 1), 1).movedim(1, -1)
     softplus = torch.nn.functional.softplus
     nll = preference * softplus(-gap) + (1 - preference) * softplus(gap)
     loss = preference_weight * (nll * weight).sum() / weight.sum().clamp(min=1e-9)

@@ -15,6 +15,7 @@ import dataclasses
 import io
 import json
 import math
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -61,16 +62,19 @@ class Processor:
         Raises:
             ValueError: not a picture, truncated, unreasonably large, or too narrow.
         """
-        pixels = self.resize(open_image(data))
+        pixels = self.resize(decode(data))
         grid = pixels.shape[0] // self.patch, pixels.shape[1] // self.patch
         return patchify(pixels, self.patch, self.merge), grid
 
-    def resize(self, image) -> np.ndarray:
-        """RGB Pillow image -> [h, w, 3] uint8, both sides multiples of patch * merge."""
-        width, height = image.size
-        rows, columns = self.grid(height, width)
+    def resize(self, pixels: np.ndarray) -> np.ndarray:
+        """[h, w, 3] uint8 -> the same with both sides multiples of patch * merge."""
+        rows, columns = self.grid(*pixels.shape[:2])
         size = (columns * self.patch, rows * self.patch)
-        return np.asarray(image if image.size == size else image.resize(size, _BICUBIC))
+        if pixels.shape[:2] == size[::-1]:
+            return pixels
+        import PIL.Image
+
+        return np.asarray(PIL.Image.fromarray(pixels).resize(size, _BICUBIC))
 
     def measure(self, data: bytes) -> int:
         """Number of patches, from the file's header alone.
@@ -120,6 +124,48 @@ def patchify(pixels: np.ndarray, patch: int, merge: int) -> np.ndarray:
     blocks = np.ascontiguousarray(runs.transpose(0, 3, 1, 4, 2, 5))
     blocks = blocks.reshape(rows * columns * merge**2, patch**2, channels)
     return np.ascontiguousarray(blocks.swapaxes(1, 2)).reshape(len(blocks), -1)
+
+
+def decode(data: bytes) -> np.ndarray:
+    """Encoded picture -> [h, w, 3] uint8, as `open_image` shows it.
+
+    Raises:
+        ValueError: not a picture, truncated, or unreasonably large.
+    """
+    pixels = _plain_png(data)
+    return np.asarray(open_image(data)) if pixels is None else pixels
+
+
+def _plain_png(data: bytes) -> np.ndarray | None:
+    """Pixels of the plainest kind of PNG, which the built-in world writes; None for any other.
+
+    Only header, data and end, 8-bit RGB, no interlacing, no row filters. Takes a third of Pillow's
+    time for a small picture. Whatever is odd or broken is left to Pillow.
+    """
+    if data[:8] != _PNG or data[12:16] != b"IHDR" or data[24:29] != b"\x08\x02\x00\x00\x00":
+        return None
+    width, height = image_size(data)
+    if not 0 < width * height <= MAX_PIXELS:
+        return None
+    at, kind, stream = 8, b"", []
+    while kind != b"IEND":
+        kind, end = data[at + 4 : at + 8], at + 12 + int.from_bytes(data[at : at + 4], "big")
+        if kind not in (b"IHDR", b"IDAT", b"IEND") or end > len(data):
+            return None
+        if zlib.crc32(data[at + 4 : end - 4]) != int.from_bytes(data[end - 4 : end], "big"):
+            return None
+        if kind == b"IDAT":
+            stream.append(data[at + 8 : end - 4])
+        at = end
+    size = height * (1 + 3 * width)
+    try:
+        raw = zlib.decompressobj().decompress(b"".join(stream), size)
+    except zlib.error:
+        return None
+    if len(raw) != size:
+        return None
+    rows = np.frombuffer(raw, np.uint8).reshape(height, 1 + 3 * width)
+    return None if rows[:, 0].any() else rows[:, 1:].reshape(height, width, 3)
 
 
 def open_image(data: bytes):

@@ -14,6 +14,7 @@ shape or dtype, XLA does, and `fallback_reason` says why; an explicit request al
 
 from __future__ import annotations
 
+import functools
 import warnings
 from typing import NamedTuple
 
@@ -135,40 +136,58 @@ def _xla(
     causal_offset: int | None,
     prefix: Prefix | None,
 ) -> Array:
+    """Plain products, without repeating heads or prefixes.
+
+    Layout: a prefixes (or rows, without one), G key/value heads, J rows of a prefix, x = queries
+    and the M query heads of a key/value head together, t keys. The softmax runs over the prefix's
+    and the own keys as two blocks with a common maximum and total, so they are never joined, and
+    the total divides the result instead of the (larger) weights.
+    """
     rows, queries, heads, width = q.shape
-    kv_heads = k.shape[2]
-    # the scale goes into the queries: one small product instead of one as large as the logits
-    q = (q.astype(jnp.float32) * width**-0.5).astype(q.dtype)
-    q = q.reshape(rows, queries, kv_heads, heads // kv_heads, width)
+    kv_heads, per_head = k.shape[2], heads // k.shape[2]
+    shared = rows if prefix is None else prefix.k.shape[0]
+    each = rows // shared
+    q_aJsGMd = q.reshape(shared, each, queries, kv_heads, per_head, width)
+    q_aGJsMd = q_aJsGMd.transpose(0, 3, 1, 2, 4, 5)
+    q_aGJxd = q_aGJsMd.reshape(shared, kv_heads, each, queries * per_head, width)
+    # the scale goes into the queries: a product smaller than the logits
+    q_aGJxd = (q_aGJxd.astype(jnp.float32) * width**-0.5).astype(q.dtype)
+
+    def masked(logits_aGJxt: Array, visible_aJst: Array) -> Array:
+        visible_aJxt = jnp.repeat(visible_aJst, per_head, axis=2)
+        return jnp.where(visible_aJxt[:, None], logits_aGJxt, MASKED)
+
+    k_aGJtd, v_aGJtd = (
+        x.reshape(shared, each, -1, kv_heads, width).transpose(0, 3, 1, 2, 4) for x in (k, v)
+    )
     before = 0 if prefix is None else prefix.k.shape[1]
     offset = None if causal_offset is None else causal_offset - before
-    own_BGsMt = jnp.einsum("bsgmd,btgd->bgsmt", q, k, preferred_element_type=jnp.float32)
-    visible_Bst = _visible(q_segments, kv_segments, offset)
-    own_BGsMt = jnp.where(visible_Bst[:, None, :, None, :], own_BGsMt, MASKED)
-    if not before:
-        weights = jax.nn.softmax(own_BGsMt, axis=-1).astype(v.dtype)
-        out = jnp.einsum("bgsmt,btgd->bsgmd", weights, v)
-        return out.reshape(rows, queries, heads, width)
+    visible = _visible(q_segments, kv_segments, offset).reshape(shared, each, queries, -1)
+    products = [("agjxd,agjtd->agjxt", "agjxt,agjtd->agjxd", k_aGJtd, v_aGJtd, visible)]
+    if prefix is not None:
+        k_aGpd, v_aGpd = prefix.k.swapaxes(1, 2), prefix.v.swapaxes(1, 2)
+        segments = jnp.repeat(prefix.segments, each, axis=0)
+        # the usual causal rule lets every query see all of the prefix
+        offset = None if causal_offset is None or causal_offset >= before - 1 else causal_offset
+        visible = _visible(q_segments, segments, offset)
+        visible = visible.reshape(shared, each, queries, before)
+        products.append(("agjxd,agpd->agjxp", "agjxp,agpd->agjxd", k_aGpd, v_aGpd, visible))
 
-    # The rows of one prefix become more queries of one product, so its keys are never repeated;
-    # letters: a prefixes, j rows of a prefix.
-    shared = prefix.k.shape[0]
-    q = q.reshape(shared, rows // shared, *q.shape[1:])
-    prefix_logits = jnp.einsum(
-        "ajsgmd,apgd->ajgsmp", q, prefix.k, preferred_element_type=jnp.float32
+    logits = [
+        masked(jnp.einsum(equation, q_aGJxd, keys, preferred_element_type=jnp.float32), visible)
+        for equation, _, keys, _, visible in products
+    ]
+    largest = functools.reduce(jnp.maximum, [x.max(-1, keepdims=True) for x in logits])
+    largest = jax.lax.stop_gradient(largest)
+    weights = [jnp.exp(x - largest) for x in logits]
+    total = sum(x.sum(-1, keepdims=True) for x in weights)
+    out_aGJxd = sum(
+        jnp.einsum(equation, weight.astype(v.dtype), values, preferred_element_type=jnp.float32)
+        for weight, (_, equation, _, values, _) in zip(weights, products, strict=True)
     )
-    visible = q_segments.reshape(shared, -1, queries)[..., None] == prefix.segments[:, None, None]
-    if offset is not None and causal_offset < before - 1:
-        visible &= jnp.arange(before) <= jnp.arange(queries)[:, None] + causal_offset
-    prefix_logits = jnp.where(visible[:, :, None, :, None, :], prefix_logits, MASKED)
-    logits = jnp.concatenate(
-        [prefix_logits, own_BGsMt.reshape(*prefix_logits.shape[:-1], -1)], axis=-1
-    )
-    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    v = v.reshape(shared, rows // shared, *v.shape[1:])
-    out = jnp.einsum("ajgsmp,apgd->ajsgmd", weights[..., :before], prefix.v)
-    out = out + jnp.einsum("ajgsmt,ajtgd->ajsgmd", weights[..., before:], v)
-    return out.reshape(rows, queries, heads, width)
+    out = (out_aGJxd / total).astype(q.dtype)
+    out = out.reshape(shared, kv_heads, each, queries, per_head, width)
+    return out.transpose(0, 2, 3, 1, 4, 5).reshape(rows, queries, heads, width)
 
 
 def _splash(

@@ -60,27 +60,25 @@ class DecoderAttention(nn.Module):
             k = RMSNorm(text.eps, self.dtype, name="k_norm")(k)
         q, k = apply_rotary(q, layout.rotary), apply_rotary(k, layout.rotary)
 
-        def own(x_BSGh: Array) -> Array:
-            return x_BSGh[:, prompt:].reshape(groups * candidates, length, *x_BSGh.shape[2:])
+        def split(x_BSGh: Array) -> tuple[Array, Array]:
+            before, own = jnp.split(x_BSGh, [prompt], axis=1)
+            return before, own.reshape(groups * candidates, length, *own.shape[2:])
 
         sharding = self.hidden_sharding
         options = {
             "implementation": self.attention,
             "mesh": None if sharding is None else sharding.mesh,
         }
+        (prompt_q, q), (prompt_k, k), (prompt_v, v) = split(q), split(k), split(v)
         segments = layout.candidate_segments.reshape(groups * candidates, length)
-        prefix = None
-        if prompt:
-            prefix = Prefix(k[:, :prompt], v[:, :prompt], layout.prompt_segments)
+        prefix = Prefix(prompt_k, prompt_v, layout.prompt_segments) if prompt else None
         out = attention(
-            own(q), own(k), own(v), segments, segments,
-            causal_offset=prompt, prefix=prefix, **options,
-        )  # fmt: skip
-        out = out.reshape(groups, candidates * length, -1)
+            q, k, v, segments, segments, causal_offset=prompt, prefix=prefix, **options
+        ).reshape(groups, candidates * length, -1)
         if prompt:
             segments = layout.prompt_segments
             before = attention(
-                q[:, :prompt], prefix.k, prefix.v, segments, segments, causal_offset=0, **options
+                prompt_q, prompt_k, prompt_v, segments, segments, causal_offset=0, **options
             )
             out = jnp.concatenate([before.reshape(groups, prompt, -1), out], axis=1)
         gain = (2 * text.layers) ** -0.5

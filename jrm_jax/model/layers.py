@@ -31,6 +31,35 @@ class RMSNorm(nn.Module):
         return normed * scale.astype(self.dtype)
 
 
+@jax.custom_vjp
+def matmul(x: Array, kernel: Array) -> Array:
+    """x [..., D] @ kernel [D, F].
+
+    The gradient of the kernel is written as x^T g unless g is much narrower. JAX's own rule is
+    (g^T x)^T: the CPU compiler then lays a wide, freshly computed g out anew for every product,
+    which took a quarter of a train step, while x^T is made once for all products that read x.
+    """
+    return x @ kernel
+
+
+def _matmul_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return x @ kernel, (x, kernel)
+
+
+def _matmul_backward(saved: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
+    x, kernel = saved
+    leading = tuple(range(x.ndim - 1))
+    contract = ((leading, leading), ((), ()))
+    if x.shape[-1] <= 2 * grad.shape[-1]:
+        kernel_grad = jax.lax.dot_general(x, grad, contract)
+    else:
+        kernel_grad = jax.lax.dot_general(grad, x, contract).T
+    return grad @ kernel.T, kernel_grad
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
 class Linear(nn.Module):
     """x @ kernel (+ bias). `gain` scales the random initial kernel only."""
 
@@ -43,7 +72,7 @@ class Linear(nn.Module):
     def __call__(self, x: Array) -> Array:
         init = nn.initializers.variance_scaling(self.gain**2, "fan_in", "normal")
         kernel = self.param("kernel", init, (x.shape[-1], self.width), jnp.float32)
-        out = x.astype(self.dtype) @ kernel.astype(self.dtype)
+        out = matmul(x.astype(self.dtype), kernel.astype(self.dtype))
         if self.bias:
             bias = self.param("bias", nn.initializers.zeros, (self.width,), jnp.float32)
             out = out + bias.astype(self.dtype)

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from jrm_jax.model.attention import attention
 from jrm_jax.model.config import VisionConfig, vision_segments
-from jrm_jax.model.layers import Linear, RMSNorm, stack
+from jrm_jax.model.layers import Linear, RMSNorm, matmul, stack
 from jrm_jax.model.rope import Rotary, apply_rotary, vision_rotary
 
 EPS = 1e-6
@@ -58,7 +58,7 @@ class VisionAttention(nn.Module):
         heads = self.vision.heads
         qkv = Linear(3 * width, self.dtype, name="qkv")(hidden_bNd)
         qkv = qkv.reshape(rows, slots, 3, heads, width // heads)
-        q, k, v = (qkv[:, :, i] for i in range(3))
+        q, k, v = (x[:, :, 0] for x in jnp.split(qkv, 3, axis=2))
         q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
         out = attention(
             q, k, v, segments_bN, segments_bN,
@@ -116,7 +116,7 @@ class PatchEmbed(nn.Module):
         init = nn.initializers.variance_scaling(1 / shape[0], "fan_in", "normal", in_axis=-2,
                                                 out_axis=-1, batch_axis=0)  # fmt: skip
         kernel = self.param("kernel", init, shape, jnp.float32).astype(jnp.float32).sum(0)
-        hidden = patches_bNF.astype(self.dtype) @ kernel.astype(self.dtype)
+        hidden = matmul(patches_bNF.astype(self.dtype), kernel.astype(self.dtype))
         if vision.family == "qwen3_vl":
             bias = self.param("bias", nn.initializers.zeros, (vision.hidden,), jnp.float32)
             hidden = hidden + bias.astype(self.dtype)

@@ -1,0 +1,157 @@
+"""What every config shares: the fields with their defaults, and the argument string.
+
+    --config=configs/joint.py:VARIANT,key=value     (see `parse_arg`)
+    --config.optimizer.learning_rate=1e-3           (any field, from the command line)
+"""
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from jrm_jax.errors import UserError
+
+TINY = str(Path(__file__).resolve().parents[1] / "jrm_jax" / "assets" / "tiny_qwen3_vl")
+
+# Real backbones, and where training starts: EditReward's published settings (learning rate 2e-6,
+# 5 % warm-up then constant, clip 1.0, bfloat16, about 256 visual tokens a picture, 64 pairs a
+# step), here as 64 groups.
+REAL = ("qwen3_vl_8b", "qwen3_vl_4b", "qwen3_vl_2b", "qwen2_5_vl_7b", "qwen2_5_vl_3b")
+
+
+def nearest(word: str, known: tuple[str, ...]) -> str:
+    """' (did you mean ...?)', or the list of what there is."""
+    close = difflib.get_close_matches(word, known, 1, 0.5)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+
+
+def parse_arg(arg: str | None, variants: tuple[str, ...], **options: Any) -> dict[str, Any]:
+    """'VARIANT,key=value' -> {'variant': ..., key: value}; the types are those of the defaults.
+
+    Raises:
+        UserError: unknown variant or key, or a value of the wrong type.
+    """
+    parsed = {"variant": "", **options}
+    for index, item in enumerate((arg or "").split(",") if arg else ()):
+        key, equals, value = item.partition("=")
+        if not equals:
+            if index or key not in variants:
+                raise UserError(f"config variant {key!r}: {nearest(key, variants)}")
+            parsed["variant"] = key
+            continue
+        if key not in options:
+            raise UserError(f"config option {key!r}: {nearest(key, tuple(options))}")
+        kind = type(options[key])
+        try:
+            parsed[key] = value in ("1", "true", "True") if kind is bool else kind(value)
+        except ValueError:
+            words = f"config option {key}={value!r} must be of type {kind.__name__}"
+            raise UserError(words) from None
+    return parsed
+
+
+def base() -> ConfigDict:
+    """The default run: the tiny backbone on the built-in world."""
+    config = ConfigDict()
+    config.seed = 0
+    config.batch_size = 16  # groups per step, all hosts together
+    config.accumulation = 1  # microbatches per step
+    config.total_steps = 1000
+    config.eval_interval = 200  # steps between evaluations on `valid`
+    config.save_interval = 200  # steps between checkpoints
+    config.log_interval = 10
+    config.best_metric = "auto"  # of `valid`; auto: pair_accuracy, or -language without ranking
+    config.trainable = (".*",)  # patterns of the parameters that learn; the others are frozen
+    config.remat = "none"  # none, dots or full: what the backward pass computes again
+    config.profile = ()  # steps to trace into WORKDIR/profile
+
+    config.backbone = ConfigDict()
+    config.backbone.path = TINY  # Hugging Face folder
+    config.backbone.random = False  # True: random weights of that architecture
+    config.backbone.compute_dtype = "float32"
+    config.backbone.attention = "auto"  # auto, xla, splash or cudnn
+    config.backbone.scan_unroll = 1  # layers per iteration of a scanned stack; 0 unrolls all
+    config.backbone.positions = "mrope"  # or 1d, as released EditReward weights were trained
+
+    config.data = ConfigDict()
+    config.data.path = ""  # a prepared data set; empty: the built-in world
+    config.data.mixture = ConfigDict()  # {path: times per epoch}, instead of `path`
+    config.data.cache = "runs/data"  # where the built-in world is drawn
+    config.data.world = ConfigDict()
+    config.data.world.kind = "edits"  # or descriptions, for pretraining
+    config.data.world.seed = 0
+    config.data.world.train = 16384
+    config.data.world.valid = 256
+    config.data.world.test = 512
+    config.data.world.hard = 512
+    config.data.rubric = "Judge the edit."
+    config.data.dimensions = ("overall",)
+    config.data.candidate_cuts = (4,)  # buckets by number of candidates ...
+    config.data.visual_cuts = ()  # ... and by visual tokens of the largest picture
+    config.data.round_to = 8  # token slots are multiples of this
+    config.data.max_visual_tokens = 0  # per picture; 0: the cap of the backbone's folder
+    config.data.max_critique = 0  # tokens; longer ones are an error, or left out; 0: no cap
+    config.data.skip_large = False  # leave out what exceeds a cap, and say so
+    config.data.share_prompt = True  # False: the prompt is repeated for each candidate
+    config.data.workers = 0  # processes that decode ahead; 0: threads
+    config.data.prefetch = 4
+
+    config.loss = ConfigDict()
+    config.loss.preference_weight = 1.0
+    config.loss.language_weight = 1.0
+    config.loss.margin = 0.0
+    config.loss.centering_weight = 0.01
+    config.loss.score_line = True  # False: critiques' last lines, which state scores, are masked
+    config.loss.chunk = 0  # critique positions per group at a time; 0: all
+
+    config.optimizer = ConfigDict()
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.schedule = "cosine"  # constant, linear or cosine, after the warm-up
+    config.optimizer.warmup_steps = 50
+    config.optimizer.final_scale = 0.05
+    config.optimizer.b1 = 0.9
+    config.optimizer.b2 = 0.95
+    config.optimizer.eps = 1e-8
+    config.optimizer.weight_decay = 0.01
+    config.optimizer.decay_patterns = ("kernel$",)
+    config.optimizer.clip_norm = 1.0
+    config.optimizer.groups = ()  # ((pattern, multiplier of the learning rate), ...)
+
+    config.head = ConfigDict()
+    config.head.scale = 0.1  # spread of the rewards before training
+
+    config.mesh = ConfigDict()
+    config.mesh.data = 1
+    config.mesh.fsdp = -1  # -1: all devices that are left
+    config.mesh.tensor = 1
+    return config
+
+
+def real_backbone(config: ConfigDict, variant: str) -> ConfigDict:
+    """EditReward's published settings as the starting point for a real backbone."""
+    config.variant = variant
+    config.backbone.path = ""  # must be given: a local Hugging Face folder
+    config.backbone.compute_dtype = "bfloat16"
+    config.remat = "full"
+    config.batch_size = 64
+    config.total_steps = 10_000
+    config.eval_interval = config.save_interval = 500
+    config.optimizer.learning_rate = 2e-6
+    config.optimizer.schedule = "constant"
+    config.optimizer.warmup_steps = 500
+    config.optimizer.weight_decay = 0.0
+    config.optimizer.b2 = 0.999
+    config.optimizer.groups = (("reward_head", 10.0),)
+    config.data.rubric = (
+        "You judge edits of a picture. Say how well the result does what the instruction asks and "
+        "keeps everything else as it was: the right object, the right change, nothing added or "
+        "lost, clean and plausible."
+    )
+    config.data.max_visual_tokens = 256
+    config.data.visual_cuts = (128, 256)
+    config.data.round_to = 128
+    config.data.workers = 8
+    config.loss.language_weight = 0.5 if config.loss.language_weight else 0.0
+    config.loss.chunk = 512
+    return config

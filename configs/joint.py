@@ -1,0 +1,21 @@
+"""Joint reward modelling: preference ranking and critiques, one backbone, one step.
+
+    python -m jrm_jax.main --config=configs/joint.py
+
+trains the packaged tiny backbone on the built-in world. README.md says what to expect.
+
+    python -m jrm_jax.main --config=configs/joint.py:qwen3_vl_8b \\
+        --config.backbone.path=FOLDER --config.data.path=DATA
+
+trains a real one (also qwen3_vl_4b, qwen3_vl_2b, qwen2_5_vl_7b, qwen2_5_vl_3b) from its Hugging
+Face folder, on a data set prepared by `python -m jrm_jax.data.builders`.
+"""
+
+from configs.common import REAL, base, parse_arg, real_backbone
+
+
+def get_config(arg: str | None = None):
+    parsed = parse_arg(arg, REAL)
+    config = base()
+    config.name, config.variant = "joint", parsed["variant"]
+    return real_backbone(config, parsed["variant"]) if parsed["variant"] else config

@@ -1,0 +1,162 @@
+"""Checkpoints: the one module that knows Orbax.
+
+    checkpoints = open_checkpoints(folder); checkpoints.save(...); checkpoints.restore(...)
+
+A checkpoint holds `trainable`, `opt_state` and `meta` (step, metrics, protocol stamp). Frozen
+parameters are not in it: they come from the backbone's folder. The two latest and the best by the
+chosen metric are kept; a metric that is not finite ranks last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
+
+from jrm_jax.errors import UserError
+
+RANK = "rank"  # the number by which Orbax ranks; always finite
+WORST = -1e30
+
+
+class Checkpoints:
+    """A run's checkpoints. Close it before the program ends."""
+
+    def __init__(self, folder: Path, manager: ocp.CheckpointManager, say: Callable[[str], None]):
+        self.folder, self._manager, self._say = folder, manager, say
+
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def best_step(self) -> int | None:
+        """The step with the best finite metric, else None. Orbax's own `best_step` falls back to
+        the latest, so the saved metrics are read here."""
+        ranks = {step: self._rank(step) for step in self.steps()}
+        ranked = {step: rank for step, rank in ranks.items() if rank > WORST}
+        return max(ranked, key=lambda step: (ranked[step], -step)) if ranked else None
+
+    def _rank(self, step: int) -> float:
+        metrics = self._manager.metrics(step) or {}
+        return float(metrics.get(RANK, WORST))
+
+    def save(
+        self, step: int, trainable: Any, opt_state: Any, meta: Mapping[str, Any], metric: float
+    ) -> None:
+        """Write one checkpoint and wait until it is complete.
+
+        Args:
+            metric: larger is better; NaN where nothing was measured.
+
+        Raises:
+            UserError: it could not be written; earlier ones are untouched.
+        """
+        rank = float(metric) if math.isfinite(metric) else WORST
+        try:
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    trainable=ocp.args.StandardSave(trainable),
+                    opt_state=ocp.args.StandardSave(opt_state),
+                    meta=ocp.args.JsonSave(dict(meta)),
+                ),
+                metrics={RANK: rank},
+                force=True,
+            )
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+        except Exception as error:  # tensorstore and Orbax raise many kinds for a full disk
+            left = ", ".join(map(str, self._on_disk())) or "none"
+            raise UserError(
+                f"checkpoint {step} could not be written to {self.folder} "
+                f"({_one_line(error)}): free some space and run the same command again; "
+                f"complete checkpoints: {left}"
+            ) from error
+
+    def _on_disk(self) -> list[int]:
+        return sorted(int(p.name) for p in self.folder.iterdir() if p.name.isdecimal())
+
+    def restore(
+        self, trainable: Any, opt_state: Any | None = None, step: int | None = None
+    ) -> tuple[int, Any, Any, dict]:
+        """(step, trainable, opt_state, meta), placed as the abstract trees say.
+
+        Args:
+            trainable, opt_state: trees of jax.ShapeDtypeStruct with shardings; opt_state None is
+                not read.
+            step: None: the latest readable one; a damaged checkpoint is reported and the one
+                before it is taken.
+
+        Raises:
+            UserError: none can be read.
+        """
+        failures = []
+        for candidate in reversed(self.steps()) if step is None else (step,):
+            items = {
+                "trainable": ocp.args.StandardRestore(trainable),
+                "meta": ocp.args.JsonRestore(),
+            }
+            if opt_state is not None:
+                items["opt_state"] = ocp.args.StandardRestore(opt_state)
+            try:
+                found = self._manager.restore(candidate, args=ocp.args.Composite(**items))
+            except Exception as error:  # whatever is wrong with it, the one before may be whole
+                failures.append(f"{candidate}: {_one_line(error)}")
+                self._say(f"WARNING: checkpoint {candidate} cannot be read ({_one_line(error)})")
+                continue
+            return candidate, found["trainable"], found.get("opt_state"), found["meta"]
+        raise UserError(
+            f"{self.folder}: no checkpoint can be read ({'; '.join(failures) or 'there is none'}); "
+            "choose another --workdir to start anew"
+        )
+
+    def read_meta(self, step: int) -> dict:
+        return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))[
+            "meta"
+        ]
+
+    def delete_after(self, step: int) -> None:
+        """Remove checkpoints later than `step`: damaged ones that training will write again."""
+        for later in [s for s in self.steps() if s > step]:
+            self._manager.delete(later)
+
+
+@contextlib.contextmanager
+def open_checkpoints(folder: Path, say: Callable[[str], None] = print) -> Iterator[Checkpoints]:
+    """The checkpoints in `folder`, which is made if need be; half-written ones are ignored."""
+    for name in ("absl", "orbax"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=policies.AnyPreservationPolicy(
+            [
+                policies.LatestN(2),
+                policies.BestN(get_metric_fn=lambda metrics: metrics[RANK], n=1),
+            ]
+        ),
+        cleanup_tmp_directories=jax.process_count() == 1,
+    )
+    try:
+        manager = ocp.CheckpointManager(folder.resolve(), options=options)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be used for checkpoints ({error})") from error
+    try:
+        yield Checkpoints(folder, manager, say)
+    finally:
+        # A failed save has been reported already; closing must not hide that report.
+        if sys.exc_info()[0] is None:
+            manager.close()
+        else:
+            with contextlib.suppress(Exception):
+                manager.close()
+
+
+def _one_line(error: BaseException) -> str:
+    return (" ".join(str(error).split()) or type(error).__name__)[:300]

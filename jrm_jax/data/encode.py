@@ -1,0 +1,224 @@
+"""One example to tokens, patches and labels, before it is laid into a batch.
+
+Letters: K candidates, R reward dimensions, n patches and t visual tokens of an image, F features of
+a patch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from jrm_jax.data.images import Processor, load_processor
+from jrm_jax.data.schema import DEFAULT_DIMENSIONS, Candidate, Image, PreferenceExample
+from jrm_jax.data.template import Piece, Template, Token, Tokenizer, load_tokenizer
+from jrm_jax.errors import UserError
+from jrm_jax.model.config import BackboneConfig, VisionConfig
+from jrm_jax.model.rope import ImageTables, image_tables, mrope_positions
+
+
+class TokenRow(NamedTuple):
+    """Tokens of a prompt, or of a candidate with its critique."""
+
+    tokens: list[int]
+    positions: np.ndarray  # [3, tokens] int32
+    visual: list[tuple[int, int, np.ndarray]]  # (first slot, image row, slots of its tokens [t])
+    reward: int = 0  # slot of <|reward|>
+    targets: tuple[int, ...] = ()
+    masked: tuple[int, int] = (0, 0)  # targets [first, last) that are kept out of the loss
+
+
+class EncodedExample(NamedTuple):
+    """One group, ready to be laid into a bucket."""
+
+    prompt: TokenRow
+    candidates: list[TokenRow]
+    images: list[tuple[np.ndarray, ImageTables]]  # patches [n, F] uint8, merge-block major
+    preference: np.ndarray  # [K, K, R] float32
+    weight: np.ndarray  # [K, K, R] float32
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoder:
+    """Turns examples into tokens, patches and tables. Picklable.
+
+    dimensions: the reward dimensions of the run, picked by name from the data's.
+    language: feed critiques and their targets.
+    score_line: let the loss see score lines; else they are fed but masked.
+    positions: 'mrope', or '1d' (see `model.rope.mrope_positions`).
+    """
+
+    tokenizer: Tokenizer
+    processor: Processor
+    vision: VisionConfig
+    template: Template = Template()
+    dimensions: tuple[str, ...] = DEFAULT_DIMENSIONS
+    language: bool = True
+    score_line: bool = True
+    positions: str = "mrope"
+
+    def __post_init__(self):
+        mine, theirs = self.processor, self.vision
+        if (mine.patch, mine.merge) != (theirs.patch, theirs.merge):
+            raise UserError(
+                f"the image processor makes patches of {mine.patch} (merge {mine.merge}), the"
+                f" vision tower takes {theirs.patch} (merge {theirs.merge}): fix the model folder"
+            )
+
+    @property
+    def key(self) -> str:
+        """Of everything that the sizes of an example depend on; for `sizes.measure`."""
+        parts = (self.tokenizer.digest, self.template.hash, self.processor)
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+    def sizes(self, example: PreferenceExample) -> tuple[int, ...]:
+        """The numbers of `sizes.SIZE_NAMES`, from image headers alone.
+
+        Raises:
+            ValueError: a picture whose header cannot be read.
+        """
+        prompt, bodies = self._split(example)
+        patches: list[int] = []
+
+        def length(pieces: list[Piece]) -> int:
+            total = 0
+            for piece in pieces:
+                if isinstance(piece, Image):
+                    patches.append(self.processor.measure(piece.data))
+                    total += patches[-1] // self.processor.merge**2
+                else:
+                    total += len(self._ids(piece))
+            return total
+
+        prompt_length, lengths = length(prompt), [length(body) for body in bodies]
+        said = [
+            len(self.tokenizer.encode_critique(c.critique)[0]) if c.critique else 0
+            for c in example.candidates
+        ]
+        return (
+            len(bodies),
+            len(patches),
+            max(patches, default=0),
+            prompt_length,
+            max(lengths),
+            max(own + more for own, more in zip(lengths, said, strict=True)),
+            max(more + 1 if more else 0 for more in said),
+        )
+
+    def encode_example(self, example: PreferenceExample) -> EncodedExample:
+        """Decode, resize, tokenise.
+
+        Raises:
+            ValueError: a picture that cannot be decoded.
+            UserError: a reward dimension the example does not have.
+        """
+        columns = _columns(self.dimensions, example.dimensions)
+        head, bodies = self._split(example)
+        images: list[tuple[np.ndarray, ImageTables]] = []
+        prompt, end = self._row(head, images, 0)
+        rows = [
+            self._row(body, images, end, candidate)[0]
+            for body, candidate in zip(bodies, example.candidates, strict=True)
+        ]
+        preference, weight = example.preference, example.weight
+        return EncodedExample(prompt, rows, images, preference[..., columns], weight[..., columns])
+
+    def _split(self, example: PreferenceExample) -> tuple[list[Piece], list[list[Piece]]]:
+        return self.template.split(example.prompt, [c.parts for c in example.candidates])
+
+    def _ids(self, piece: str) -> tuple[int, ...]:
+        if isinstance(piece, Token):
+            return (self.tokenizer.ids[piece],)
+        return self.tokenizer.encode_text(piece)
+
+    def _row(
+        self,
+        pieces: list[Piece],
+        images: list[tuple[np.ndarray, ImageTables]],
+        start: int,
+        candidate: Candidate | None = None,
+    ) -> tuple[TokenRow, int]:
+        """The row and the position after it; decoded pictures are appended to `images`."""
+        tokens: list[int] = []
+        runs: list[int | tuple[int, int]] = []
+        visual = []
+        text = 0  # tokens since the last picture
+        merge = self.processor.merge
+        for piece in pieces:
+            if not isinstance(piece, Image):
+                ids = self._ids(piece)
+                tokens += ids
+                text += len(ids)
+                continue
+            patches, grid = self.processor.encode(piece.data)
+            tables = image_tables(grid, self.vision)
+            visual.append((len(tokens), len(images), tables.token_slots))
+            images.append((patches, tables))
+            tokens += [self.tokenizer.image_id] * len(tables.token_slots)
+            runs += [text, (grid[0] // merge, grid[1] // merge)]
+            text = 0
+        reward = len(tokens) - 1
+        targets: tuple[int, ...] = ()
+        masked = (0, 0)
+        if candidate is not None and self.language and candidate.critique:
+            ids, before = self.tokenizer.encode_critique(candidate.critique)
+            tokens += ids
+            text += len(ids)
+            targets = (*ids, self.tokenizer.end_id)
+            if candidate.score_line and not self.score_line:
+                masked = (before, len(ids))
+        positions, end = _positions((*runs, text), start, self.positions)
+        return TokenRow(tokens, positions, visual, reward, targets, masked), end
+
+
+_positions = functools.lru_cache(maxsize=16384)(mrope_positions)
+
+
+@functools.lru_cache(maxsize=64)
+def _columns(wanted: tuple[str, ...], found: tuple[str, ...]) -> list[int]:
+    missing = [name for name in wanted if name not in found]
+    if missing:
+        raise UserError(
+            f"reward dimension {missing[0]!r} is not in the data, which has {', '.join(found)}"
+        )
+    return [found.index(name) for name in wanted]
+
+
+def make_encoder(
+    folder: str | Path,
+    config: BackboneConfig,
+    *,
+    template: Template | None = None,
+    max_visual_tokens: int | None = None,
+    dimensions: Sequence[str] = DEFAULT_DIMENSIONS,
+    language: bool = True,
+    score_line: bool = True,
+    positions: str = "mrope",
+) -> Encoder:
+    """Encoder of a Hugging Face folder.
+
+    Raises:
+        UserError: tokenizer or image processor missing, unsuitable, or at odds with `config`.
+    """
+    tokenizer = load_tokenizer(folder, config.text.vocab)
+    if tokenizer.image_id != config.image_token_id:
+        raise UserError(
+            f"{folder}: <|image_pad|> is token {tokenizer.image_id} in the tokenizer but"
+            f" {config.image_token_id} in config.json"
+        )
+    return Encoder(
+        tokenizer,
+        load_processor(folder, max_visual_tokens),
+        config.vision,
+        template or Template(),
+        tuple(dimensions),
+        language,
+        score_line,
+        positions,
+    )

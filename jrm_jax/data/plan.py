@@ -1,0 +1,338 @@
+"""Which examples stand in which batch: buckets, and the seeded plan step -> batch.
+
+Letters: n examples of a data set, K candidates, I images, P prompt and C candidate token slots, T
+critique target slots, N patch slots. A global example id counts through the data sets of a run in
+order: id = offset of the data set + index in it.
+
+The plan knows nothing but sizes, weights, batch size and seed, so every host computes the same one,
+and resuming at a step needs no stored state.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from jrm_jax.data.sizes import Sizes, measure
+from jrm_jax.errors import UserError
+
+__all__ = [
+    "Bucket", "EvalPlan", "Plan", "Sizes", "Source", "assign", "eval_plan", "make_buckets",
+    "measure", "needs", "select",
+]  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Bucket:
+    """One set of static sizes: K, I, N, P, C, T. `critique` is 0 where no critique is fed."""
+
+    candidates: int
+    images: int
+    patches: int
+    prompt: int
+    candidate: int
+    critique: int
+
+    @property
+    def cost(self) -> int:
+        """Slots per group that the decoder and the tower work on; orders buckets."""
+        return self.prompt + self.candidates * self.candidate + self.images * self.patches
+
+    def fits(self, needs_n6: np.ndarray) -> np.ndarray:
+        """[n] bool: which examples have room in this bucket."""
+        return (needs_n6 <= np.asarray(dataclasses.astuple(self))).all(axis=1)
+
+
+def needs(sizes: Sizes, language: bool) -> np.ndarray:
+    """[n, 6] int32: the bucket each example asks for, fields in the order of `Bucket`."""
+    tokens = sizes.answer if language else sizes.candidate
+    critique = sizes.critique if language else np.zeros_like(sizes.critique)
+    columns = (sizes.candidates, sizes.images, sizes.patches, sizes.prompt, tokens, critique)
+    return np.stack(columns, axis=1)
+
+
+# Buckets
+
+
+def select(
+    sizes: Sizes, caps: Bucket, language: bool, skip: bool, name: str
+) -> tuple[np.ndarray, str | None]:
+    """Leave out what is larger than `caps` (a field of 0 is no cap).
+
+    Returns:
+        (indices kept [m] int64, one line that counts and lists what was left out, or None).
+
+    Raises:
+        UserError: something is too large and `skip` is false, or nothing is left.
+    """
+    limits = np.asarray(dataclasses.astuple(caps))
+    excess = (needs(sizes, language) > limits) & (limits > 0)
+    bad = np.flatnonzero(excess.any(axis=1))
+    if not len(bad):
+        return np.arange(len(sizes)), None
+    names = [field.name for field in dataclasses.fields(Bucket)]
+    fields = ", ".join(
+        f"{names[f]} up to {needs(sizes, language)[:, f].max()} > {limits[f]}"
+        for f in np.flatnonzero(excess.any(axis=0))
+    )
+    shown = ", ".join(map(str, bad[:10])) + (", ..." if len(bad) > 10 else "")
+    words = f"{name}: {len(bad)} of {len(sizes)} examples are too large ({fields}): {shown}"
+    if not skip or len(bad) == len(sizes):
+        raise UserError(f"{words}; raise the limits, lower the pixel cap, or skip such examples")
+    kept = np.flatnonzero(~excess.any(axis=1))
+    return kept, f"{words}; left out"
+
+
+def make_buckets(
+    sizes: Sequence[Sizes],
+    *,
+    language: bool,
+    merge: int = 2,
+    candidate_cuts: Sequence[int] = (2, 4),
+    visual_cuts: Sequence[int] = (),
+    round_to: int = 8,
+    round_patches: int = 0,
+    min_examples: int = 1,
+) -> tuple[Bucket, ...]:
+    """Static sizes that hold every example of all given (kept) sizes.
+
+    Examples fall into classes by the cuts: K <= 2, <= 4, more; largest image <= each visual cut (in
+    visual tokens), more. A class's maxima, rounded up, are its bucket. Give the sizes of all splits
+    of a run, so that training and evaluation share their compilations.
+
+    Args:
+        round_to: multiple for P, C and T.
+        round_patches: multiple for N; 0 = merge^2, the least.
+        min_examples: a smaller class joins its neighbour, which saves a compilation.
+
+    Returns:
+        Buckets by growing cost.
+    """
+    table = np.concatenate([needs(part, language) for part in sizes])
+    if not len(table):
+        raise UserError("no examples: the data set is empty")
+    unit = round_patches or merge**2
+    if unit % merge**2:
+        raise UserError(f"patch rounding {unit} must be a multiple of merge^2 = {merge**2}")
+    by_count = np.searchsorted(np.sort(candidate_cuts), table[:, 0])
+    by_visual = np.searchsorted(np.sort(visual_cuts), table[:, 2] // merge**2)
+    classes, inverse = np.unique(
+        np.stack([by_count, by_visual], axis=1), axis=0, return_inverse=True
+    )
+    groups = [(table[inverse == c].max(axis=0), (inverse == c).sum()) for c in range(len(classes))]
+    groups.sort(key=lambda group: int(group[0][0]) * int(group[0][4]) + int(group[0][2]))
+    merged: list[tuple[np.ndarray, int]] = []
+    for maxima, count in groups:
+        if merged and (merged[-1][1] < min_examples or count < min_examples):
+            last, number = merged.pop()
+            maxima, count = np.maximum(maxima, last), count + number
+        merged.append((maxima, count))
+
+    def up(value: int, unit: int) -> int:
+        return -(-int(value) // unit) * unit
+
+    buckets = {
+        Bucket(int(k), int(i), up(n, unit), up(p, round_to), up(c, round_to), up(t, round_to))
+        for (k, i, n, p, c, t), _ in merged
+    }
+    return tuple(sorted(buckets, key=lambda bucket: (bucket.cost, bucket)))
+
+
+def assign(sizes: Sizes, buckets: Sequence[Bucket], language: bool) -> np.ndarray:
+    """[n] int32: the cheapest bucket that holds each example.
+
+    Raises:
+        UserError: an example fits none.
+    """
+    table = needs(sizes, language)
+    chosen = np.full(len(table), -1, np.int32)
+    for index in sorted(range(len(buckets)), key=lambda b: buckets[b].cost, reverse=True):
+        chosen[buckets[index].fits(table)] = index
+    if (chosen < 0).any():
+        raise UserError(
+            f"{(chosen < 0).sum()} examples fit no bucket, the first is {np.argmin(chosen)}: make"
+            " the buckets from the sizes of all splits"
+        )
+    return chosen
+
+
+# Plans
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """One data set of a run. `weight`: times its examples are seen per epoch (may be a fraction).
+
+    `kept` [m]: the indices that take part, default all.
+    """
+
+    sizes: Sizes
+    weight: float = 1.0
+    kept: np.ndarray | None = None
+
+
+class _Ids:
+    """Global ids and buckets of the sources' examples."""
+
+    def __init__(
+        self, sources: Sequence[Source], buckets: Sequence[Bucket], batch_size: int, language: bool
+    ):
+        if batch_size < 1:
+            raise UserError(f"batch_size is {batch_size}, must be at least 1")
+        self.buckets, self.batch_size = tuple(buckets), batch_size
+        self.offsets = np.concatenate([[0], np.cumsum([len(s.sizes) for s in sources])])
+        self._bucket_of = np.full(self.offsets[-1], -1, np.int16)
+        self._members = []
+        for source, offset in zip(sources, self.offsets, strict=False):
+            kept = np.arange(len(source.sizes)) if source.kept is None else source.kept
+            part = Sizes.from_rows(source.sizes.rows()[kept])
+            self._bucket_of[offset + kept] = assign(part, buckets, language)
+            self._members.append(offset + np.asarray(kept, np.int64))
+
+    def locate(self, example_id: int) -> tuple[int, int]:
+        """(data set, index in it) of a global example id."""
+        which = int(np.searchsorted(self.offsets, example_id, side="right")) - 1
+        return which, int(example_id - self.offsets[which])
+
+
+class Plan(_Ids):
+    """Training: step -> (bucket, global example ids [batch_size] int64). Endless.
+
+    An epoch holds each source `weight` times: its epochs cut one endless stream of seeded shuffles
+    into pieces of weight * n, so a fraction rotates through the whole set. Examples are batched
+    by bucket; a bucket's last batch is filled with examples of the same bucket and epoch, so none
+    is lost; batches come in seeded order.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        buckets: Sequence[Bucket],
+        batch_size: int,
+        seed: int,
+        language: bool = True,
+    ):
+        super().__init__(sources, buckets, batch_size, language)
+        self.seed = seed
+        self.weights = tuple(float(source.weight) for source in sources)
+        if min(self.weights, default=0) < 0 or not any(
+            weight * len(members)
+            for weight, members in zip(self.weights, self._members, strict=True)
+        ):
+            raise UserError("the data mixture is empty: give at least one data set a weight > 0")
+        self._constant = all(weight.is_integer() for weight in self.weights)
+        self._ends = [self._length(0)]  # steps up to the end of each epoch
+        self._epoch = functools.lru_cache(maxsize=2)(self._make_epoch)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_epoch"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._epoch = functools.lru_cache(maxsize=2)(self._make_epoch)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Of the first epoch; fractional weights may change it by a few steps later."""
+        return max(1, self._ends[0])
+
+    def batch(self, step: int) -> tuple[Bucket, np.ndarray]:
+        epoch, start = self._find(step)
+        bucket, ids = self._epoch(epoch)[step - start]
+        return self.buckets[bucket], ids
+
+    __call__ = batch
+
+    def epoch(self, step: int) -> int:
+        return self._find(step)[0]
+
+    def _find(self, step: int) -> tuple[int, int]:
+        """(epoch, its first step)."""
+        if step < 0:
+            raise ValueError(f"step {step} is negative")
+        if self._constant:
+            epoch = step // self._ends[0]
+            return epoch, epoch * self._ends[0]
+        while self._ends[-1] <= step:
+            self._ends.append(self._ends[-1] + self._length(len(self._ends)))
+        epoch = bisect.bisect_right(self._ends, step)
+        return epoch, self._ends[epoch - 1] if epoch else 0
+
+    def _members_of(self, epoch: int) -> np.ndarray:
+        """Global ids of an epoch, data set by data set, in stream order."""
+        pieces = []
+        for number, (members, weight) in enumerate(zip(self._members, self.weights, strict=True)):
+            count = len(members)
+            first, last = int(epoch * weight * count), int((epoch + 1) * weight * count)
+            while first < last:
+                cycle, start = divmod(first, count)
+                stop = min(count, start + last - first)
+                order = _shuffled(count, self.seed, 1 + number, cycle)
+                pieces.append(members[order[start:stop]])
+                first += stop - start
+        return np.concatenate(pieces) if pieces else np.zeros(0, np.int64)
+
+    def _length(self, epoch: int) -> int:
+        counts = np.bincount(self._bucket_of[self._members_of(epoch)])
+        return int((-(-counts // self.batch_size)).sum())
+
+    def _make_epoch(self, epoch: int) -> list[tuple[int, np.ndarray]]:
+        ids = self._members_of(epoch)
+        ids = ids[_shuffled(len(ids), self.seed, 0, 2 * epoch)]
+        batches = []
+        for bucket in range(len(self.buckets)):
+            mine = ids[self._bucket_of[ids] == bucket]
+            full = np.resize(mine, -(-len(mine) // self.batch_size) * self.batch_size)
+            batches += [(bucket, part) for part in full.reshape(-1, self.batch_size)]
+        return [batches[i] for i in _shuffled(len(batches), self.seed, 0, 2 * epoch + 1)]
+
+
+class EvalPlan(_Ids):
+    """Evaluation: each example once, bucket by bucket, the last batch of each filled with -1."""
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        buckets: Sequence[Bucket],
+        batch_size: int,
+        language: bool = True,
+    ):
+        super().__init__(sources, buckets, batch_size, language)
+        ids = np.concatenate([np.zeros(0, np.int64), *self._members])
+        self._batches = []
+        for bucket in range(len(self.buckets)):
+            mine = ids[self._bucket_of[ids] == bucket]
+            full = np.full(-(-len(mine) // batch_size) * batch_size, -1, np.int64)
+            full[: len(mine)] = mine
+            self._batches += [(bucket, part) for part in full.reshape(-1, batch_size)]
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def batch(self, step: int) -> tuple[Bucket, np.ndarray]:
+        bucket, ids = self._batches[step]
+        return self.buckets[bucket], ids
+
+    __call__ = batch
+
+
+def eval_plan(
+    sizes: Sizes | Sequence[Source],
+    buckets: Sequence[Bucket],
+    batch_size: int,
+    language: bool = True,
+) -> EvalPlan:
+    """`EvalPlan` of one data set's sizes, or of several sources."""
+    sources = [Source(sizes)] if isinstance(sizes, Sizes) else sizes
+    return EvalPlan(sources, buckets, batch_size, language)
+
+
+def _shuffled(count: int, *seed: int) -> np.ndarray:
+    """A permutation of range(count) from raw random bits, which no NumPy release will change."""
+    bits = np.random.PCG64(np.random.SeedSequence(list(seed))).random_raw(count)
+    return np.argsort(bits, kind="stable")

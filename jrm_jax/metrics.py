@@ -1,0 +1,155 @@
+"""Metrics: sums with their weights, and where they are written.
+
+Console (a progress bar on a terminal, plain lines elsewhere), `metrics.jsonl` (one object a line:
+step, split, names and values) and TensorBoard. Only the first process of a run writes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+JSONL = "metrics.jsonl"
+
+
+class Accumulator:
+    """Adds up (sum, weight) pairs by name, in float64."""
+
+    def __init__(self) -> None:
+        self.totals: dict[str, list[float]] = {}
+
+    def add(self, terms: Mapping[str, tuple[Any, Any]]) -> None:
+        for name, (total, weight) in terms.items():
+            entry = self.totals.setdefault(name, [0.0, 0.0])
+            entry[0] += float(total)
+            entry[1] += float(weight)
+
+    def mean(self, name: str) -> float:
+        """NaN where nothing was measured."""
+        total, weight = self.totals.get(name, (0.0, 0.0))
+        return total / weight if weight else math.nan
+
+    def sum(self, name: str) -> float:
+        return self.totals.get(name, (0.0, 0.0))[0]
+
+    def weight(self, name: str) -> float:
+        return self.totals.get(name, (0.0, 0.0))[1]
+
+    def summary(self) -> dict[str, float]:
+        """Means by name; counts of pairs and ties; mean and spread of the rewards."""
+        values = {
+            name: self.mean(name)
+            for name in ("preference", "language", "centering", "pair_accuracy")
+            if name in self.totals
+        }
+        if "pair_accuracy" in self.totals:
+            values["pairs"] = self.weight("pair_accuracy")
+            values["ties"] = self.sum("ties")
+        if "reward" in self.totals:
+            mean = self.mean("reward")
+            values["reward_mean"] = mean
+            values["reward_std"] = math.sqrt(max(0.0, self.mean("reward_square") - mean**2))
+        return values
+
+
+class Writer:
+    """Everything that a run writes about itself, step by step."""
+
+    def __init__(self, workdir: Path, total_steps: int, start: int, active: bool = True):
+        """Lines of `metrics.jsonl` from after step `start` are cut off."""
+        self.active = active
+        self._bar = None
+        if not active:
+            return
+        self._jsonl = _cut_back(workdir / JSONL, start).open("a", encoding="utf-8")
+        from tensorboardX import SummaryWriter
+
+        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start or None)
+        self._total, self._start, self._began = total_steps, start, time.monotonic()
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+            self._bar = Progress(
+                "{task.description}",
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+            )
+            self._task = self._bar.add_task("training", total=total_steps, completed=start)
+            self._bar.start()
+
+    def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
+        """One line of numbers; not-a-number becomes null in JSON."""
+        if not self.active:
+            return
+        row = {
+            "step": step,
+            "split": split,
+            **{k: (float(v) if np.isfinite(v) else None) for k, v in values.items()},
+        }
+        self._jsonl.write(json.dumps(row) + "\n")
+        self._jsonl.flush()
+        for name, value in values.items():
+            self._board.add_scalar(f"{split}/{name}", value, step)
+
+    def progress(self, step: int, values: Mapping[str, float]) -> None:
+        """The state of training for a person: numbers and the time left."""
+        if not self.active:
+            return
+        words = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, description=words)
+            return
+        done = max(1, step - self._start)
+        left = (time.monotonic() - self._began) / done * (self._total - step)
+        print(f"step {step}/{self._total}  {words}  left {duration(left)}", flush=True)
+
+    def say(self, words: str) -> None:
+        if not self.active:
+            return
+        if self._bar is not None:
+            self._bar.console.print(words, markup=False, highlight=False)
+        else:
+            print(words, flush=True)
+
+    def close(self) -> None:
+        if not self.active:
+            return
+        if self._bar is not None:
+            self._bar.stop()
+        self._jsonl.close()
+        self._board.close()
+
+
+def duration(seconds: float) -> str:
+    """'1:02:03', '2:03'."""
+    minutes, seconds = divmod(max(0, round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def _cut_back(path: Path, step: int) -> Path:
+    """Drop lines written after `step`, and a last line that a crash left incomplete."""
+    if not path.exists():
+        return path
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError):
+            continue
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    os.replace(temporary, path)
+    return path

@@ -1,0 +1,372 @@
+"""The loop. It owns the order of things, the files of a run, and nothing else.
+
+The order of one turn is a contract:
+
+    1. read the metrics of the step before and stop if anything is not finite
+    2. evaluate (when due), so that a save can be ranked
+    3. save (when due): only a state whose metrics and parameters were seen to be finite
+    4. next batch: the data position is the step, so nothing else need be saved
+    5. step; its metrics are read one turn later, so that the device never waits for the host
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from jrm_jax import build
+from jrm_jax.checkpoint import Checkpoints, open_checkpoints
+from jrm_jax.errors import UserError
+from jrm_jax.metrics import Accumulator, Writer, duration
+
+CONFIG, RESULTS = "config.json", "results.json"
+STOPPED = 143  # exit status after SIGTERM: 128 + 15
+SCALARS = ("loss", "grad_norm", "param_norm")
+
+
+def run(config: ConfigDict, workdir: Path) -> int:
+    """Train, or go on training, or reprint the results of a finished run. Returns the exit status.
+
+    Raises:
+        UserError: bad input, a changed config, a non-finite loss, a full disk.
+    """
+    leader = jax.process_index() == 0
+    _claim_workdir(config, workdir, leader)
+    if (workdir / RESULTS).exists():
+        if leader:
+            print(f"{workdir} is finished; its results:")
+            print_results(json.loads((workdir / RESULTS).read_text()))
+        return 0
+    stop = _StopRequest()
+    with stop, open_checkpoints(workdir / "checkpoints") as checkpoints:
+        return _Run(config, workdir, checkpoints, stop, leader).train()
+
+
+class _StopRequest:
+    """SIGTERM asks for a stop after the step; a second one ends the process at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __enter__(self) -> _StopRequest:
+        self._before = signal.signal(signal.SIGTERM, self._ask)
+        return self
+
+    def _ask(self, *_: Any) -> None:
+        self.asked = True
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def __exit__(self, *_: Any) -> None:
+        signal.signal(signal.SIGTERM, self._before)
+
+
+class _Run:
+    """One run's parts, and the loop over them."""
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        workdir: Path,
+        checkpoints: Checkpoints,
+        stop: _StopRequest,
+        leader: bool,
+    ):
+        self.config, self.workdir, self.checkpoints, self.stop = config, workdir, checkpoints, stop
+        self.leader = leader
+        say = print if leader else lambda words: None
+        backbone_config = build.load_backbone_config(config)
+        self.mesh = build.make_mesh(config, backbone_config)
+        self.data = build.build_data(config, backbone_config, say)
+        backbone = build.make_backbone(
+            config, backbone_config, self.mesh, self.data.encoder.tokenizer.reward_id
+        )
+        state, (optimizer, self.schedule) = build.init_state(
+            config, backbone_config, self.mesh, self.data.encoder
+        )
+        self.train_step, self.eval_step = build.make_steps(
+            config, backbone, self.data, optimizer, state
+        )
+        self.state, self.start = self._resume(state)
+        self.seconds = 0.0  # spent training, restarts included
+        self.best_metric = config.best_metric
+        if self.best_metric == "auto":
+            self.best_metric = "pair_accuracy" if config.loss.preference_weight else "-language"
+        self.writer = Writer(workdir, config.total_steps, self.start, leader)
+        self.writer.say(self._describe(say))
+        self.rewards = Accumulator()
+
+    def _describe(self, say) -> str:
+        sizes = [sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in self.state[1:3]]
+        where = f"{self.mesh.size} x {self.mesh.devices.flat[0].device_kind}"
+        plan = self.data.train_plan
+        return (
+            f"{sizes[0]:,} parameters train, {sizes[1]:,} are frozen; {where}; "
+            f"{sum(map(len, self.data.train_sets)):,} training groups, "
+            f"{plan.steps_per_epoch:,} steps an epoch; buckets "
+            + ", ".join(
+                f"K{b.candidates} I{b.images} N{b.patches} P{b.prompt} C{b.candidate} T{b.critique}"
+                for b in self.data.buckets
+            )
+        )
+
+    def _resume(self, state):
+        if not self.checkpoints.steps():
+            return state, 0
+        abstract = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state
+        )
+        step, trainable, opt_state, meta = self.checkpoints.restore(
+            abstract.trainable, abstract.opt_state
+        )
+        if meta["stamp"] != self.data.stamp:
+            raise UserError(
+                f"{self.workdir}: the checkpoint was trained with another protocol: "
+                f"{_difference(meta['stamp'], self.data.stamp)}"
+            )
+        self.checkpoints.delete_after(step)
+        if self.leader:
+            print(f"resuming {self.workdir} from step {step}", flush=True)
+        placed = jax.device_put(np.int32(step), state.step.sharding)
+        return state._replace(step=placed, trainable=trainable, opt_state=opt_state), step
+
+    # The loop
+
+    def train(self) -> int:
+        config, total = self.config, self.config.total_steps
+        began = time.monotonic()
+        batches = build.batches(config, self.data, "train", self.mesh, self.start, total)
+        pending: tuple[int, dict, np.ndarray] | None = None
+        window, window_began = Accumulator(), time.monotonic()
+        valid: dict[str, float] = {}
+        saved = self.start if self.start else -1
+        try:
+            with batches:
+                for step in range(self.start, total + 1):
+                    due_eval = step % config.eval_interval == 0 or step == total
+                    due_save = step % config.save_interval == 0 or step == total or self.stop.asked
+                    due_log = step % config.log_interval == 0 or step == total
+                    if step > self.start:
+                        if (due_eval or due_save or due_log) and pending is not None:
+                            self._check(pending, window)
+                            pending = None
+                        if due_log:
+                            self._log(step, window, time.monotonic() - window_began)
+                            window, window_began = Accumulator(), time.monotonic()
+                        paused = time.monotonic()
+                        if due_eval and "valid" in self.data.eval_plans:
+                            valid = self.evaluate("valid")
+                            self.writer.write(step, "valid", valid)
+                            self.writer.say(f"step {step}  valid: {_words(valid)}")
+                        if due_save and saved != step:
+                            self._save(step, valid if due_eval else {})
+                            saved = step
+                        window_began += time.monotonic() - paused
+                    if self.stop.asked and step > self.start:
+                        self.writer.say(
+                            f"stopped by SIGTERM after step {step}, which is saved; "
+                            "run the same command to go on"
+                        )
+                        return STOPPED
+                    if step == total:
+                        break
+                    batch = next(batches)
+                    ids = batch["example_index"]
+                    self._trace(step)
+                    self.state, metrics = self.train_step(
+                        self.state, build.place(config, batch, self.mesh)
+                    )
+                    if pending is not None:
+                        self._check(pending, window)
+                    pending = (step, metrics, ids)
+            self.seconds += time.monotonic() - began
+            self._finish()
+            return 0
+        finally:
+            self.writer.close()
+
+    def _check(self, pending: tuple[int, dict, np.ndarray], window: Accumulator) -> None:
+        step, metrics, ids = pending
+        metrics = jax.device_get(metrics)
+        bad = [name for name in SCALARS if not np.isfinite(metrics[name])]
+        if bad:
+            names = ", ".join(self.data.example_names(ids))
+            saved = self.checkpoints.steps()
+            raise UserError(
+                f"step {step}: {', '.join(bad)} not finite; nothing of it is saved (last good "
+                f"checkpoint: {saved[-1] if saved else 'none'}); its examples: {names}"
+            )
+        window.add({name: (metrics.pop(name), 1.0) for name in SCALARS})
+        window.add(metrics)
+        # moments of the training rewards, as a score's scale; early steps fade out
+        for name in ("reward", "reward_square"):
+            if name in metrics:
+                total, weight = self.rewards.totals.get(name, (0.0, 0.0))
+                self.rewards.totals[name] = [
+                    0.99 * total + float(metrics[name][0]),
+                    0.99 * weight + float(metrics[name][1]),
+                ]
+
+    def _log(self, step: int, window: Accumulator, seconds: float) -> None:
+        steps = max(1.0, window.weight("loss"))
+        values = {name: window.mean(name) for name in SCALARS} | window.summary()
+        values["learning_rate"] = float(self.schedule(step - 1))
+        values["seconds_per_step"] = seconds / steps
+        if "pairs" in values:
+            values["pairs_per_second"] = values["pairs"] / max(seconds, 1e-9)
+        self.writer.write(step, "train", values)
+        shown = ("loss", "preference", "language", "pair_accuracy", "pairs_per_second")
+        self.writer.progress(step, {name: values[name] for name in shown if name in values})
+
+    def evaluate(self, split: str, trainable: Any | None = None) -> dict[str, float]:
+        """Every example of a held-out split once."""
+        trainable = self.state.trainable if trainable is None else trainable
+        totals = Accumulator()
+        groups = 0
+        with build.batches(self.config, self.data, split, self.mesh) as batches:
+            for batch in batches:
+                groups += int((batch["example_index"] >= 0).sum())
+                terms, _ = self.eval_step(
+                    trainable, self.state.frozen, build.place(self.config, batch, self.mesh)
+                )
+                totals.add(jax.device_get(terms))
+        return totals.summary() | {"groups": float(groups) * jax.process_count()}
+
+    def metric(self, values: dict[str, float]) -> float:
+        """The number by which checkpoints are ranked, larger is better; NaN if not measured."""
+        name = self.best_metric
+        sign = -1.0 if name.startswith("-") else 1.0
+        return sign * values.get(name.lstrip("-"), math.nan)
+
+    def _save(self, step: int, valid: dict[str, float]) -> None:
+        rewards = self.rewards.summary()
+        meta = {
+            "step": step,
+            "stamp": self.data.stamp,
+            "valid": {k: v if math.isfinite(v) else None for k, v in valid.items()},
+            "reward_mean": rewards.get("reward_mean"),
+            "reward_std": rewards.get("reward_std"),
+            "backbone": str(self.config.backbone.path),
+            "rewards": self.rewards.totals,
+        }
+        self.checkpoints.save(
+            step, self.state.trainable, self.state.opt_state, meta, self.metric(valid)
+        )
+
+    def _finish(self) -> None:
+        """`test` and `hard`, read once, from the best step; then results.json."""
+        best = self.checkpoints.best_step() or self.config.total_steps
+        if best != self.config.total_steps:
+            abstract = jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),
+                self.state.trainable,
+            )
+            _, trainable, _, meta = self.checkpoints.restore(abstract, None, best)
+        else:
+            trainable, meta = self.state.trainable, self.checkpoints.read_meta(best)
+        results: dict[str, Any] = {"step": best, "total_steps": self.config.total_steps}
+        for split in self.data.eval_plans:
+            values = self.evaluate(split, trainable)
+            self.writer.write(self.config.total_steps, split, values)
+            results |= {f"{split}/{name}": value for name, value in values.items()}
+        results["reward_mean"], results["reward_std"] = meta["reward_mean"], meta["reward_std"]
+        results["seconds"] = self.seconds
+        results["config"] = f"{self.config.name}:{self.config.get('variant') or ''}".rstrip(":")
+        if self.leader:
+            temporary = self.workdir / (RESULTS + ".tmp")
+            temporary.write_text(json.dumps(_json_safe(results), indent=2) + "\n")
+            os.replace(temporary, self.workdir / RESULTS)
+            self.writer.close()
+            print_results(results)
+            print(f"results: {self.workdir / RESULTS}")
+
+    def _trace(self, step: int) -> None:
+        steps = tuple(self.config.profile)
+        if step in steps:
+            if step - 1 not in steps:
+                jax.profiler.start_trace(str(self.workdir / "profile"))
+        elif step - 1 in steps and step > self.start:
+            jax.block_until_ready(self.state)
+            jax.profiler.stop_trace()
+
+
+def print_results(results: dict[str, Any]) -> None:
+    """The held-out numbers as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    splits = list(dict.fromkeys(k.split("/")[0] for k in results if "/" in k))
+    table = Table(title=f"{results['config']}: held-out numbers of step {results['step']}")
+    table.add_column("split")
+    columns = {
+        "pair_accuracy": ("pair accuracy", "{:.4f}"),
+        "pairs": ("pairs", "{:.0f}"),
+        "ties": ("ties (outside)", "{:.0f}"),
+        "groups": ("groups", "{:.0f}"),
+        "preference": ("preference loss", "{:.4f}"),
+        "language": ("language loss / token", "{:.4f}"),
+    }
+    columns = {n: c for n, c in columns.items() if any(f"{s}/{n}" in results for s in splits)}
+    for title, _ in columns.values():
+        table.add_column(title, justify="right")
+    for split in splits:
+        found = [(results.get(f"{split}/{name}"), form) for name, (_, form) in columns.items()]
+        table.add_row(split, *("-" if v is None else form.format(v) for v, form in found))
+    Console().print(table)
+    print(f"{results['seconds']:.0f} s ({duration(results['seconds'])}) in this last session")
+
+
+def _words(values: dict[str, float]) -> str:
+    return "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+
+
+def _json_safe(values: dict[str, Any]) -> dict[str, Any]:
+    return {
+        k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()
+    }
+
+
+def _claim_workdir(config: ConfigDict, workdir: Path, leader: bool) -> None:
+    """Write config.json, or compare with the one that is there."""
+    text = config.to_json_best_effort(indent=2, sort_keys=True) + "\n"
+    path = workdir / CONFIG
+    if path.exists():
+        before = path.read_text()
+        if before != text:
+            raise UserError(
+                f"{workdir} belongs to a run with another config ("
+                f"{_difference(json.loads(before), json.loads(text))}): "
+                "use the same config to go on, or another --workdir"
+            )
+        return
+    if leader:
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        except OSError as error:
+            raise UserError(f"{path} cannot be written ({error.strerror})") from error
+
+
+def _difference(before: dict, now: dict) -> str:
+    """'seed: 0 -> 1; loss.margin: 0.0 -> 0.5'."""
+    old, new = _flat(before), _flat(now)
+    changed = [k for k in dict.fromkeys([*old, *new]) if old.get(k) != new.get(k)]
+    return "; ".join(f"{k}: {old.get(k, 'absent')} -> {new.get(k, 'absent')}" for k in changed)
+
+
+def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
