@@ -25,13 +25,14 @@ def get_config(arg: str | None = None):
         config.variant = "describe"
         config.backbone.random = True
         config.data.world.kind = "descriptions"
-        config.data.world.train = 60_000
-        config.data.world.valid = 512
+        config.data.world.train = 28_800
+        config.data.world.valid = 256
         config.data.world.test = config.data.world.hard = 0
-        config.data.rubric = "Judge the edit."
+        config.data.max_critique = 48  # the few longer descriptions would widen every batch
+        config.data.skip_large = True
         config.batch_size = 16
-        config.total_steps = 3000
-        config.eval_interval = config.save_interval = 500
+        config.total_steps = 1800
+        config.eval_interval = config.save_interval = 300
         config.optimizer.learning_rate = 2e-3
         config.optimizer.warmup_steps = 100
     config.name = "generative"

@@ -28,6 +28,8 @@ FAMILIES = ("qwen2_5_vl", "qwen3_vl")
 GRIDS = ((6, 10), (10, 6), (4, 14))
 PATCH, MERGE = 4, 2
 PROMPT, CANDIDATE, PATCHES = 26, 30, 64  # slots, all with padding left over
+# compiling takes most of the time of these tests, running none
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def torch_model(family: str):
@@ -274,11 +276,27 @@ def backbone_of(case, **fields) -> Backbone:
     return Backbone(case.config, **({"reward_token_id": REWARD, "attention": "xla"} | fields))
 
 
-def run_jax(case, batch, **fields):
-    apply = jax.jit(backbone_of(case, **fields).apply)
-    inputs = {key: value for key, value in batch.items() if key != "patches"}
-    params = {"params": case.params["backbone"]}
-    return np.asarray(apply(params, inputs, case.reward, batch["patches"]))
+@functools.cache
+def compiled(config):
+    """One compilation per family and shape serves all tests that need values only."""
+    backbone = Backbone(config, reward_token_id=REWARD, attention="xla")
+
+    def states(params, batch, reward):
+        inputs = {key: value for key, value in batch.items() if key != "patches"}
+        call = (inputs, reward, batch["patches"])
+        return backbone.apply({"params": params}, *call, method="intermediates")
+
+    return jax.jit(states, compiler_options=QUICK)
+
+
+def run_states(case, batch, params=None) -> dict[str, np.ndarray]:
+    params = case.params if params is None else params
+    states = compiled(case.config)(params["backbone"], batch, case.reward)
+    return {key: np.asarray(value) for key, value in states.items()}
+
+
+def run_hidden(case, batch, params=None) -> np.ndarray:
+    return run_states(case, batch, params)["hidden"][0]
 
 
 def relative(ours, theirs) -> float:
@@ -295,11 +313,7 @@ def sequence_slots(case, row: int) -> np.ndarray:
 
 def test_every_layer_and_logit_matches_torch(case):
     theirs = run_torch(case)
-    batch = pack(case)
-    apply = jax.jit(functools.partial(backbone_of(case).apply, method="intermediates"))
-    params = {"params": case.params["backbone"]}
-    ours = apply(params, batch, case.reward, batch["patches"])
-    ours = {key: np.asarray(value) for key, value in ours.items()}
+    ours = run_states(case, pack(case))
 
     sizes = [h * w for h, w in GRIDS]
     assert theirs.numbers == [0, 1, 0, 2]
@@ -351,14 +365,20 @@ def test_every_gradient_matches_torch(case, tmp_path):
     for row in (1, 0):
         slots = sequence_slots(case, row)
         weights_SX[slots] = case.loss_weights[row, : len(slots)]
-    backbone = backbone_of(case)
+    # each family with other compute options, which must not change anything either
+    options = {
+        "qwen2_5_vl": {"remat": "dots", "scan_unroll": True},
+        "qwen3_vl": {"remat": "full", "scan_unroll": 2},
+    }
+    backbone = backbone_of(case, **options[case.family])
 
-    def loss_of(params, reward, patches):
-        hidden = backbone.apply({"params": params["backbone"]}, batch, reward, patches)
+    def loss_of(params, reward, patches, inputs):
+        hidden = backbone.apply({"params": params["backbone"]}, inputs, reward, patches)
         return jnp.sum(logits_of(case, params, hidden)[0] * weights_SX)
 
-    step = jax.jit(jax.value_and_grad(loss_of, argnums=(0, 1, 2)))
-    loss, (grads, reward_grad, patch_grad) = step(case.params, case.reward, batch["patches"])
+    step = jax.jit(jax.value_and_grad(loss_of, argnums=(0, 1, 2)), compiler_options=QUICK)
+    patches = batch.pop("patches")
+    loss, (grads, reward_grad, patch_grad) = step(case.params, case.reward, patches, batch)
     assert abs(float(loss) - theirs.loss) < 1e-4 * abs(theirs.loss)
 
     table = np.asarray(grads["backbone"]["embed"]["embedding"]).copy()
@@ -388,8 +408,8 @@ def test_every_gradient_matches_torch(case, tmp_path):
 
 
 def test_prompt_sharing_equals_repeating_the_prompt(case):
-    shared = run_jax(case, pack(case))[0]
-    repeated = run_jax(case, pack(case, share=False))[0]
+    shared = run_hidden(case, pack(case))
+    repeated = run_hidden(case, pack(case, share=False))
     for row in range(2):
         slots = sequence_slots(case, row)
         first = row * (PROMPT + CANDIDATE)
@@ -397,8 +417,8 @@ def test_prompt_sharing_equals_repeating_the_prompt(case):
 
 
 def test_more_padding_changes_nothing(case):
-    short = run_jax(case, pack(case))[0]
-    long = run_jax(case, pack(case, PROMPT + 7, CANDIDATE + 9, PATCHES + 12))[0]
+    short = run_hidden(case, pack(case))
+    long = run_hidden(case, pack(case, PROMPT + 7, CANDIDATE + 9, PATCHES + 12))
     assert np.isfinite(long).all()
     for row in range(2):
         first = PROMPT + 7 + row * (CANDIDATE + 9)
@@ -408,16 +428,15 @@ def test_more_padding_changes_nothing(case):
 
 def test_a_candidate_ignores_the_other_and_its_own_future(case):
     batch = pack(case)
-    before = run_jax(case, batch)[0]
-    reward_slot = case.runs[1][0]
-    reward_slot = sum(len(tokens) for _, tokens in reward_slot[:4])
+    before = run_hidden(case, batch)
+    reward_slot = sum(len(tokens) for _, tokens in case.runs[1][0][:4])
     assert batch["candidate_tokens"][0, 0, reward_slot] == REWARD
 
     other = {key: value.copy() for key, value in batch.items()}
     other["candidate_tokens"][0, 1, -20:] = 7
     other["candidate_segments"][0, 1] = 1
     other["patches"][0, 2] *= -1
-    after = run_jax(case, other)[0]
+    after = run_hidden(case, other)
     first = slice(0, PROMPT + CANDIDATE)
     np.testing.assert_array_equal(after[first], before[first])
     assert relative(after[PROMPT + CANDIDATE :], before[PROMPT + CANDIDATE :]) > 1e-2
@@ -425,7 +444,7 @@ def test_a_candidate_ignores_the_other_and_its_own_future(case):
     later = {key: value.copy() for key, value in batch.items()}
     later["candidate_tokens"][0, 0, reward_slot + 1 :] = 11
     later["candidate_segments"][0, 0] = 1
-    after = run_jax(case, later)[0]
+    after = run_hidden(case, later)
     slot = PROMPT + reward_slot
     np.testing.assert_array_equal(after[: slot + 1], before[: slot + 1])
     assert relative(after[slot + 1], before[slot + 1]) > 1e-2
@@ -434,37 +453,16 @@ def test_a_candidate_ignores_the_other_and_its_own_future(case):
 def test_deepstack_reaches_the_output(tmp_path_factory):
     case = make_case("qwen3_vl", str(tmp_path_factory.getbasetemp() / "qwen3_vl"))
     batch = pack(case)
-    before = run_jax(case, batch)[0]
+    before = run_hidden(case, batch)
     reward_slot = PROMPT + sum(len(tokens) for _, tokens in case.runs[1][0][:4])
     for tap in range(2):
         params = jax.tree.map(lambda x: x, case.params)
         merger = params["backbone"]["vision"][f"deepstack_{tap}"]
         merger["fc2"] = jax.tree.map(jnp.zeros_like, merger["fc2"])
-        off = SimpleNamespace(**(vars(case) | {"params": params}))
-        assert relative(run_jax(off, batch)[0][reward_slot], before[reward_slot]) > 1e-2
+        assert relative(run_hidden(case, batch, params)[reward_slot], before[reward_slot]) > 1e-2
 
 
-def test_compute_options_change_no_value(case):
-    """Remat, unrolled loops and random parameters of the same tree: one function."""
-    batch = pack(case)
-    inputs = {key: value for key, value in batch.items() if key != "patches"}
-
-    def gradients(**fields):
-        backbone = backbone_of(case, **fields)
-
-        def loss(params):
-            hidden = backbone.apply({"params": params}, inputs, case.reward, batch["patches"])
-            return jnp.sum(jnp.sin(hidden[:, : case.prompt_length]))
-
-        return jax.jit(jax.value_and_grad(loss))(case.params["backbone"])
-
-    value, grads = gradients()
-    for fields in ({"remat": "full"}, {"remat": "dots", "scan_unroll": True}):
-        other_value, other_grads = gradients(**fields)
-        np.testing.assert_allclose(other_value, value, rtol=1e-5)
-        for ours, theirs in zip(jax.tree.leaves(other_grads), jax.tree.leaves(grads), strict=True):
-            np.testing.assert_allclose(ours, theirs, atol=1e-5 * np.abs(theirs).max() + 1e-6)
-
+def test_random_parameters_have_the_loaded_tree(case):
     fresh = jax.eval_shape(lambda key: init_backbone(key, case.config), jax.random.key(0))
     shapes = jax.tree.map(jnp.shape, case.params)
     assert jax.tree.map(lambda x: x.shape, fresh) == shapes
@@ -475,8 +473,8 @@ def test_without_images(case):
     for key in ("prompt", "candidate"):
         batch[f"{key}_visual"][:] = -1
         batch[f"{key}_tokens"][batch[f"{key}_tokens"] == IMAGE] = 5
-    expected = run_jax(case, batch)
+    expected = run_hidden(case, batch)
     for key, value in batch.items():
         if key.startswith(("patch", "window", "position_")):
             batch[key] = value[:, :0]
-    assert relative(run_jax(case, batch), expected) < 1e-6
+    assert relative(run_hidden(case, batch), expected) < 1e-6

@@ -121,10 +121,14 @@ BAD = [
     (broken(candidates={"a": 1}), "candidates", "must be a list"),
     (broken(candidates=["only one"]), "candidates", "at least 2"),
     (broken(candidates=["a", None]), "candidates[1]", "is null"),
-    (broken(candidates=["a", {"parts": []}]), "candidates[1].parts", "is empty"),
+    (broken(candidates=["a", {"parts": []}], ranks=[1, 2]), "candidates[1].parts", "is empty"),
     (broken(candidates=["a", {"critique": "c"}]), "candidates[1].parts", "is missing"),
     (broken(candidates=["a", {"parts": "b", "critique": 5}]), "candidates[1].critique", "is 5"),
-    (broken(candidates=["a", {"parts": "b", "critique": " "}]), "candidates[1].critique", "non-em"),
+    (
+        broken(candidates=["a", {"parts": "b", "critique": " "}], ranks=[1, 2]),
+        "candidates[1].critique",
+        "non-em",
+    ),
     (broken(candidates=["a", {"parts": "b", "score_line": 1}]), "candidates[1].score_line", "true"),
     (broken(critique="b is better"), "critique", "comparative"),
     (broken(rank=[1, 2, 3]), "rank", "did you mean 'ranks'"),
@@ -144,7 +148,7 @@ BAD = [
     (broken(id=""), "id", "non-empty"),
     (broken(dimensions="a"), "dimensions", "list of names"),
     (broken(dimensions=["a", "a"], ranks={"a": [1, 2, 3]}), "dimensions", "distinct"),
-    (broken(dimensions=["a", "b"]), "ranks", "must be {'a'"),
+    (broken(dimensions=["a", "b"]), "ranks", "must name its dimensions"),
 ]
 
 

@@ -220,14 +220,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--no-weights", action="store_true", help="config and tokenizer only")
     for name, size in (
-        ("hidden", 128), ("layers", 6), ("heads", 4), ("kv-heads", 2), ("head-dim", 32),
-        ("mlp", 320), ("vision-hidden", 96), ("vision-depth", 3), ("vision-heads", 4),
+        ("hidden", 128), ("layers", 5), ("heads", 4), ("kv-heads", 2), ("head-dim", 32),
+        ("mlp", 256), ("vision-hidden", 96), ("vision-depth", 2), ("vision-heads", 4),
         ("vision-mlp", 256), ("patch", 16), ("positions", 36),
         ("min-pixels", 64 * 64), ("max-pixels", 128 * 128),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=size)
     parser.add_argument("--rope-theta", type=float, default=10000.0)
-    parser.add_argument("--deepstack", type=int, nargs="*", default=[0, 1])
+    parser.add_argument("--deepstack", type=int, nargs="*", default=[0])
     return parser.parse_args(argv)
 
 

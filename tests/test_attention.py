@@ -1,0 +1,169 @@
+"""The attention interface: every implementation against a direct NumPy evaluation of its rule."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from jrm_jax.model.attention import Prefix, attention, fallback_reason
+
+HEADS, KV_HEADS, WIDTH = 4, 2, 16
+
+
+def make_inputs(rows: int, queries: int, keys: int, seed: int = 0):
+    """Queries, keys, values and ids; two segments and padding (0) at the end."""
+    rng = np.random.default_rng(seed)
+
+    def normal(length: int, heads: int):
+        return rng.normal(size=(rows, length, heads, WIDTH)).astype(np.float32)
+
+    def segments(length: int):
+        ids = np.ones((rows, length), np.int32)
+        for row in range(rows):
+            cut, end = sorted(rng.integers(length // 2, length, 2))
+            ids[row, cut:end], ids[row, end:] = 2, 0
+        return ids
+
+    q, k, v = normal(queries, HEADS), normal(keys, KV_HEADS), normal(keys, KV_HEADS)
+    kv_segments = segments(keys)
+    return q, k, v, kv_segments[:, keys - queries :], kv_segments
+
+
+def direct(q, k, v, q_segments, kv_segments, causal_offset):
+    """The rule, written as loops over rows and heads in float64."""
+    out = np.zeros(q.shape)
+    for row in range(q.shape[0]):
+        visible = q_segments[row][:, None] == kv_segments[row][None, :]
+        if causal_offset is not None:
+            i, j = np.indices(visible.shape)
+            visible &= j <= i + causal_offset
+        for head in range(HEADS):
+            kv_head = head // (HEADS // KV_HEADS)
+            logits = q[row, :, head].astype(float) @ k[row, :, kv_head].T / WIDTH**0.5
+            weights = np.where(visible, np.exp(logits - logits.max()), 0)
+            out[row, :, head] = weights / weights.sum(1, keepdims=True) @ v[row, :, kv_head]
+    return out
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_xla_follows_the_rule(causal):
+    arrays = make_inputs(rows=3, queries=10, keys=17)
+    offset = 7 if causal else None
+    ours = attention(*arrays, causal_offset=offset, implementation="xla")
+    np.testing.assert_allclose(ours, direct(*arrays, offset), atol=2e-6)
+    if causal:  # the offset matters
+        assert np.abs(ours - direct(*arrays, 8)).max() > 0.1
+
+
+@pytest.mark.parametrize("offset", [7, 3, None])
+def test_a_prefix_is_the_same_as_repeating_it(offset):
+    q, k, v, q_segments, kv_segments = make_inputs(rows=6, queries=10, keys=17)
+    if offset == 3:  # hides part of the prefix; with segments some queries would see no key
+        q_segments[:], kv_segments[:] = 1, 1
+    shared = [x.reshape(2, 3, *x.shape[1:])[:, 0, :7] for x in (k, v, kv_segments)]
+    repeated = [np.repeat(x, 3, axis=0) for x in shared]
+    joined = [
+        np.concatenate([a, b[:, 7:]], axis=1)
+        for a, b in zip(repeated, (k, v, kv_segments), strict=True)
+    ]
+    expected = direct(q, joined[0], joined[1], q_segments, joined[2], offset)
+    own = (q, k[:, 7:], v[:, 7:], q_segments, kv_segments[:, 7:])
+    prefix = Prefix(*map(jnp.asarray, shared))
+    ours = attention(*own, causal_offset=offset, implementation="xla", prefix=prefix)
+    np.testing.assert_allclose(ours, expected, atol=2e-6)
+
+
+def test_masked_keys_and_empty_rows():
+    """Masked keys, even huge ones, change no bit; padding stays finite, values and gradients."""
+    q, k, v, q_segments, kv_segments = make_inputs(rows=2, queries=9, keys=9)
+    q_segments[1], kv_segments[1] = 0, 0  # an absent row
+
+    def run(k, v):
+        return attention(q, k, v, q_segments, kv_segments, causal_offset=0, implementation="xla")
+
+    other_k, other_v = k.copy(), v.copy()
+    other_k[0][kv_segments[0] == 0], other_v[0][kv_segments[0] == 0] = 1e6, -1e6
+    real = q_segments[0] > 0
+    np.testing.assert_array_equal(run(k, v)[0][real], run(other_k, other_v)[0][real])
+    grads = jax.grad(lambda k, v: jnp.sum(jnp.square(run(k, v))), argnums=(0, 1))(k, v)
+    assert all(np.isfinite(grad).all() for grad in grads)
+    assert np.isfinite(run(k, v)).all()
+
+
+def compare_with_xla(arrays, offset, prefix=None, **options):
+    """Values and gradients of splash (interpreted on CPU) and XLA."""
+    segments = arrays[3:]
+
+    def run(implementation, q, k, v, prefix_k, prefix_v):
+        before = None if prefix is None else Prefix(prefix_k, prefix_v, prefix.segments)
+        return attention(
+            q, k, v, *segments, causal_offset=offset, implementation=implementation,
+            prefix=before, **(options if implementation == "splash" else {}),
+        )  # fmt: skip
+
+    wide = (*arrays[:3], *((0.0, 0.0) if prefix is None else prefix[:2]))
+    weights = np.random.default_rng(5).normal(size=arrays[0].shape)
+
+    def loss(implementation, *wide):
+        return jnp.sum(run(implementation, *wide) * weights)
+
+    results = {}
+    for implementation in ("xla", "splash"):
+        value = jax.jit(run, static_argnums=0)(implementation, *wide)
+        grads = jax.jit(jax.grad(loss, argnums=(1, 2, 3, 4, 5)), static_argnums=0)(
+            implementation, *wide
+        )
+        results[implementation] = (value, *grads)
+    for ours, theirs in zip(results["splash"], results["xla"], strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5)
+
+
+@pytest.mark.filterwarnings("error")  # a fallback to XLA would warn and compare XLA with itself
+@pytest.mark.parametrize("offset", [128, None])
+def test_splash_equals_xla(offset):
+    compare_with_xla(make_inputs(rows=2, queries=128, keys=256), offset)
+
+
+@pytest.mark.filterwarnings("error")
+def test_splash_with_a_prefix_on_a_mesh_equals_xla():
+    q, k, v, q_segments, kv_segments = make_inputs(rows=4, queries=128, keys=256)
+    axes = ("data", "fsdp", "tensor")
+    mesh = jax.make_mesh((2, 2, 2), axes, axis_types=(AxisType.Auto,) * 3)
+    rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    own = [jax.device_put(x, rows) for x in (q, k[:, 128:], v[:, 128:])]
+    prefix = Prefix(k[::2, :128], v[::2, :128], kv_segments[::2, :128])
+    compare_with_xla((*own, q_segments, kv_segments[:, 128:]), 128, prefix, mesh=mesh)
+
+
+def test_fallbacks_say_why():
+    bfloat16 = jnp.dtype(jnp.bfloat16)
+    shape = (1, 128, 4, 64)
+    assert fallback_reason("splash", shape, 256, bfloat16, "tpu") is None
+    assert "multiples of 128" in fallback_reason("splash", shape, 200, bfloat16, "tpu")
+    assert fallback_reason("cudnn", shape, 256, bfloat16, "gpu") is None
+    assert "NVIDIA" in fallback_reason("cudnn", shape, 256, bfloat16, "cpu")
+    assert "float32" in fallback_reason("cudnn", shape, 256, jnp.dtype("float32"), "gpu")
+    assert "even" in fallback_reason("cudnn", (1, 127, 4, 64), 256, bfloat16, "gpu")
+    arrays = make_inputs(rows=1, queries=10, keys=17)
+    for implementation, reason in (("splash", "multiples of 128"), ("cudnn", "NVIDIA")):
+        with pytest.warns(UserWarning, match=reason):
+            ours = attention(*arrays, causal_offset=7, implementation=implementation)
+        np.testing.assert_allclose(ours, direct(*arrays, 7), atol=2e-6)
+    with pytest.raises(ValueError, match="use one of"):
+        attention(*arrays, causal_offset=7, implementation="flash")
+
+
+def test_half_precision_keeps_a_float32_softmax():
+    arrays = make_inputs(rows=2, queries=10, keys=17)
+    half = [jnp.asarray(x, jnp.bfloat16) for x in arrays[:3]]
+    ours = attention(*half, *arrays[3:], causal_offset=7, implementation="xla")
+    assert ours.dtype == jnp.bfloat16
+    rounded = [np.asarray(x, np.float32) for x in half]
+    expected = direct(*rounded, *arrays[3:], 7)
+    np.testing.assert_allclose(ours.astype(jnp.float32), expected, atol=2e-2)
+    program = str(jax.make_jaxpr(lambda *x: attention(*x, causal_offset=7))(*half, *arrays[3:]))
+    exponentials = [line for line in program.splitlines() if "= exp " in line]
+    assert exponentials and all(":f32[" in line for line in exponentials)

@@ -1,0 +1,282 @@
+"""Sizes, buckets and the seeded plan."""
+
+import collections
+import os
+import pickle
+import stat
+
+import numpy as np
+import pytest
+
+from jrm_jax.data import plan as plans
+from jrm_jax.data.plan import (
+    Bucket,
+    Plan,
+    Sizes,
+    Source,
+    assign,
+    eval_plan,
+    make_buckets,
+    measure,
+    needs,
+    select,
+)
+from jrm_jax.data.schema import Candidate, PreferenceExample, Text, to_record
+from jrm_jax.errors import UserError
+
+
+def make_sizes(count, seed=0, largest=4, images=True):
+    rng = np.random.default_rng(seed)
+    number = rng.integers(2, largest + 1, count)
+    candidate = rng.integers(5, 30, count)
+    critique = rng.integers(0, 20, count)
+    patches = 4 * rng.integers(1, 40, count) if images else np.zeros(count)
+    rows = [
+        number, (number + 1) * bool(images), patches, rng.integers(5, 50, count), candidate,
+        candidate + np.maximum(critique - 1, 0), critique,
+    ]  # fmt: skip
+    return Sizes.from_rows(np.stack(rows, axis=1))
+
+
+def make_plan(count=103, batch=8, seed=5, weight=1.0, **kwargs):
+    sizes = make_sizes(count)
+    buckets = make_buckets([sizes], language=True, visual_cuts=(10,), **kwargs)
+    return Plan([Source(sizes, weight)], buckets, batch, seed), sizes, buckets
+
+
+@pytest.mark.parametrize("language", [True, False])
+def test_buckets_hold_their_classes_and_no_more(language):
+    train, valid = make_sizes(300), make_sizes(40, seed=1)
+    buckets = make_buckets([train, valid], language=language, visual_cuts=(10, 20), round_to=8)
+    assert 2 <= len(buckets) <= 6
+    for bucket in buckets:
+        assert bucket.prompt % 8 == bucket.candidate % 8 == bucket.critique % 8 == 0
+        assert bucket.patches % 4 == 0
+        assert (bucket.critique > 0) == language
+    assert list(buckets) == sorted(buckets, key=lambda b: b.cost)
+    for sizes in (train, valid):
+        table, chosen = needs(sizes, language), assign(sizes, buckets, language)
+        for row, index in zip(table, chosen, strict=True):
+            fitting = [b for b in buckets if all(row <= np.asarray([*vars(b).values()]))]
+            assert buckets[index] in fitting
+            assert buckets[index].cost == min(b.cost for b in fitting)
+    # the maxima are tight: every bucket's K and N are reached by an example
+    both = np.concatenate([needs(train, language), needs(valid, language)])
+    for bucket in buckets:
+        assert bucket.candidates in both[:, 0] and bucket.patches in both[:, 2]
+
+
+def test_small_pairs_get_their_own_bucket():
+    rows = [[2, 3, 16, 20, 10, 15, 6]] * 5 + [[4, 5, 64, 20, 10, 15, 6]] * 5 + [[3, 4, 64, 20] * 2]
+    rows[-1] = [3, 4, 64, 20, 10, 15, 6]
+    sizes = Sizes.from_rows(rows)
+    small, large = make_buckets([sizes], language=True)
+    assert small == Bucket(2, 3, 16, 24, 16, 8) and large == Bucket(4, 5, 64, 24, 16, 8)
+    assert assign(sizes, (small, large), True).tolist() == [0] * 5 + [1] * 6
+    (one,) = make_buckets([sizes], language=True, min_examples=7)
+    assert one == large
+    (wide,) = make_buckets([sizes], language=False, candidate_cuts=(), round_patches=128)
+    assert wide == Bucket(4, 5, 128, 24, 16, 0)
+    with pytest.raises(UserError, match="multiple of merge"):
+        make_buckets([sizes], language=True, round_patches=6)
+
+
+def test_an_example_without_a_bucket_is_an_error():
+    with pytest.raises(UserError, match="1 examples fit no bucket, the first is 1"):
+        assign(
+            Sizes.from_rows([[2, 3, 4, 5, 6, 7, 8], [3, 3, 4, 5, 6, 7, 8]]),
+            [Bucket(2, 9, 9, 9, 9, 9)],
+            True,
+        )
+
+
+def test_oversized_examples_are_counted_and_listed():
+    sizes = make_sizes(50)
+    caps = Bucket(0, 0, 100, 0, 0, 0)
+    large = np.flatnonzero(sizes.patches > 100)
+    kept, words = select(sizes, caps, True, True, "train")
+    assert sorted([*kept, *large]) == list(range(50)) and len(large)
+    assert f"train: {len(large)} of 50 examples are too large (patches up to" in words
+    assert str(large[0]) in words
+    with pytest.raises(UserError, match="lower the pixel cap"):
+        select(sizes, caps, True, False, "train")
+    with pytest.raises(UserError, match="50 of 50"):
+        select(sizes, Bucket(1, 0, 0, 0, 0, 0), True, True, "train")
+    assert select(sizes, Bucket(0, 0, 0, 0, 0, 0), True, False, "x")[1] is None
+    buckets = make_buckets([sizes], language=True)
+    plan = eval_plan([Source(sizes, kept=kept)], buckets, 4)
+    seen = np.concatenate([plan.batch(step)[1] for step in range(len(plan))])
+    assert sorted(seen[seen >= 0]) == kept.tolist()
+
+
+def epoch_of(plan, number):
+    length = plan.steps_per_epoch
+    return [plan.batch(step) for step in range(number * length, (number + 1) * length)]
+
+
+def test_an_epoch_holds_every_example_and_fills_with_its_own():
+    plan, sizes, buckets = make_plan()
+    chosen = assign(sizes, buckets, True)
+    for number in range(3):
+        batches = epoch_of(plan, number)
+        counts = collections.Counter()
+        for bucket, ids in batches:
+            assert ids.shape == (8,) and ids.dtype == np.int64
+            assert all(buckets[chosen[i]] == bucket for i in ids)
+            counts.update(ids.tolist())
+        assert set(counts) == set(range(103))
+        extra = sum(counts.values()) - 103
+        assert 0 <= extra < 8 * len(buckets)
+        for index in range(len(buckets)):  # copies are spread evenly: a batch is filled once
+            mine = [counts[i] for i in np.flatnonzero(chosen == index)]
+            assert max(mine) - min(mine) <= 1 and sum(mine) == -(-len(mine) // 8) * 8
+    assert plan.epoch(plan.steps_per_epoch) == 1
+
+
+def flat(batches):
+    return np.concatenate([ids for _, ids in batches]).tolist()
+
+
+def test_plan_depends_on_seed_and_step_alone():
+    plan, sizes, buckets = make_plan()
+    steps = 3 * plan.steps_per_epoch
+    whole = [plan.batch(step) for step in range(steps)]
+    again = Plan([Source(sizes)], buckets, 8, 5)
+    for step in reversed(range(steps)):  # any order, from a copy as a worker has it
+        again = pickle.loads(pickle.dumps(again)) if step % 7 == 0 else again
+        bucket, ids = again.batch(step)
+        assert bucket == whole[step][0] and ids.tolist() == whole[step][1].tolist()
+    assert flat(epoch_of(plan, 0)) != flat(epoch_of(plan, 1))
+    other = Plan([Source(sizes)], buckets, 8, 6)
+    assert flat(epoch_of(plan, 0)) != flat(epoch_of(other, 0))
+    first = [bucket for bucket, _ in epoch_of(plan, 0)]
+    assert first != sorted(first)  # buckets come mixed
+
+
+def test_plan_is_the_same_on_every_machine():
+    """A frozen sample: changes only where the plan itself is changed, never with NumPy."""
+    sizes = Sizes.from_rows([[2, 3, 4, 8, 8, 8, 8]] * 12)
+    plan = Plan([Source(sizes)], [Bucket(2, 3, 4, 8, 8, 8)], 4, 1)
+    assert flat(epoch_of(plan, 0)) == [7, 5, 8, 1, 4, 3, 0, 11, 9, 2, 10, 6]
+
+
+def test_mixture_weights():
+    parts = [make_sizes(40), make_sizes(10, seed=1), make_sizes(30, seed=2)]
+    buckets = make_buckets(parts, language=True)
+    sources = [Source(parts[0], 1), Source(parts[1], 3), Source(parts[2], 0.4)]
+    plan = Plan(sources, buckets, 4, 0)
+    rotated = collections.Counter()
+    step = 0
+    for epoch in range(5):
+        counts = collections.Counter(plan._members_of(epoch).tolist())
+        assert [counts[i] for i in range(40)] == [1] * 40
+        assert [counts[i] for i in range(40, 50)] == [3] * 10
+        assert sum(counts[i] for i in range(50, 80)) == 12
+        rotated.update({i: counts[i] for i in range(50, 80)})
+        seen = collections.Counter()
+        while plan.epoch(step) == epoch:
+            seen.update(plan.batch(step)[1].tolist())
+            step += 1
+        assert set(seen) == set(i for i in counts if counts[i])
+    assert [rotated[i] for i in range(50, 80)] == [2] * 30  # 5 epochs of 0.4: all, twice
+    assert plan.locate(45) == (1, 5) and plan.locate(50) == (2, 0) and plan.locate(0) == (0, 0)
+    fresh = Plan(sources, buckets, 4, 0)
+    assert fresh.batch(step - 1)[1].tolist() == plan.batch(step - 1)[1].tolist()
+
+
+def test_epochs_without_members_are_passed_over():
+    sizes = make_sizes(3)
+    plan = Plan([Source(sizes, 0.2)], make_buckets([sizes], language=True), 2, 0)
+    seen = set(np.concatenate([plan.batch(step)[1] for step in range(6)]).tolist())
+    assert seen == {0, 1, 2}
+
+
+@pytest.mark.parametrize("weights", [(0,), (-1,)])
+def test_empty_mixture(weights):
+    sizes = make_sizes(5)
+    with pytest.raises(UserError, match="mixture is empty"):
+        Plan([Source(sizes, w) for w in weights], make_buckets([sizes], language=True), 2, 0)
+
+
+def test_eval_plan_sees_each_example_once():
+    sizes = make_sizes(53)
+    buckets = make_buckets([sizes], language=True, visual_cuts=(10,))
+    plan = eval_plan(sizes, buckets, 8)
+    batches = [plan.batch(step) for step in range(len(plan))]
+    ids = np.concatenate([ids for _, ids in batches])
+    assert all(len(part) == 8 for _, part in batches)
+    assert sorted(ids[ids >= 0]) == list(range(53))
+    assert (ids == -1).sum() == 8 * len(plan) - 53
+    fillers = [(ids < 0).sum() for _, ids in batches]
+    assert sum(f > 0 for f in fillers) <= len(buckets)
+    assert len(eval_plan(Sizes.from_rows([]), buckets, 8)) == 0
+
+
+# Measuring
+
+
+def text_examples(count, words="w"):
+    half = np.full((2, 2, 1), 0.5, np.float32)
+    return [
+        PreferenceExample(
+            f"e{i}", (Text(f"{words}{i}"),), (Candidate((Text("x"),)),) * 2, half, 0 * half
+        )
+        for i in range(count)
+    ]
+
+
+class Meter:
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, example):
+        self.calls += 1
+        return (2, 0, 0, len(example.prompt[0].text), 3, 4, self.calls)
+
+
+def test_measuring_is_cached_beside_the_data(tmp_path):
+    meter, data = Meter(), [to_record(e) for e in text_examples(20)]
+    kwargs = {"name": "train", "folder": tmp_path, "fallback": tmp_path / "elsewhere"}
+    first = measure(data, meter, "key", **kwargs)
+    assert meter.calls == 20 and first.prompt.tolist()[:2] == [2, 2] and first.prompt[19] == 3
+    assert measure(data, meter, "key", **kwargs).rows().tolist() == first.rows().tolist()
+    assert meter.calls == 20
+    assert len(list(tmp_path.glob("sizes-train-*.npz"))) == 1
+    measure(data, meter, "other key", **kwargs)
+    assert meter.calls == 40
+    measure([to_record(e) for e in text_examples(20, "v")], meter, "key", **kwargs)
+    assert meter.calls == 60  # another data set at the same place
+    for file in tmp_path.glob("*.npz"):
+        file.write_bytes(b"broken")
+    assert measure(data, meter, "key", **kwargs).prompt.tolist() == first.prompt.tolist()
+    assert meter.calls == 80 and not list(tmp_path.glob("*.tmp"))
+
+
+def test_measuring_falls_back_where_the_data_cannot_be_written(tmp_path, monkeypatch):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    os.chmod(folder, stat.S_IRUSR | stat.S_IXUSR)
+    real = plans.measure.__globals__["tempfile"].mkstemp
+
+    def mkstemp(dir, suffix):  # root may write anywhere
+        if os.fspath(dir) == os.fspath(folder):
+            raise PermissionError(13, "read only")
+        return real(dir=dir, suffix=suffix)
+
+    monkeypatch.setattr(plans.measure.__globals__["tempfile"], "mkstemp", mkstemp)
+    meter = Meter()
+    kwargs = {"name": "train", "folder": folder, "fallback": tmp_path / "cache"}
+    for _ in range(2):
+        measure(text_examples(5), meter, "key", **kwargs)
+    assert meter.calls == 5 and not list(folder.iterdir())
+    assert len(list((tmp_path / "cache").rglob("*.npz"))) == 1
+
+
+def test_measuring_names_the_broken_example():
+    def size_of(example):
+        if example.id == "e3":
+            raise ValueError("not a readable image")
+        return (2, 0, 0, 1, 1, 1, 1)
+
+    with pytest.raises(UserError, match=r"^train: example 3 \(e3\): not a readable image$"):
+        measure(text_examples(5), size_of, "key", name="train")

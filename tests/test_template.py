@@ -1,0 +1,237 @@
+"""Chat template and tokenizer; `make_model_folder` also serves the pipeline's tests."""
+
+import json
+import pickle
+
+import pytest
+
+from jrm_jax.data.images import Processor
+from jrm_jax.data.schema import Image, Text
+from jrm_jax.data.template import (
+    IM_END,
+    IM_START,
+    IMAGE_PAD,
+    REWARD,
+    VISION_END,
+    VISION_START,
+    Template,
+    Token,
+    load_tokenizer,
+    protocol_stamp,
+    render,
+    save_tokenizer,
+    template_hash,
+)
+from jrm_jax.errors import UserError
+
+QWEN_PIECES = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+CORPUS = (
+    "Make the red circle blue. system user assistant Result: Judge how well the edit follows the"
+    " instruction and preserves the rest.\nThe circle is blue as asked.\nfollowing nine quality ten"
+)
+SPECIAL = ["<|endoftext|>", IM_START, IM_END, VISION_START, VISION_END, IMAGE_PAD, "<|video_pad|>"]
+ROWS = 400
+A, B = Image(b"a"), Image(b"b")
+
+
+def make_model_folder(folder, patch=8, **processor):
+    """Tokenizer and image processor in the layout of a Qwen-VL folder."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
+    from tokenizers import pre_tokenizers as pre
+    from tokenizers.trainers import BpeTrainer
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre.Sequence(
+        [
+            pre.Split(Regex(QWEN_PIECES), "isolated"),
+            pre.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    trainer = BpeTrainer(
+        vocab_size=380, initial_alphabet=sorted(pre.ByteLevel.alphabet()), show_progress=False
+    )
+    backend.train_from_iterator([CORPUS] * 3, trainer)
+    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL])
+    backend.add_tokens([AddedToken("<think>", special=False, normalized=False)])
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token=str(IM_END), pad_token="<|endoftext|>"
+    )
+    wrapped.save_pretrained(folder)
+    fields = {"patch_size": patch, "merge_size": 2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    fields |= {"size": {"shortest_edge": 256, "longest_edge": 4096}, **processor}
+    (folder / "preprocessor_config.json").write_text(json.dumps(fields))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_model_folder(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    return load_tokenizer(folder, ROWS)
+
+
+def plain(pieces):
+    return ["IMAGE" if isinstance(p, Image) else p for p in pieces]
+
+
+def test_layout():
+    prompt, candidates = Template().split([Text("Make it blue."), A], [[B], [Text("No."), B]])
+    assert render(prompt) == (
+        "<|im_start|>system\nJudge how well the edit follows the instruction and preserves the"
+        " rest.<|im_end|>\n<|im_start|>user\nMake it blue.<|vision_start|><|image_pad|>"
+        "<|vision_end|>"
+    )
+    end = "<|im_end|>\n<|im_start|>assistant\n<|reward|>"
+    vision = "<|vision_start|><|image_pad|><|vision_end|>"
+    assert render(candidates[0]) == f"\nResult:{vision}{end}"
+    assert render(candidates[1], [3]) == (
+        f"\nResult:\nNo.<|vision_start|>{IMAGE_PAD * 3}<|vision_end|>{end}"
+    )
+    assert all(isinstance(p, (Token, Image)) or type(p) is str for p in prompt)
+
+
+@pytest.mark.parametrize(
+    "parts", [[A, Text("Make it blue.")], [Text("Draw a cat.")], [Text("One."), Text("Two.")]]
+)
+def test_prompt_is_cut_behind_a_special_token(parts):
+    """The tail of a prompt that ends in text moves into every candidate."""
+    prompt, candidates = Template().split(parts, [[A], [B]])
+    assert isinstance(prompt[-1], Token)
+    assert prompt[-1] == (VISION_END if isinstance(parts[0], Image) else IM_START)
+    whole = {render([*prompt, *candidate]) for candidate in candidates}
+    assert len(whole) == 1
+    words = "\n".join(part.text for part in parts if isinstance(part, Text))
+    assert f"{words}\nResult:" in whole.pop()
+    assert words in candidates[0][0] and type(candidates[0][1]) is not str
+
+
+def test_empty_rubric_leaves_the_system_turn_out():
+    prompt, _ = Template(rubric="").split([A], [[B], [B]])
+    assert render(prompt).startswith("<|im_start|>user\n<|vision_start|>")
+
+
+TEXTS = [
+    "Make the red circle blue.",
+    "line\n\n  two \n",
+    "naïve e\u0301\u00e9 ﬁ 東京 🙂 ½",
+    " it's  40%...\r\n",
+    "\n",
+    "'ll don't",
+]
+
+
+def encode_pieces(tokenizer, pieces):
+    ids = []
+    for piece in pieces:
+        if isinstance(piece, Image):
+            ids.append(tokenizer.image_id)
+        elif isinstance(piece, Token):
+            ids.append(tokenizer.ids[piece])
+        else:
+            ids += tokenizer.encode_text(piece)
+    return ids
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_pieces_tokenise_as_the_whole(folder, tokenizer, tmp_path, text):
+    """Against the tokenizer as transformers loads it from an exported folder."""
+    from transformers import AutoTokenizer
+
+    save_tokenizer(folder, tmp_path, ROWS)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    for parts in ([Text(text), A], [A, Text(text)], [Text(text), Text(text)]):
+        for answer in ([B], [Text(text), B], [B, Text(text)], [Text(text)]):
+            prompt, (candidate, _) = Template().split(parts, [answer, [A]])
+            critique = tokenizer.encode_critique(text)[0]
+            pieces = [*prompt, *candidate]
+            whole = render(pieces) + text + IM_END
+            ids = [*encode_pieces(tokenizer, pieces), *critique, tokenizer.end_id]
+            assert ids == theirs(whole, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize(
+    "name", [REWARD, IMAGE_PAD, IM_END, VISION_START, "<|endoftext|>", "<think>"]
+)
+def test_user_text_never_becomes_a_special_token(tokenizer, name):
+    text = f"Make {name} blue{name}"
+    base = 380  # learned pieces end here
+    for copy in (tokenizer, pickle.loads(pickle.dumps(tokenizer))):
+        ids = copy.encode_text(str(text))
+        assert max(ids) < base and not set(ids) & set(copy.ids.values())
+        assert copy.decode(ids) == text
+        assert max(copy.encode_critique(str(text))[0]) < base
+
+
+def test_reward_token_takes_the_first_unused_row(folder, tokenizer, tmp_path):
+    from transformers import AutoTokenizer
+
+    used = len(AutoTokenizer.from_pretrained(folder))
+    assert tokenizer.reward_id == used
+    assert load_tokenizer(folder, used + 1).reward_id == used
+    with pytest.raises(UserError, match="none is left for <|reward|>".replace("|", r"\|")):
+        load_tokenizer(folder, used)
+    save_tokenizer(folder, tmp_path, ROWS)
+    again = load_tokenizer(tmp_path, used + 1)  # an export keeps its row
+    assert again.reward_id == used and again.digest == tokenizer.digest
+
+
+def test_score_line_is_found(tokenizer):
+    ids, before = tokenizer.encode_critique("Good é.\nfollowing nine")
+    assert tokenizer.decode(ids[:before]) == "Good é.\n"
+    assert tokenizer.decode(ids[before:]) == "following nine"
+    assert tokenizer.encode_critique("following nine")[1] == 0
+    ids, before = tokenizer.encode_critique("a\nb\nnine\n")
+    assert tokenizer.decode(ids[before:]).strip() == "nine"
+    assert tokenizer.encode_critique("a\nb\nnine\n") is tokenizer.encode_critique("a\nb\nnine\n")
+
+
+def test_cache_is_bounded(folder):
+    tokenizer = load_tokenizer(folder, ROWS)
+    tokenizer.CACHE_SIZE = 10
+    first = tokenizer.encode_text("0 1")
+    for number in range(100):
+        tokenizer.encode_text(f"{number} 1")
+        tokenizer.encode_critique(f"{number} 1")
+    assert len(tokenizer._texts) <= 10 and len(tokenizer._critiques) <= 10
+    assert tokenizer.encode_text("0 1") == first
+
+
+def test_folders_that_do_not_do(tmp_path):
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    with pytest.raises(UserError, match="not found"):
+        load_tokenizer(tmp_path / "absent", ROWS)
+    with pytest.raises(UserError, match="no usable tokenizer"):
+        load_tokenizer(tmp_path, ROWS)
+    other = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match=r"has no <\|im_start\|>"):
+        load_tokenizer(tmp_path / "other", ROWS)
+
+
+def test_stamp_changes_with_what_it_stands_for(tokenizer):
+    base = (Template(), tokenizer, Processor(8, 2, 256, 4096), "mrope", ("overall",))
+    stamp = protocol_stamp(*base)
+    assert json.loads(json.dumps(stamp)) == stamp
+    assert stamp["reward_token_id"] == tokenizer.reward_id
+    for place, other in (
+        (0, Template(rubric="Judge.")),
+        (0, Template(result="\nEdited:")),
+        (2, Processor(8, 2, 256, 8192)),
+        (3, "1d"),
+        (4, ("overall", "quality")),
+    ):
+        changed = [*base]
+        changed[place] = other
+        assert protocol_stamp(*changed) != stamp
+    assert template_hash(Template()) == template_hash(Template()) == stamp["template"]
