@@ -25,15 +25,15 @@ def get_config(arg: str | None = None):
         config.variant = "describe"
         config.backbone.random = True
         config.data.world.kind = "descriptions"
-        config.data.world.train = 28_800
+        config.data.world.train = 20_480
         config.data.world.valid = 256
         config.data.world.test = config.data.world.hard = 0
         config.data.max_critique = 48  # the few longer descriptions would widen every batch
         config.data.skip_large = True
         config.batch_size = 16
-        config.total_steps = 1800
+        config.total_steps = 1200
         config.eval_interval = config.save_interval = 300
-        config.optimizer.learning_rate = 2e-3
+        config.optimizer.learning_rate = 1.5e-3
         config.optimizer.warmup_steps = 100
     config.name = "generative"
     config.loss.preference_weight = 0.0

@@ -10,8 +10,10 @@ chosen metric are kept; a metric that is not finite ranks last.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import math
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -25,6 +27,7 @@ from jrm_jax.errors import UserError
 
 RANK = "rank"  # the number by which Orbax ranks; always finite
 WORST = -1e30
+UNFINISHED = "*.orbax-checkpoint-tmp*"
 
 
 class Checkpoints:
@@ -133,15 +136,18 @@ class Checkpoints:
 def open_checkpoints(folder: Path, say: Callable[[str], None] = print) -> Iterator[Checkpoints]:
     """The checkpoints in `folder`, which is made if need be; half-written ones are ignored."""
     for name in ("absl", "orbax"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # their errors are raised as well
+    _clean(folder, say)
     options = ocp.CheckpointManagerOptions(
+        best_fn=_read_rank,  # without it Orbax does not write the metrics
         preservation_policy=policies.AnyPreservationPolicy(
             [
                 policies.LatestN(2),
-                policies.BestN(get_metric_fn=lambda metrics: metrics[RANK], n=1),
+                policies.BestN(
+                    get_metric_fn=_read_rank, n=1, keep_checkpoints_without_metrics=False
+                ),
             ]
         ),
-        cleanup_tmp_directories=jax.process_count() == 1,
     )
     try:
         manager = ocp.CheckpointManager(folder.resolve(), options=options)
@@ -156,6 +162,24 @@ def open_checkpoints(folder: Path, say: Callable[[str], None] = print) -> Iterat
         else:
             with contextlib.suppress(Exception):
                 manager.close()
+
+
+def _read_rank(metrics: Mapping[str, float]) -> float:
+    return metrics[RANK]
+
+
+def _clean(folder: Path, say: Callable[[str], None]) -> None:
+    """Remove half-written checkpoints, and damaged metrics, which Orbax could not open."""
+    if jax.process_count() > 1:
+        return
+    for path in folder.glob(UNFINISHED):
+        shutil.rmtree(path, ignore_errors=True)
+    for path in folder.glob("*/metrics/metrics"):
+        try:
+            float(json.loads(path.read_text())[RANK])
+        except (OSError, ValueError, KeyError, TypeError):
+            say(f"WARNING: {path} is damaged: that checkpoint ranks last")
+            path.unlink()
 
 
 def _one_line(error: BaseException) -> str:

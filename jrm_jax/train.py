@@ -29,7 +29,7 @@ from jrm_jax.errors import UserError
 from jrm_jax.metrics import Accumulator, Writer, duration
 
 CONFIG, RESULTS = "config.json", "results.json"
-STOPPED = 143  # exit status after SIGTERM: 128 + 15
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 SCALARS = ("loss", "grad_norm", "param_norm")
 
 
@@ -40,7 +40,8 @@ def run(config: ConfigDict, workdir: Path) -> int:
         UserError: bad input, a changed config, a non-finite loss, a full disk.
     """
     leader = jax.process_index() == 0
-    _claim_workdir(config, workdir, leader)
+    text = config.to_json_best_effort(indent=2, sort_keys=True) + "\n"
+    _check_workdir(workdir, text)
     if (workdir / RESULTS).exists():
         if leader:
             print(f"{workdir} is finished; its results:")
@@ -48,25 +49,30 @@ def run(config: ConfigDict, workdir: Path) -> int:
         return 0
     stop = _StopRequest()
     with stop, open_checkpoints(workdir / "checkpoints") as checkpoints:
-        return _Run(config, workdir, checkpoints, stop, leader).train()
+        training = _Run(config, workdir, checkpoints, stop, leader)
+        if leader:  # only now: a config that cannot start may be corrected
+            (workdir / CONFIG).write_text(text)
+        return training.train()
 
 
 class _StopRequest:
-    """SIGTERM asks for a stop after the step; a second one ends the process at once."""
+    """SIGTERM or Ctrl-C asks for a stop after the step; a second one ends the process at once."""
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked = 0  # the signal
 
     def __enter__(self) -> _StopRequest:
-        self._before = signal.signal(signal.SIGTERM, self._ask)
+        self._before = {number: signal.signal(number, self._ask) for number in STOP_SIGNALS}
         return self
 
-    def _ask(self, *_: Any) -> None:
-        self.asked = True
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    def _ask(self, number: int, _: Any) -> None:
+        self.asked = number
+        for each in STOP_SIGNALS:
+            signal.signal(each, signal.SIG_DFL)
 
     def __exit__(self, *_: Any) -> None:
-        signal.signal(signal.SIGTERM, self._before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
 
 class _Run:
@@ -152,7 +158,8 @@ class _Run:
             with batches:
                 for step in range(self.start, total + 1):
                     due_eval = step % config.eval_interval == 0 or step == total
-                    due_save = step % config.save_interval == 0 or step == total or self.stop.asked
+                    due_save = step % config.save_interval == 0 or step == total
+                    due_save = due_save or bool(self.stop.asked)
                     due_log = step % config.log_interval == 0 or step == total
                     if step > self.start:
                         if (due_eval or due_save or due_log) and pending is not None:
@@ -172,10 +179,10 @@ class _Run:
                         window_began += time.monotonic() - paused
                     if self.stop.asked and step > self.start:
                         self.writer.say(
-                            f"stopped by SIGTERM after step {step}, which is saved; "
-                            "run the same command to go on"
+                            f"stopped by {signal.Signals(self.stop.asked).name} after step {step}, "
+                            "which is saved; run the same command to go on"
                         )
-                        return STOPPED
+                        return 128 + self.stop.asked
                     if step == total:
                         break
                     batch = next(batches)
@@ -334,25 +341,15 @@ def _json_safe(values: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _claim_workdir(config: ConfigDict, workdir: Path, leader: bool) -> None:
-    """Write config.json, or compare with the one that is there."""
-    text = config.to_json_best_effort(indent=2, sort_keys=True) + "\n"
+def _check_workdir(workdir: Path, text: str) -> None:
+    """Raise UserError if `workdir` belongs to a run with another config."""
     path = workdir / CONFIG
-    if path.exists():
-        before = path.read_text()
-        if before != text:
-            raise UserError(
-                f"{workdir} belongs to a run with another config ("
-                f"{_difference(json.loads(before), json.loads(text))}): "
-                "use the same config to go on, or another --workdir"
-            )
-        return
-    if leader:
-        try:
-            workdir.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
-        except OSError as error:
-            raise UserError(f"{path} cannot be written ({error.strerror})") from error
+    if path.exists() and path.read_text() != text:
+        raise UserError(
+            f"{workdir} belongs to a run with another config ("
+            f"{_difference(json.loads(path.read_text()), json.loads(text))}): "
+            "use the same config to go on, or another --workdir"
+        )
 
 
 def _difference(before: dict, now: dict) -> str:

@@ -168,10 +168,13 @@ def test_plain_png_path_is_exact_or_not_taken():
 def test_cap_override(tmp_path):
     folder = write(tmp_path / "model", QWEN3)
     data = encoded(picture("RGB", 640, 480))
-    for cap in (1, 2, 7, 40):
+    small = [encoded(picture("RGB", *size)) for size in ((20, 20), (40, 30), (64, 64), (50, 70))]
+    for cap in (1, 2, 4, 5, 7, 40):
         processor = load_processor(folder, max_visual_tokens=cap)
+        assert processor.min_pixels <= 4096 and processor.max_pixels == cap * 1024
         assert 0 < processor.measure(data) // 4 <= cap
         assert len(processor.encode(data)[0]) == processor.measure(data)
+        assert all(processor.measure(data) // 4 <= cap for data in small)
     with pytest.raises(UserError, match="at least 1"):
         load_processor(folder, max_visual_tokens=0)
 

@@ -1,8 +1,7 @@
-"""Batches: every array against a plain reading of the example, and the iterator."""
+"""Batches: every array against a plain reading of the example."""
 
 import dataclasses
 import io
-import pickle
 
 import numpy as np
 import pytest
@@ -12,15 +11,13 @@ from test_template import ROWS, make_model_folder
 from jrm_jax.data.images import load_processor
 from jrm_jax.data.pipeline import (
     Encoder,
-    HostBatch,
     assemble_batch,
     make_encoder,
-    make_iterator,
     repeat_prompt,
 )
-from jrm_jax.data.plan import Bucket, Plan, Source, eval_plan, make_buckets, measure
-from jrm_jax.data.schema import Candidate, Image, PreferenceExample, Text, to_record
-from jrm_jax.data.template import Token, load_tokenizer, render
+from jrm_jax.data.plan import Bucket, make_buckets, measure
+from jrm_jax.data.schema import Candidate, Image, PreferenceExample, Text
+from jrm_jax.data.template import Token, load_tokenizer
 from jrm_jax.errors import UserError
 from jrm_jax.model.config import BackboneConfig, VisionConfig
 from jrm_jax.model.rope import image_tables, mrope_positions
@@ -146,13 +143,30 @@ def expected_row(encoder, pieces, critique):
     return tokens, runs, owner
 
 
+def check_row(encoder, batch, kind, at, tokens, positions):
+    found, count = batch[f"{kind}_tokens"][at], len(tokens)
+    assert found.tolist() == tokens + [encoder.tokenizer.pad_id] * (len(found) - count)
+    np.testing.assert_array_equal(batch[f"{kind}_positions"][at][:, :count], positions)
+    assert not batch[f"{kind}_positions"][at][:, count:].any()
+    assert batch[f"{kind}_segments"][at].tolist() == [1] * count + [0] * (len(found) - count)
+
+
+def check_visual(encoder, found, images, first, owner):
+    """`owner`: the sequence slots of each picture, of which the group's `first` comes first."""
+    visual = np.full(len(found), -1)
+    for number, slots in enumerate(owner, first):
+        grid = encoder.processor.encode(images[number])[1]
+        token_slots = image_tables(grid, encoder.vision).token_slots
+        visual[slots] = number * (BUCKET.patches // 4) + token_slots
+    np.testing.assert_array_equal(found, visual)
+
+
 @pytest.mark.parametrize("family", VISION)
 @pytest.mark.parametrize("positions", ["mrope", "1d"])
 def test_contents(encoder, family, positions):
     own = replace(encoder, vision=VISION[family], positions=positions)
     groups = [example(1), example(2, sizes=((32, 32), (48, 64), (40, 40), (64, 64), (32, 32)))]
     batch = assemble_batch([own.encode_example(g) for g in groups], BUCKET, own, [70, 71])
-    pad, V = own.tokenizer.pad_id, BUCKET.patches // 4
     assert batch["example_index"].tolist() == [70, 71]
     for b, group in enumerate(groups):
         head, bodies = own.template.split(group.prompt, [c.parts for c in group.candidates])
@@ -161,33 +175,15 @@ def test_contents(encoder, family, positions):
         images += [p.data for c in group.candidates for p in c.parts if isinstance(p, Image)]
         image = len(prompt_owner)
 
-        def check(kind, at, tokens, owner, first_image, where, visible=len(images)):
-            count = len(tokens)
-            arrays = {
-                name: batch[f"{kind}_{name}"][at]
-                for name in ("tokens", "positions", "segments", "visual")
-            }
-            assert arrays["tokens"].tolist()[:count] == tokens
-            assert (arrays["tokens"][count:] == pad).all()
-            np.testing.assert_array_equal(arrays["positions"][:, :count], where)
-            assert (arrays["positions"][:, count:] == 0).all()
-            assert arrays["segments"].tolist() == [1] * count + [0] * (
-                len(arrays["segments"]) - count
-            )
-            visual = np.full(len(arrays["visual"]), -1)
-            for number, slots in enumerate(owner):
-                grid = own.processor.encode(images[first_image + number])[1]
-                tables = image_tables(grid, own.vision)
-                visual[slots] = (first_image + number) * V + tables.token_slots
-            np.testing.assert_array_equal(arrays["visual"], visual)
-
         where, after = mrope_positions(prompt_runs, 0, positions)
-        check("prompt", b, prompt, prompt_owner, 0, where)
+        check_row(own, batch, "prompt", b, prompt, where)
+        check_visual(own, batch["prompt_visual"][b], images, 0, prompt_owner)
         for k, (body, candidate) in enumerate(zip(bodies, group.candidates, strict=True)):
             tokens, runs, owner = expected_row(own, body, candidate.critique)
             both, _ = mrope_positions(prompt_runs + runs, 0, positions)
             assert both[:, len(prompt)].tolist() == [after] * 3  # text follows
-            check("candidate", (b, k), tokens, owner, image, both[:, len(prompt) :])
+            check_row(own, batch, "candidate", (b, k), tokens, both[:, len(prompt) :])
+            check_visual(own, batch["candidate_visual"][b, k], images, image, owner)
             image += len(owner)
 
             reward = tokens.index(own.tokenizer.reward_id)
@@ -349,16 +345,6 @@ def test_measured_sizes_fit_exactly(encoder, make, language):
             assemble_batch([encoded], dataclasses.replace(bucket, **{field.name: less}), own)
 
 
-def test_key_changes_with_what_sizes_depend_on(encoder):
-    keys = {
-        encoder.key,
-        replace(encoder, template=dataclasses.replace(encoder.template, rubric="x")).key,
-        replace(encoder, processor=dataclasses.replace(encoder.processor, max_pixels=512)).key,
-    }
-    assert len(keys) == 3
-    assert replace(encoder, language=False).key == encoder.key  # both are measured at once
-
-
 def test_prompt_repeated(encoder):
     groups = [encoder.encode_example(example(s)) for s in (1, 2)] + [None]
     batch = assemble_batch(groups, BUCKET, encoder)
@@ -394,111 +380,6 @@ def test_prompt_repeated(encoder):
         assert array.dtype == batch[key].dtype, key
 
 
-# The iterator
-
-
-@pytest.fixture(scope="module")
-def run(encoder):
-    """(plan, data set of records, encoder): two buckets, 22 groups."""
-    small = [example(s) for s in range(12)]
-    large = [example(s, sizes=((32, 32),) * 5) for s in range(12, 22)]
-    records = [to_record(e) for e in small + large]
-    sizes = measure(records, encoder.sizes, encoder.key, name="train")
-    buckets = make_buckets([sizes], language=True)
-    assert len(buckets) == 2
-    return Plan([Source(sizes)], buckets, 4, 0), records, encoder
-
-
-def take(count, *args, **kwargs):
-    with make_iterator(*args, **kwargs) as batches:
-        return [next(batches) for _ in range(count)]
-
-
-def test_iterator_follows_the_plan(run):
-    plan, records, encoder = run
-    got = take(8, plan, [records], encoder, start=3)
-    for step, batch in enumerate(got, 3):
-        bucket, ids = plan.batch(step)
-        assert batch["example_index"].tolist() == ids.tolist()
-        assert batch["candidate_tokens"].shape == (4, bucket.candidates, bucket.candidate)
-        equal(batch, HostBatch(plan, (records,), encoder)(step))
-    later = take(2, plan, [records], encoder, start=9)  # resumed: nothing but the step is needed
-    equal(later[0], got[6])
-
-
-def test_hosts_together_equal_one(run):
-    plan, records, encoder = run
-    whole = take(6, plan, [records], encoder)
-    for hosts in (2, 4):
-        parts = [
-            take(6, plan, [records], encoder, process_index=h, process_count=hosts, threads=1)
-            for h in range(hosts)
-        ]
-        for step in range(6):
-            rows = [part[step] for part in parts]
-            equal({k: np.concatenate([r[k] for r in rows]) for k in rows[0]}, whole[step])
-    with pytest.raises(UserError, match="does not divide over 3 hosts"):
-        make_iterator(plan, [records], encoder, process_count=3)
-
-
-def test_worker_processes_change_nothing(run):
-    plan, records, encoder = run
-    alone = take(7, plan, [records], encoder, start=2)
-    batches = make_iterator(plan, [records], encoder, start=2, workers=2)
-    for batch in alone:
-        equal(next(batches), batch)
-    batches.close()
-    batches.close()
-    assert next(batches, None) is None
-
-
-def test_eval_iterator_ends(run):
-    plan, records, encoder = run
-    plan = eval_plan([Source(measure(records, encoder.sizes, encoder.key, name="v"))],
-                     plan.buckets, 8)  # fmt: skip
-    batches = list(make_iterator(plan, [records], encoder))
-    assert len(batches) == len(plan) == 4
-    ids = np.concatenate([b["example_index"] for b in batches])
-    assert sorted(ids[ids >= 0]) == list(range(22)) and (ids < 0).sum() == 10
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_broken_picture_is_named(run, workers):
-    plan, records, encoder = run
-    records = [dict(record) for record in records]
-    broken = next(i for i in range(22) if i not in plan.batch(0)[1])
-    step = next(s for s in range(99) if broken in plan.batch(s)[1])
-    image = records[broken]["images"][0]
-    records[broken]["images"] = [image[: len(image) // 2], *records[broken]["images"][1:]]
-    words = rf"^example {broken} \(ex-{broken}\): not a readable image"
-    batches = make_iterator(plan, [records], encoder, workers=workers)
-    for _ in range(step):
-        next(batches)
-    with pytest.raises(UserError, match=words) as error:
-        next(batches)
-    assert "\n" not in str(error.value)
-    assert next(batches, None) is None
-
-
-def test_several_data_sets(run):
-    plan, records, encoder = run
-    first, second = records[:12], records[12:]
-    sizes = [measure(part, encoder.sizes, encoder.key, name="x") for part in (first, second)]
-    mixed = Plan([Source(sizes[0]), Source(sizes[1], 2)], plan.buckets, 4, 0)
-    for step in range(mixed.steps_per_epoch):
-        batch = HostBatch(mixed, (first, second), encoder)(step)
-        single = HostBatch(mixed, (first, second), pickle.loads(pickle.dumps(encoder)))(step)
-        equal(batch, single)
-        for b, number in enumerate(batch["example_index"]):
-            alone = assemble_batch(
-                [encoder.encode_example(example(
-                    int(number), *([((32, 32),) * 5] if number >= 12 else [])
-                ))],
-                mixed.batch(step)[0], encoder, [number],
-            )  # fmt: skip
-            equal({k: v[b : b + 1] for k, v in batch.items()}, alone)
-
-
 def test_make_encoder_checks_the_folder(folder, encoder):
     vision = VISION["qwen3_vl"]
 
@@ -515,13 +396,3 @@ def test_make_encoder_checks_the_folder(folder, encoder):
     other = dataclasses.replace(good, vision=dataclasses.replace(vision, patch=16))
     with pytest.raises(UserError, match="patches of 8"):
         make_encoder(folder, other)
-
-
-def test_whole_text_of_an_example(encoder):
-    """What the batch holds, decoded, reads like the template."""
-    group = example(1)
-    head, bodies = encoder.template.split(group.prompt, [c.parts for c in group.candidates])
-    assert render([*head, *bodies[0]]).endswith(
-        "Make the circle blue 1.<|vision_start|><|image_pad|><|vision_end|>\nResult:"
-        "<|vision_start|><|image_pad|><|vision_end|><|im_end|>\n<|im_start|>assistant\n<|reward|>"
-    )

@@ -179,6 +179,8 @@ def test_mixture_weights():
             step += 1
         assert set(seen) == set(i for i in counts if counts[i])
     assert [rotated[i] for i in range(50, 80)] == [2] * 30  # 5 epochs of 0.4: all, twice
+    thirds = [set(plan._members_of(epoch)) for epoch in (0, 5)]
+    assert thirds[0] != thirds[1]  # where the rotation begins again, the order is another
     assert plan.locate(45) == (1, 5) and plan.locate(50) == (2, 0) and plan.locate(0) == (0, 0)
     fresh = Plan(sources, buckets, 4, 0)
     assert fresh.batch(step - 1)[1].tolist() == plan.batch(step - 1)[1].tolist()

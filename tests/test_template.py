@@ -161,9 +161,11 @@ def test_pieces_tokenise_as_the_whole(folder, tokenizer, tmp_path, text):
 @pytest.mark.parametrize(
     "name", [REWARD, IMAGE_PAD, IM_END, VISION_START, "<|endoftext|>", "<think>"]
 )
-def test_user_text_never_becomes_a_special_token(tokenizer, name):
+def test_user_text_never_becomes_a_special_token(folder, tokenizer, name):
+    from transformers import AutoTokenizer
+
     text = f"Make {name} blue{name}"
-    base = 380  # learned pieces end here
+    base = min(AutoTokenizer.from_pretrained(folder).get_added_vocab().values())
     for copy in (tokenizer, pickle.loads(pickle.dumps(tokenizer))):
         ids = copy.encode_text(str(text))
         assert max(ids) < base and not set(ids) & set(copy.ids.values())

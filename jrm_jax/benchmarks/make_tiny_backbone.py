@@ -1,10 +1,16 @@
-"""Make the tiny Qwen3-VL backbone's folder: config, tokenizer, image processor, random weights.
+"""Make the tiny Qwen3-VL backbone's folder: config, tokenizer, image processor, weights.
 
-    python -m jrm_jax.benchmarks.make_tiny_backbone --out=FOLDER [--hidden=128 ...]
+The packaged folder, jrm_jax/assets/tiny_qwen3_vl, was made by these three commands (seed 0):
+
+    python -m jrm_jax.benchmarks.make_tiny_backbone --out=FOLDER --no-weights
+    python -m jrm_jax.main --config=configs/generative.py:describe --config.backbone.path=FOLDER
+    python -m jrm_jax.benchmarks.make_tiny_backbone --out=FOLDER --run=runs/generative-describe
 
 The folder has the layout of a Qwen3-VL folder on the Hugging Face hub. The tokenizer is a
 byte-level BPE trained on the words of the built-in world, so that each of its words is one token
-while any other text still encodes. Pretraining on scene descriptions comes afterwards.
+while any other text still encodes. The second command pretrains on descriptions of pictures; the
+third writes the weights of its best step into the folder. Without --no-weights or --run the weights
+are random.
 """
 
 from __future__ import annotations
@@ -211,6 +217,31 @@ def save_random_weights(folder: pathlib.Path, seed: int) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
+def save_run_weights(folder: pathlib.Path, run: pathlib.Path) -> int:
+    """The backbone of a pretraining run's best step; returns the step."""
+    import jax
+
+    from jrm_jax.checkpoint import open_checkpoints
+    from jrm_jax.model.config import load_config
+    from jrm_jax.model.weights import abstract_params, save_params
+
+    config = load_config(folder)
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    width = config.text.hidden
+    tree = {
+        **abstract_params(config),
+        "reward_head": {"kernel": jax.ShapeDtypeStruct((width, 1), "float32")},
+        "reward_embedding": jax.ShapeDtypeStruct((width,), "float32"),
+    }
+    tree = {name: leaf for name, leaf in tree.items() if leaf != {}}
+    tree = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), tree)
+    with open_checkpoints(run / "checkpoints") as checkpoints:
+        step, params, _, _ = checkpoints.restore(tree, step=checkpoints.best_step())
+    backbone = {"backbone": params["backbone"], "language_head": params.get("language_head", {})}
+    save_params(folder, backbone, config, max_shard_bytes=1 << 30, dtype="float32")
+    return step
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=pathlib.Path, required=True, help="folder to write")
@@ -219,6 +250,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--corpus", type=int, default=1500, help="training groups whose text it reads"
     )
     parser.add_argument("--no-weights", action="store_true", help="config and tokenizer only")
+    parser.add_argument("--run", type=pathlib.Path, help="pretraining run whose weights to write")
     for name, size in (
         ("hidden", 128), ("layers", 5), ("heads", 4), ("kv-heads", 2), ("head-dim", 32),
         ("mlp", 256), ("vision-hidden", 96), ("vision-depth", 2), ("vision-heads", 4),
@@ -233,6 +265,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    if args.run:
+        print(f"{args.out}: weights of step {save_run_weights(args.out, args.run)} of {args.run}")
+        return
     args.out.mkdir(parents=True, exist_ok=True)
     ids = save_tokenizer(args.out, args.corpus, args.seed)
     files = {

@@ -219,7 +219,9 @@ def load_processor(folder: str | Path, max_visual_tokens: int | None = None) -> 
     """Read `preprocessor_config.json` (or the newer `processor_config.json`) of a folder.
 
     Args:
-        max_visual_tokens: visual tokens a picture may have at most; replaces the folder's cap.
+        max_visual_tokens: visual tokens a picture may have at most; replaces the folder's cap and
+            lowers its floor to a quarter of it. As in the original rule, a picture much longer than
+            wide may still exceed it.
 
     Raises:
         UserError: no such file, or it asks for something other than the Qwen2-VL processing.
@@ -260,11 +262,12 @@ def load_processor(folder: str | Path, max_visual_tokens: int | None = None) -> 
         if max_visual_tokens < 1:
             raise UserError(f"max_visual_tokens is {max_visual_tokens}, must be at least 1")
         high = max_visual_tokens * (patch * merge) ** 2
+        # Growing rounds up: with the floor near the cap, small pictures would grow beyond it.
+        low = min(low, max(1, high // 4))
     return Processor(
         patch=patch,
         merge=merge,
-        # The floor gives way to the cap, else small pictures would grow beyond it.
-        min_pixels=min(low, high),
+        min_pixels=low,
         max_pixels=high,
         mean=triple("image_mean", _CLIP_MEAN) if normalised else (0.0, 0.0, 0.0),
         std=triple("image_std", _CLIP_STD) if normalised else (1.0, 1.0, 1.0),

@@ -1,0 +1,240 @@
+"""Pairs per second of one train step: this project's against two others, in one run.
+
+    python -m jrm_jax.benchmarks.train_step [--backbone=FOLDER] [--batch_size=16] [--out=FILE.json]
+
+    joint     one pass, prompt shared by the candidates, both losses (what training runs)
+    two-pass  the same code with the prompt repeated for every candidate and a pass for each loss:
+              ranking without critiques, then language
+    torch     `transformers`' own model, same losses in one pass, prompt repeated (torch_reference)
+
+All three see the same groups, the same weights, float32, and take an Adam step. The sides are timed
+in turns, so that a busy machine is busy for all; medians and their ratios are printed. The first
+step's losses must agree, or the comparison is refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from ml_collections import ConfigDict
+
+from configs import joint
+from jrm_jax import build
+from jrm_jax.benchmarks import torch_reference
+from jrm_jax.data.pipeline import repeat_prompt
+from jrm_jax.losses import combine, term_weights
+from jrm_jax.step import LossConfig, TrainState, make_forward, make_train_step
+
+LEARNING_RATE = 1e-3
+
+
+def make_config(args: argparse.Namespace) -> ConfigDict:
+    config = joint.get_config()
+    config.batch_size = args.batch_size
+    config.data.world.update({"train": 4 * args.batch_size, "valid": 0, "test": 0, "hard": 0})
+    config.optimizer.update({"learning_rate": LEARNING_RATE, "warmup_steps": 1})
+    if args.backbone:
+        config.backbone.path = args.backbone
+    return config
+
+
+class JaxSides:
+    """`joint` and `two_pass` over the same parameters and groups."""
+
+    def __init__(self, config: ConfigDict):
+        backbone_config = build.load_backbone_config(config)
+        self.config, self.mesh = config, build.make_mesh(config, backbone_config)
+        self.data = build.build_data(config, backbone_config, print)
+        encoder = self.data.encoder
+        backbone = build.make_backbone(
+            config, backbone_config, self.mesh, encoder.tokenizer.reward_id
+        )
+        self.state, (optimizer, _) = build.init_state(
+            config, backbone_config, self.mesh, encoder
+        )
+        settings = config.loss
+        self.loss = LossConfig(
+            settings.preference_weight, settings.language_weight, settings.margin, 0.0
+        )
+        mean, std = encoder.processor.mean, encoder.processor.std
+        self.forward = make_forward(backbone, mean, std, self.loss)
+        self.joint_step = jax.jit(make_train_step(self.forward, optimizer, self.loss))
+        ranking = make_forward(backbone, mean, std, self.loss._replace(language_weight=0.0))
+        language = make_forward(backbone, mean, std, self.loss._replace(preference_weight=0.0))
+        self.two_pass_step = jax.jit(self._two_pass(ranking, language, optimizer))
+        with build.batches(config, self.data, "train", self.mesh, 0, 4) as batches:
+            self.host_batches = list(batches)
+        self.short_batches = [self._without_critiques(batch) for batch in self.host_batches]
+
+    def _without_critiques(self, batch: dict) -> dict:
+        """The same groups as a discriminative run lays them out: nothing after <|reward|>."""
+        length = int(batch["reward_index"].max()) + 1
+        length += -length % self.config.data.round_to
+        short = dict(batch)
+        for name in ("tokens", "positions", "segments", "visual"):
+            short[f"candidate_{name}"] = batch[f"candidate_{name}"][..., :length]
+        after = np.arange(length) > batch["reward_index"][..., None]
+        short["candidate_segments"] = np.where(after, 0, short["candidate_segments"])
+        for name in ("index", "targets", "weights"):
+            short[f"critique_{name}"] = batch[f"critique_{name}"][..., :0]
+        return short
+
+    def _two_pass(self, ranking, language, optimizer):
+        loss = self.loss
+
+        def step(state: TrainState, short: dict, full: dict):
+            def objective(trainable, forward, batch):
+                terms = forward(trainable | {"language_head": {}}, batch).terms
+                coefficients = {
+                    "preference": loss.preference_weight,
+                    "language": loss.language_weight,
+                }
+                return combine(terms, coefficients, term_weights(batch))
+
+            first, ranking_grads = jax.value_and_grad(objective)(state.trainable, ranking, short)
+            second, language_grads = jax.value_and_grad(objective)(state.trainable, language, full)
+            grads = jax.tree.map(jnp.add, ranking_grads, language_grads)
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+            trainable = jax.tree.map(jnp.add, state.trainable, updates)
+            return TrainState(state.step + 1, trainable, state.frozen, opt_state), first + second
+
+        return step
+
+    def joint(self):
+        batches = [jax.tree.map(jnp.asarray, batch) for batch in self.host_batches]
+        state, count = self.state, 0
+
+        def run() -> float:
+            nonlocal state, count
+            state, metrics = self.joint_step(state, batches[count % len(batches)])
+            jax.block_until_ready(state)
+            count += 1
+            return float(metrics["loss"])
+
+        return run
+
+    def two_pass(self):
+        pairs = [
+            (jax.tree.map(jnp.asarray, repeat_prompt(short)),
+             jax.tree.map(jnp.asarray, repeat_prompt(full)))
+            for short, full in zip(self.short_batches, self.host_batches, strict=True)
+        ]  # fmt: skip
+        state, count = self.state, 0
+
+        def run() -> float:
+            nonlocal state, count
+            state, total = self.two_pass_step(state, *pairs[count % len(pairs)])
+            jax.block_until_ready(state)
+            count += 1
+            return float(total)
+
+        return run
+
+    def torch(self, folder: str):
+        encoder = self.data.encoder
+        reward_id = encoder.tokenizer.reward_id
+        params = jax.device_get(self.state.trainable)
+        model = torch_reference.load_model(folder, reward_id, params["reward_embedding"])
+        kernel = torch.nn.Parameter(torch.from_numpy(np.array(params["reward_head"]["kernel"])))
+        optimizer = torch.optim.AdamW(
+            [*model.parameters(), kernel], LEARNING_RATE, (0.9, 0.95), weight_decay=0.01
+        )
+        scale = encoder.processor.mean, encoder.processor.std
+        inputs = [torch_reference.unpack_sequences(batch, *scale) for batch in self.host_batches]
+        count = 0
+
+        def run() -> float:
+            nonlocal count
+            which = count % len(inputs)
+            loss, _ = torch_reference.joint_loss(
+                model, kernel, inputs[which], self.host_batches[which],
+                self.loss.preference_weight, self.loss.language_weight, reward_id,
+            )  # fmt: skip
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_([*model.parameters(), kernel], 1.0)
+            optimizer.step()
+            count += 1
+            return loss.item()
+
+        return run
+
+
+def flops(step, *args) -> float:
+    """FLOPs that the compiler counts for one step."""
+    return float(step.lower(*args).compile().cost_analysis().get("flops", float("nan")))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--backbone", default="", help="default: the packaged tiny one")
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(os.cpu_count())
+    config = make_config(args)
+    sides = JaxSides(config)
+    runs = {
+        "joint": sides.joint(),
+        "two-pass": sides.two_pass(),
+        "torch": sides.torch(config.backbone.path),
+    }
+    first = {name: run() for name, run in runs.items()}  # compiles, and must agree
+    for name, loss in first.items():
+        if abs(loss - first["joint"]) > 1e-3 * abs(first["joint"]):
+            raise SystemExit(f"error: first loss of {name}: {loss}, of joint: {first['joint']}")
+    for run in runs.values():
+        run()
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(args.rounds):
+        for name, run in runs.items():
+            began = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - began)
+    pairs = np.mean(
+        [np.triu(b["preference_weight"][..., 0], 1).astype(bool).sum() for b in sides.host_batches]
+    )
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    full = jax.tree.map(jnp.asarray, sides.host_batches[0])
+    short = jax.tree.map(jnp.asarray, repeat_prompt(sides.short_batches[0]))
+    counted = {
+        "joint": flops(sides.joint_step, sides.state, full),
+        "two-pass": flops(
+            sides.two_pass_step, sides.state, short,
+            jax.tree.map(jnp.asarray, repeat_prompt(sides.host_batches[0])),
+        ),
+    }  # fmt: skip
+    report = {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {jax.devices()[0].device_kind}",
+        "versions": {"jax": jax.__version__, "torch": torch.__version__},
+        "groups_per_step": args.batch_size,
+        "labelled_pairs_per_step": float(pairs),
+        "first_loss": first,
+        "seconds_per_step": {
+            name: {"min": min(v), "median": medians[name], "max": max(v)}
+            for name, v in times.items()
+        },
+        "pairs_per_second": {name: float(pairs) / medians[name] for name in runs},
+        "joint_is_faster_by": {
+            name: medians[name] / medians["joint"] for name in runs if name != "joint"
+        },
+        "gflop_per_step": {name: value / 1e9 for name, value in counted.items()},
+    }
+    print(json.dumps(report, indent=2))
+    if args.out:
+        args.out.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

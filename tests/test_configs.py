@@ -1,0 +1,144 @@
+"""Configs: all of them build; what is mistyped is refused in one line with a suggestion."""
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from ml_collections import ConfigDict
+
+from configs import discriminative, generative, joint
+from configs.common import REAL, TINY, base, parse_arg
+from jrm_jax.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+MODULES = {"joint": joint, "discriminative": discriminative, "generative": generative}
+
+
+def same_fields(config: ConfigDict, other: ConfigDict) -> bool:
+    def fields(tree, prefix=""):
+        for key, value in tree.items():
+            yield from fields(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else (
+                prefix + key,
+            )
+
+    return set(fields(config)) - {"name", "variant"} == set(fields(other))
+
+
+@pytest.mark.parametrize("variant", [None, "", *REAL])
+@pytest.mark.parametrize("name", MODULES)
+def test_every_config_builds(name, variant):
+    config = MODULES[name].get_config(*([] if variant is None else [variant]))
+    assert (config.name, config.variant) == (name, variant or "")
+    assert same_fields(config, base())
+    assert (config.backbone.path == TINY) == (not variant)
+    weights = (config.loss.preference_weight > 0, config.loss.language_weight > 0)
+    assert weights == {
+        "joint": (True, True), "discriminative": (True, False), "generative": (False, True)
+    }[name]  # fmt: skip
+    assert config.total_steps % config.save_interval == 0
+    config.lock().to_json_best_effort()
+
+
+def test_describe_pretrains_from_random_weights():
+    config = generative.get_config("describe")
+    assert config.variant == "describe" and config.backbone.random
+    assert config.data.world.kind == "descriptions" and not config.loss.preference_weight
+    assert same_fields(config, base())
+    for module in (joint, discriminative):
+        with pytest.raises(UserError, match="config variant 'describe'"):
+            module.get_config("describe")
+
+
+def test_the_baselines_differ_from_joint_in_their_losses_only():
+    wanted = joint.get_config().to_dict()
+    for module in (discriminative, generative):
+        found = module.get_config().to_dict()
+        assert [k for k in wanted if wanted[k] != found[k]] == ["loss", "name"]
+
+
+def test_parse_arg():
+    options = {"steps": 3, "rate": 0.5, "fast": False, "word": "a"}
+    assert parse_arg(None, REAL, **options) == {"variant": "", **options}
+    found = parse_arg("qwen3_vl_8b,steps=7,rate=2,fast=true,word=b=c", REAL, **options)
+    assert found == {
+        "variant": "qwen3_vl_8b", "steps": 7, "rate": 2.0, "fast": True, "word": "b=c"
+    }  # fmt: skip
+    assert parse_arg("steps=7", REAL, **options)["variant"] == ""
+
+
+@pytest.mark.parametrize(
+    ("arg", "words"),
+    [
+        ("qwen3_vl_8", "config variant 'qwen3_vl_8': did you mean 'qwen3_vl_8b'"),
+        ("zzz", "known: qwen3_vl_8b, qwen3_vl_4b"),
+        ("qwen3_vl_8b,qwen3_vl_4b", "config variant 'qwen3_vl_4b'"),
+        ("qwen3_vl_8b,step=3", "config option 'step': did you mean 'steps'"),
+        ("steps=many", "steps='many' must be of type int"),
+    ],
+)
+def test_parse_arg_refuses(arg, words):
+    with pytest.raises(UserError) as caught:
+        parse_arg(arg, REAL, steps=3)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+# The command line. The name of a case, its arguments, and what the one line must say.
+JOINT = "--config=configs/joint.py"
+REFUSED = {
+    "field": ((JOINT, "--config.los.margin=1"), ("'los'", '"loss"')),
+    "subfield": ((JOINT, "--config.loss.margn=1"), ("'margn'", '"margin"')),
+    "no config": ((), ("--config", "configs/joint.py")),
+    "no such file": (("--config=configs/jont.py",), ("No such file", "configs/jont.py")),
+    "no such file, field": (
+        ("--config=configs/jont.py", "--config.seed=1"),
+        ("No such file", "configs/jont.py"),
+    ),
+    "word for int": ((JOINT, "--config.batch_size=abc"), ("config.batch_size", "'abc'")),
+    "fraction for int": ((JOINT, "--config.total_steps=1.5"), ("config.total_steps", "'1.5'")),
+    "value for group": ((JOINT, "--config.loss=3"), ("config.loss", "'3'")),
+    "variant": ((f"{JOINT}:qwen3_vl_8",), ("'qwen3_vl_8'", "did you mean 'qwen3_vl_8b'")),
+    "flag": (("--confg=configs/joint.py",), ("'confg'", "config ?")),
+    "argument": ((JOINT, "workdir"), ("unexpected argument 'workdir'",)),
+    "no backbone": (
+        (f"{JOINT}:qwen3_vl_8b",),
+        ("config.backbone.path is not set", "qwen3_vl_8b", "--config.backbone.path=FOLDER"),
+    ),
+    "no such backbone": (
+        (f"{JOINT}:qwen2_5_vl_7b", "--config.backbone.path=/nowhere"),
+        ("'/nowhere' is no folder",),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def refusals(tmp_path_factory):
+    """All cases run at the same time: each mostly waits for imports."""
+    folder = tmp_path_factory.mktemp("refused")
+
+    def run(name):
+        workdir = folder / name.replace(" ", "_")
+        command = [sys.executable, "-m", "jrm_jax.main", *REFUSED[name][0]]
+        done = subprocess.run(
+            [*command, f"--workdir={workdir}"],
+            capture_output=True, text=True, cwd=ROOT, timeout=300, env={**os.environ},
+        )  # fmt: skip
+        return done, workdir
+
+    with ThreadPoolExecutor(3) as pool:
+        return dict(zip(REFUSED, pool.map(run, REFUSED), strict=True))
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_the_command_line_refuses_in_one_line(refusals, name):
+    done, workdir = refusals[name]
+    assert done.returncode == 1
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
+    assert len(lines[0]) < 300 and "Traceback" not in lines[0] and "\\n" not in lines[0]
+    for words in REFUSED[name][1]:
+        assert words in lines[0], lines[0]
+    # what could not start may be corrected and run again
+    assert not (workdir / "config.json").exists()

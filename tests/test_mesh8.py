@@ -1,0 +1,134 @@
+"""Eight simulated devices train as one does, and hold only their share of the state."""
+
+import jax
+import numpy as np
+import pytest
+from test_end_to_end import make_small_backbone
+
+from configs import joint
+from jrm_jax import build, sharding
+from jrm_jax.optim import flatten
+
+STEPS = 5
+MESHES = {"one": (1, 1, 1), "fsdp": (1, 8, 1), "mixed": (2, 2, 2)}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("mesh")
+
+
+@pytest.fixture(scope="module")
+def backbone(folder):
+    return make_small_backbone(folder / "small")
+
+
+def shards(tree) -> dict[str, tuple]:
+    """{path: (spec, shape of a shard on each device)}"""
+    return {
+        jax.tree_util.keystr(path): (
+            leaf.sharding.spec, tuple(s.data.shape for s in leaf.addressable_shards)
+        )
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }  # fmt: skip
+
+
+def bytes_per_device(tree) -> np.ndarray:
+    held = dict.fromkeys(jax.devices(), 0)
+    for leaf in jax.tree.leaves(tree):
+        for shard in leaf.addressable_shards:
+            held[shard.device] += shard.data.nbytes
+    return np.array([held[device] for device in jax.devices()])
+
+
+@pytest.fixture(scope="module")
+def runs(folder, backbone):
+    """{mesh: losses, metrics, placements before and after, final state}"""
+    assert len(jax.devices()) == 8
+    found = {}
+    make = sharding.make_mesh
+    for name, sizes in MESHES.items():
+        config = joint.get_config()
+        config.backbone.path, config.backbone.scan_unroll = str(backbone), 1
+        config.data.cache = str(folder / "world")
+        config.data.world = {"kind": "edits", "seed": 0, "train": 40, "valid": 0, "test": 0,
+                             "hard": 0}  # fmt: skip
+        config.batch_size, config.total_steps = 8, STEPS
+        config.optimizer.warmup_steps = 1  # large steps: differences must grow to be seen
+        config.mesh.data, config.mesh.fsdp, config.mesh.tensor = sizes
+        devices = jax.devices()[: int(np.prod(sizes))]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                sharding, "make_mesh", lambda *s, devices=devices: make(*s, devices=devices)
+            )
+            architecture = build.load_backbone_config(config)
+            mesh = build.make_mesh(config, architecture)
+        data = build.build_data(config, architecture, print)
+        module = build.make_backbone(
+            config, architecture, mesh, data.encoder.tokenizer.reward_id
+        )
+        state, (optimizer, _) = build.init_state(config, architecture, mesh, data.encoder)
+        step, _ = build.make_steps(config, module, data, optimizer, state)
+        before, held = shards(state), bytes_per_device((state.trainable, state.opt_state))
+        losses = []
+        with build.batches(config, data, "train", mesh, 0, STEPS) as batches:
+            for batch in batches:
+                placed = build.place(config, batch, mesh)
+                rows = {s.data.shape[0] for s in placed["patches"].addressable_shards}
+                assert rows == {8 // (sizes[0] * sizes[1])}
+                state, metrics = step(state, placed)
+                losses.append({k: np.asarray(v) for k, v in jax.device_get(metrics).items()})
+        assert step._cache_size() == 1
+        found[name] = (losses, before, shards(state), state, held)
+    return found
+
+
+@pytest.mark.parametrize("name", ["fsdp", "mixed"])
+def test_losses_equal_those_of_one_device(runs, name):
+    wanted, found = runs["one"][0], runs[name][0]
+    assert len(wanted) == len(found) == STEPS
+    losses = [[float(m["loss"]) for m in run] for run in (wanted, found)]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=0, atol=1e-5)
+    assert len({round(loss, 3) for loss in losses[0]}) == STEPS  # training moved
+    for theirs, ours in zip(wanted, found, strict=True):
+        assert set(theirs) == set(ours)
+        for key in theirs:
+            np.testing.assert_allclose(ours[key], theirs[key], rtol=2e-4, atol=1e-4, err_msg=key)
+        np.testing.assert_array_equal(ours["pair_accuracy"], theirs["pair_accuracy"])
+
+
+@pytest.mark.parametrize("name", ["fsdp", "mixed"])
+def test_final_parameters_equal_those_of_one_device(runs, name):
+    wanted, found = flatten(runs["one"][3].trainable), flatten(runs[name][3].trainable)
+    assert list(wanted) == list(found)
+    for path in wanted:
+        # Adam turns a gradient near zero into a whole step of either sign, for a few entries
+        difference = np.abs(np.asarray(found[path]) - np.asarray(wanted[path]))
+        assert np.mean(difference) < 2e-5, path
+
+
+@pytest.mark.parametrize("name", ["fsdp", "mixed"])
+def test_parameters_and_moments_stay_sharded(runs, name):
+    _, before, after, state, held = runs[name]
+    assert before == after
+    mesh = {"fsdp": 8, "mixed": 4}[name]
+    trainable = flatten(state.trainable)
+    kernels = [path for path in trainable if path.endswith("kernel") and "head" not in path]
+    assert len(kernels) > 10
+    moments = [part for part in jax.tree.leaves(
+        state.opt_state, is_leaf=lambda x: hasattr(x, "mu")) if hasattr(part, "mu")]  # fmt: skip
+    assert len(moments) == 1
+    for tree in (trainable, flatten(moments[0].mu), flatten(moments[0].nu)):
+        assert set(tree) == set(trainable)
+        for path in kernels:
+            leaf = tree[path]
+            assert leaf.shape == trainable[path].shape
+            assert leaf.sharding == trainable[path].sharding
+            assert len({s.device for s in leaf.addressable_shards}) == 8
+            parts = {leaf.size // s.data.size for s in leaf.addressable_shards}
+            split = 2 if name == "mixed" and ("qkv" in path or "patch_embed" in path) else mesh
+            assert parts == {split}, (path, leaf.sharding)
+    # no device holds more than its share and the small vectors
+    (whole,) = {int(h) for h in runs["one"][4][:1]}
+    assert held.max() == held.min() < whole / mesh * 1.6
+    assert held.max() == bytes_per_device((state.trainable, state.opt_state)).max()
