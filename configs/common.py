@@ -76,7 +76,7 @@ def base() -> ConfigDict:
 
     config.data = ConfigDict()
     config.data.path = ""  # a prepared data set; empty: the built-in world
-    config.data.mixture = ConfigDict()  # {path: times per epoch}, instead of `path`
+    config.data.mixture = ()  # ((path, times seen per epoch), ...), instead of `path`
     config.data.cache = "runs/data"  # where the built-in world is drawn
     config.data.world = ConfigDict()
     config.data.world.kind = "edits"  # or descriptions, for pretraining

@@ -31,10 +31,10 @@ def get_config(arg: str | None = None):
         config.data.max_critique = 48  # the few longer descriptions would widen every batch
         config.data.skip_large = True
         config.batch_size = 16
-        config.total_steps = 1200
-        config.eval_interval = config.save_interval = 300
+        config.total_steps = 1000
+        config.eval_interval = config.save_interval = 250
         config.optimizer.learning_rate = 1.5e-3
-        config.optimizer.warmup_steps = 100
+        config.optimizer.warmup_steps = 50
     config.name = "generative"
     config.loss.preference_weight = 0.0
     config.loss.centering_weight = 0.0

@@ -122,7 +122,7 @@ def build_data(config: ConfigDict, backbone: BackboneConfig, say: Callable[[str]
 
 def _data_folders(config: ConfigDict) -> list[tuple[Path, float]]:
     if config.data.mixture:
-        return [(Path(path), float(weight)) for path, weight in config.data.mixture.items()]
+        return [(Path(path), float(weight)) for path, weight in config.data.mixture]
     if config.data.path:
         return [(Path(config.data.path), 1.0)]
     world = config.data.world

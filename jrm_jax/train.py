@@ -157,9 +157,9 @@ class _Run:
         try:
             with batches:
                 for step in range(self.start, total + 1):
+                    stopping = self.stop.asked  # once: what stops here must be saved here
                     due_eval = step % config.eval_interval == 0 or step == total
-                    due_save = step % config.save_interval == 0 or step == total
-                    due_save = due_save or bool(self.stop.asked)
+                    due_save = step % config.save_interval == 0 or step == total or stopping
                     due_log = step % config.log_interval == 0 or step == total
                     if step > self.start:
                         if (due_eval or due_save or due_log) and pending is not None:
@@ -177,12 +177,12 @@ class _Run:
                             self._save(step, valid if due_eval else {})
                             saved = step
                         window_began += time.monotonic() - paused
-                    if self.stop.asked and step > self.start:
+                    if stopping and step > self.start:
                         self.writer.say(
-                            f"stopped by {signal.Signals(self.stop.asked).name} after step {step}, "
+                            f"stopped by {signal.Signals(stopping).name} after step {step}, "
                             "which is saved; run the same command to go on"
                         )
-                        return 128 + self.stop.asked
+                        return 128 + stopping
                     if step == total:
                         break
                     batch = next(batches)

@@ -66,7 +66,9 @@ class Runner:
             "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
-            "XLA_FLAGS": "--xla_backend_optimization_level=0",  # compiles sooner
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiles sooner
+            "XLA_FLAGS": "",  # one device
+            "COLUMNS": "200",
         }
 
     def start(self, workdir, config="joint", *, limit=None, **changes) -> subprocess.Popen:
@@ -307,8 +309,7 @@ def mixed(tmp_path_factory):
 def in_process_config(runner, **changes):
     config = joint.get_config()
     for name, value in runner.fields.items():
-        config.update_from_flattened_dict({name: str(value) if "path" in name else value})
-    config.data.cache = str(config.data.cache)
+        config.update_from_flattened_dict({name: str(value) if isinstance(value, Path) else value})
     config.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
     return config
 

@@ -21,7 +21,7 @@ from jrm_jax.model.vision import VisionInputs, VisionOutputs, VisionTower, norma
 
 __all__ = ["Backbone", "init_backbone", "normalise_patches"]
 
-EMBEDDING_SPREAD = 0.02
+EMBEDDING_SPREAD = 0.1
 
 
 class Embed(nn.Module):

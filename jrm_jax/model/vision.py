@@ -131,7 +131,8 @@ class PositionTable(nn.Module):
     @nn.compact
     def __call__(self, index_bN4: Array, weight_bN4: Array) -> Array:
         shape = (self.vision.num_positions, self.vision.hidden)
-        table = self.param("embedding", nn.initializers.normal(0.02), shape, jnp.float32)
+        # As large as the patches it is added to: what a random start has to tell places by.
+        table = self.param("embedding", nn.initializers.normal(0.5), shape, jnp.float32)
         taps_bN4d = jnp.take(table, index_bN4, axis=0).astype(jnp.float32)
         return jnp.einsum("bnk,bnkd->bnd", weight_bN4, taps_bN4d)
 
