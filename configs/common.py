@@ -57,9 +57,9 @@ def base() -> ConfigDict:
     config.seed = 0
     config.batch_size = 16  # groups per step, all hosts together
     config.accumulation = 1  # microbatches per step
-    config.total_steps = 1000
-    config.eval_interval = 200  # steps between evaluations on `valid`
-    config.save_interval = 200  # steps between checkpoints
+    config.total_steps = 600
+    config.eval_interval = 150  # steps between evaluations on `valid`
+    config.save_interval = 150  # steps between checkpoints
     config.log_interval = 10
     config.best_metric = "auto"  # of `valid`; auto: pair_accuracy, or -language without ranking
     config.trainable = (".*",)  # patterns of the parameters that learn; the others are frozen
@@ -81,7 +81,7 @@ def base() -> ConfigDict:
     config.data.world = ConfigDict()
     config.data.world.kind = "edits"  # or descriptions, for pretraining
     config.data.world.seed = 0
-    config.data.world.train = 16384
+    config.data.world.train = 9600
     config.data.world.valid = 256
     config.data.world.test = 512
     config.data.world.hard = 512

@@ -135,8 +135,7 @@ class Checkpoints:
 @contextlib.contextmanager
 def open_checkpoints(folder: Path, say: Callable[[str], None] = print) -> Iterator[Checkpoints]:
     """The checkpoints in `folder`, which is made if need be; half-written ones are ignored."""
-    for name in ("absl", "orbax"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # their errors are raised as well
+    _quieten()
     _clean(folder, say)
     options = ocp.CheckpointManagerOptions(
         best_fn=_read_rank,  # without it Orbax does not write the metrics
@@ -166,6 +165,23 @@ def open_checkpoints(folder: Path, say: Callable[[str], None] = print) -> Iterat
 
 def _read_rank(metrics: Mapping[str, float]) -> float:
     return metrics[RANK]
+
+
+def _quieten() -> None:
+    """What fails in a save is raised: it is not to be printed again by each thread that saw it."""
+    for name in ("absl", "orbax", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    before = sys.unraisablehook
+    if getattr(before, "quiet", False):
+        return
+
+    def hook(raised):
+        # tensorstore's writes that end after the save has been given up
+        if str(raised.exc_value) != "Event loop is closed":
+            before(raised)
+
+    hook.quiet = True
+    sys.unraisablehook = hook
 
 
 def _clean(folder: Path, say: Callable[[str], None]) -> None:

@@ -95,6 +95,7 @@ class _Run:
         backbone = build.make_backbone(
             config, backbone_config, self.mesh, self.data.encoder.tokenizer.reward_id
         )
+        self.rewards = Accumulator()
         state, (optimizer, self.schedule) = build.init_state(
             config, backbone_config, self.mesh, self.data.encoder
         )
@@ -108,7 +109,6 @@ class _Run:
             self.best_metric = "pair_accuracy" if config.loss.preference_weight else "-language"
         self.writer = Writer(workdir, config.total_steps, self.start, leader)
         self.writer.say(self._describe(say))
-        self.rewards = Accumulator()
 
     def _describe(self, say) -> str:
         sizes = [sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in self.state[1:3]]
@@ -139,6 +139,7 @@ class _Run:
                 f"{_difference(meta['stamp'], self.data.stamp)}"
             )
         self.checkpoints.delete_after(step)
+        self.rewards.totals = meta["rewards"]
         if self.leader:
             print(f"resuming {self.workdir} from step {step}", flush=True)
         placed = jax.device_put(np.int32(step), state.step.sharding)

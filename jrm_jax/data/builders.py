@@ -163,6 +163,9 @@ def prepare_world(
         counts: examples per split.
         kind: 'edits' (preferences and critiques) or 'descriptions' (pretraining; train and valid).
     """
+    # Before the bar's thread starts: while this import runs, rich cannot import its own parts.
+    import tensorflow_datasets  # noqa: F401
+
     from jrm_jax.data import scenes
 
     sizes = "-".join(f"{split}{count}" for split, count in counts.items())

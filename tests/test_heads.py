@@ -1,0 +1,95 @@
+"""The two heads: where they read, and what they compute."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jrm_jax.heads import (
+    apply_reward_head,
+    critique_nll,
+    gather_hidden,
+    init_reward_head,
+    language_kernel,
+)
+
+B, X, D, W = 2, 7, 5, 11
+SPARE = 4
+
+
+@pytest.fixture
+def case():
+    rng = np.random.default_rng(0)
+    targets = rng.integers(0, W - 1, (B, X))
+    targets += targets >= SPARE
+    weights = rng.choice([0.0, 1.0, 0.5], (B, X)).astype(np.float32)
+    hidden = rng.normal(size=(B, X, D)).astype(np.float32)
+    return rng.normal(size=(D, W)).astype(np.float32), hidden, targets.astype(np.int32), weights
+
+
+def test_reward_head_is_float32_whatever_it_reads():
+    params = init_reward_head(jax.random.key(0), D, 2)
+    hidden = jax.random.normal(jax.random.key(1), (B, 3, D), jnp.bfloat16)
+    reward = apply_reward_head(params, hidden)
+    assert reward.dtype == jnp.float32 and reward.shape == (B, 3, 2)
+    np.testing.assert_allclose(
+        reward, np.asarray(hidden, np.float64) @ np.asarray(params["kernel"]), rtol=1e-5
+    )
+
+
+def test_gather_reads_the_packed_axis():
+    prompt, slots, candidates = 3, 4, 2
+    hidden = np.arange(B * (prompt + slots * candidates)).reshape(B, -1, 1)
+    index = np.array([[[0, 3], [2, 2]], [[1, 1], [0, 3]]])
+    found = gather_hidden(jnp.asarray(hidden), jnp.asarray(index), prompt, slots)[..., 0]
+    for b, k, t in np.ndindex(index.shape):
+        assert found[b, k, t] == hidden[b, prompt + k * slots + index[b, k, t], 0]
+
+
+def test_critique_loss_equals_torch(case):
+    torch = pytest.importorskip("torch")
+    kernel, hidden, targets, weights = case
+    logits = torch.from_numpy(hidden @ kernel)
+    logits[..., SPARE] = -torch.inf
+    nll = torch.nn.functional.cross_entropy(
+        logits.reshape(-1, W), torch.from_numpy(targets.reshape(-1)).long(), reduction="none"
+    )
+    term = critique_nll(kernel, hidden, targets, weights, SPARE)
+    np.testing.assert_allclose(term.sum, (nll.numpy() * weights.reshape(-1)).sum(), rtol=1e-5)
+    assert float(term.weight) == weights.sum()
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 7])
+def test_chunks_change_neither_value_nor_gradient(case, chunk):
+    kernel, hidden, targets, weights = case
+
+    def loss(kernel, hidden, chunk):
+        return critique_nll(kernel, hidden, targets, weights, SPARE, chunk).sum
+
+    whole = jax.value_and_grad(loss, (0, 1))(kernel, hidden, 0)
+    parts = jax.value_and_grad(loss, (0, 1))(kernel, hidden, chunk)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-5), whole, parts)
+
+
+def test_chunked_logits_never_stand_all_at_once(case):
+    kernel, hidden, targets, weights = case
+    text = str(jax.make_jaxpr(
+        jax.grad(lambda h: critique_nll(kernel, h, targets, weights, SPARE, 3).sum)
+    )(hidden))  # fmt: skip
+    assert f"[{B},3,{W}]" in text and f"[{B},{X},{W}]" not in text
+
+
+def test_masked_positions_weigh_nothing(case):
+    kernel, hidden, targets, weights = case
+    grad = jax.grad(lambda h: critique_nll(kernel, h, targets, weights, SPARE).sum)(hidden)
+    assert not np.any(grad[weights == 0]) and np.all(np.any(grad[weights > 0] != 0, axis=-1))
+    # a masked target may even be the suppressed token
+    safe = critique_nll(kernel, hidden, np.full_like(targets, SPARE), weights * 0, SPARE)
+    assert float(safe.sum) == 0
+
+
+def test_language_kernel_tied_and_untied():
+    table = jnp.arange(6.0).reshape(3, 2)
+    tied = {"backbone": {"embed": {"embedding": table}}, "language_head": {}}
+    np.testing.assert_array_equal(language_kernel(tied), table.T)
+    assert language_kernel(tied | {"language_head": {"kernel": table}}) is table

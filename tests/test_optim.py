@@ -1,0 +1,99 @@
+"""What trains, how fast, and what the optimizer keeps."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jrm_jax.errors import UserError
+from jrm_jax.optim import (
+    flatten,
+    make_optimizer,
+    make_schedule,
+    merge_params,
+    split_params,
+    unflatten,
+)
+
+PARAMS = {
+    "backbone": {
+        "vision": {"fc1": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}},
+        "decoder": {"norm": {"scale": jnp.ones(2)}},
+    },
+    "language_head": {},
+    "reward_head": {"kernel": jnp.ones((2, 1))},
+}
+
+
+def test_split_and_merge_are_inverse():
+    trainable, frozen = split_params(PARAMS, ("reward_head", "norm/scale$"))
+    assert set(flatten(trainable)) == {"reward_head/kernel", "backbone/decoder/norm/scale"}
+    assert not set(flatten(trainable)) & set(flatten(frozen))
+    merged = merge_params(trainable, frozen)
+    assert jax.tree.structure(merged) == jax.tree.structure(PARAMS)
+    assert unflatten(flatten(merged)) == {k: v for k, v in merged.items() if v}
+
+
+def test_patterns_without_a_match_are_all_named():
+    with pytest.raises(UserError, match="'visoin'.*'reward_haed'") as error:
+        split_params(PARAMS, ("decoder", "visoin", "reward_haed"))
+    assert "near: reward_head/kernel" in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(UserError, match="groups"):
+        make_optimizer(PARAMS, lambda step: 1.0, groups=(("nothing", 2.0),))
+    with pytest.raises(UserError, match="no regular expression"):
+        split_params(PARAMS, ("(",))
+
+
+def one_step(**settings):
+    optimizer = make_optimizer(PARAMS, lambda step: 0.1, clip_norm=0, **settings)
+    grads = jax.tree.map(jnp.ones_like, PARAMS)
+    updates, _ = optimizer.update(grads, optimizer.init(PARAMS), PARAMS)
+    return {path: float(leaf.ravel()[0]) for path, leaf in flatten(updates).items()}
+
+
+def test_groups_scale_the_rate_and_the_first_match_counts():
+    plain = one_step()
+    grouped = one_step(groups=(("reward_head", 10.0), ("kernel$", 0.5)))
+    factors = {path: grouped[path] / plain[path] for path in plain}
+    assert factors == pytest.approx({
+        "reward_head/kernel": 10.0, "backbone/vision/fc1/kernel": 0.5,
+        "backbone/vision/fc1/bias": 1.0, "backbone/decoder/norm/scale": 1.0,
+    })  # fmt: skip
+
+
+def test_decay_only_where_the_pattern_says():
+    plain, decayed = one_step(), one_step(weight_decay=0.5)
+    changed = {path for path in plain if decayed[path] != plain[path]}
+    assert changed == {"reward_head/kernel", "backbone/vision/fc1/kernel"}
+    assert decayed["reward_head/kernel"] == pytest.approx(-0.1 * 1.5, rel=1e-4)
+
+
+def test_clip_by_the_norm_of_all():
+    chain = make_optimizer(PARAMS, lambda step: 1.0, clip_norm=1.0)
+    grads = jax.tree.map(lambda x: 100 * jnp.ones_like(x), PARAMS)
+    _, state = chain.update(grads, chain.init(PARAMS), PARAMS)
+    moments = next(s for s in state if isinstance(s, optax.ScaleByAdamState)).mu
+    assert float(optax.global_norm(moments)) == pytest.approx(0.1, rel=1e-4)  # (1 - b1) * 1
+
+
+def test_frozen_leaves_have_no_moments():
+    trainable, _ = split_params(PARAMS, ("reward_head",))
+    state = make_optimizer(trainable, lambda step: 1.0).init(trainable)
+    shapes = sorted(leaf.shape for leaf in jax.tree.leaves(state) if leaf.ndim)
+    assert shapes == [(2, 1), (2, 1)]
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state) if leaf.ndim)
+
+
+@pytest.mark.parametrize(
+    ("kind", "end"), [("constant", 2.0), ("linear", 0.2), ("cosine", 0.2)]
+)
+def test_schedules(kind, end):
+    schedule = make_schedule(kind, 2.0, 10, 110, 0.1)
+    values = np.array([float(schedule(step)) for step in (0, 5, 10, 110)])
+    np.testing.assert_allclose(values, [0.0, 1.0, 2.0, end], rtol=1e-5)
+
+
+def test_unknown_schedule():
+    with pytest.raises(UserError, match="schedule: 'step'"):
+        make_schedule("step", 1.0, 0, 10)
