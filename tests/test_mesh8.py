@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from test_end_to_end import make_small_backbone
+from entry_point import make_small_backbone
 
 from configs import joint
 from jrm_jax import build, sharding
