@@ -159,8 +159,8 @@ def make_train_step(
         metrics = {
             **measured,
             "loss": total,
-            "grad_norm": optax.global_norm(grads),
-            "param_norm": optax.global_norm(trainable),
+            "grad_norm": optax.tree.norm(grads),
+            "param_norm": optax.tree.norm(trainable),
         }
         return TrainState(state.step + 1, trainable, state.frozen, opt_state), metrics
 

@@ -1,5 +1,6 @@
 """The entry point as a user calls it, for `test_end_to_end.py`: commands, fixtures, readers."""
 
+import contextlib
 import json
 import os
 import resource
@@ -12,6 +13,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from jrm_jax.benchmarks import make_tiny_backbone
 from jrm_jax.checkpoint import open_checkpoints
@@ -35,6 +37,28 @@ def make_small_backbone(folder: Path) -> Path:
     params = jax.jit(lambda key: init_backbone(key, config))(jax.random.key(0))
     save_params(folder, params, config, max_shard_bytes=1 << 30, dtype="float32")
     return folder
+
+
+@contextlib.contextmanager
+def quick_compilation(folder: Path):
+    """Programs of this process compile sooner, run slower, and are kept in `folder`."""
+    settings = {
+        "jax_disable_most_optimizations": True,
+        "jax_compilation_cache_dir": str(folder),
+        "jax_persistent_cache_min_compile_time_secs": 0.5,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+
+    def use(values):
+        for name, value in values.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+
+    use(settings)
+    try:
+        yield
+    finally:
+        use(before)
 
 
 @pytest.fixture(scope="session")

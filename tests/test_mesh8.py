@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from entry_point import make_small_backbone
+from entry_point import make_small_backbone, quick_compilation
 
 from configs import joint
 from jrm_jax import build, sharding
@@ -41,46 +41,44 @@ def bytes_per_device(tree) -> np.ndarray:
     return np.array([held[device] for device in jax.devices()])
 
 
+def train(folder, backbone, sizes):
+    """(measured, placements before and after, final state, bytes held) of five steps on a mesh."""
+    config = joint.get_config()
+    config.backbone.path, config.backbone.scan_unroll = str(backbone), 1
+    config.data.cache = str(folder / "world")
+    config.data.world.train = 40
+    config.data.world.valid = config.data.world.test = config.data.world.hard = 0
+    config.batch_size, config.total_steps = 8, STEPS
+    config.optimizer.warmup_steps = 1  # large steps: differences must grow to be seen
+    config.mesh.data, config.mesh.fsdp, config.mesh.tensor = sizes
+    devices = jax.devices()[: int(np.prod(sizes))]
+    make = sharding.make_mesh
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "make_mesh", lambda *asked: make(*asked, devices=devices))
+        architecture = build.load_backbone_config(config)
+        mesh = build.make_mesh(config, architecture)
+    data = build.build_data(config, architecture, print)
+    module = build.make_backbone(config, architecture, mesh, data.encoder.tokenizer.reward_id)
+    state, (optimizer, _) = build.init_state(config, architecture, mesh, data.encoder)
+    step, _ = build.make_steps(config, module, data, optimizer, state)
+    before, held = shards(state), bytes_per_device((state.trainable, state.opt_state))
+    measured = []
+    with build.batches(config, data, "train", mesh, 0, STEPS) as batches:
+        for batch in batches:
+            placed = build.place(config, batch, mesh)
+            rows = {s.data.shape[0] for s in placed["patches"].addressable_shards}
+            assert rows == {8 // (sizes[0] * sizes[1])}
+            state, metrics = step(state, placed)
+            measured.append({k: np.asarray(v) for k, v in jax.device_get(metrics).items()})
+    assert step._cache_size() == 1
+    return measured, before, shards(state), state, held
+
+
 @pytest.fixture(scope="module")
 def runs(folder, backbone):
-    """{mesh: losses, metrics, placements before and after, final state}"""
     assert len(jax.devices()) == 8
-    found = {}
-    make = sharding.make_mesh
-    for name, sizes in MESHES.items():
-        config = joint.get_config()
-        config.backbone.path, config.backbone.scan_unroll = str(backbone), 1
-        config.data.cache = str(folder / "world")
-        config.data.world = {"kind": "edits", "seed": 0, "train": 40, "valid": 0, "test": 0,
-                             "hard": 0}  # fmt: skip
-        config.batch_size, config.total_steps = 8, STEPS
-        config.optimizer.warmup_steps = 1  # large steps: differences must grow to be seen
-        config.mesh.data, config.mesh.fsdp, config.mesh.tensor = sizes
-        devices = jax.devices()[: int(np.prod(sizes))]
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(
-                sharding, "make_mesh", lambda *s, devices=devices: make(*s, devices=devices)
-            )
-            architecture = build.load_backbone_config(config)
-            mesh = build.make_mesh(config, architecture)
-        data = build.build_data(config, architecture, print)
-        module = build.make_backbone(
-            config, architecture, mesh, data.encoder.tokenizer.reward_id
-        )
-        state, (optimizer, _) = build.init_state(config, architecture, mesh, data.encoder)
-        step, _ = build.make_steps(config, module, data, optimizer, state)
-        before, held = shards(state), bytes_per_device((state.trainable, state.opt_state))
-        losses = []
-        with build.batches(config, data, "train", mesh, 0, STEPS) as batches:
-            for batch in batches:
-                placed = build.place(config, batch, mesh)
-                rows = {s.data.shape[0] for s in placed["patches"].addressable_shards}
-                assert rows == {8 // (sizes[0] * sizes[1])}
-                state, metrics = step(state, placed)
-                losses.append({k: np.asarray(v) for k, v in jax.device_get(metrics).items()})
-        assert step._cache_size() == 1
-        found[name] = (losses, before, shards(state), state, held)
-    return found
+    with quick_compilation(folder / "compiled"):
+        return {name: train(folder, backbone, sizes) for name, sizes in MESHES.items()}
 
 
 @pytest.mark.parametrize("name", ["fsdp", "mixed"])
