@@ -15,6 +15,7 @@ import logging
 import math
 import shutil
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,8 @@ class Checkpoints:
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
         except Exception as error:  # tensorstore and Orbax raise many kinds for a full disk
+            # What Orbax leaves unfinished would be reported a second time when the program ends.
+            warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
             left = ", ".join(map(str, self._on_disk())) or "none"
             raise UserError(
                 f"checkpoint {step} could not be written to {self.folder} "
