@@ -283,10 +283,16 @@ def make_steps(config: ConfigDict, backbone: Backbone, data: Data, optimizer, st
     forward = make_forward(backbone, processor.mean, processor.std, loss)
     train_step = make_train_step(forward, optimizer, loss, config.accumulation)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    options = sharding.compiler_options(shardings.step.mesh)
     return (
         # The state comes out as it went in, so that the second step finds the first's program.
-        jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None)),
-        jax.jit(make_eval_step(forward)),
+        jax.jit(
+            train_step,
+            donate_argnums=0,
+            out_shardings=(shardings, None),
+            compiler_options=options,
+        ),
+        jax.jit(make_eval_step(forward), compiler_options=options),
     )
 
 

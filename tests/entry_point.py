@@ -41,11 +41,7 @@ def make_small_backbone(folder: Path) -> Path:
 
 @contextlib.contextmanager
 def quick_compilation(folder: Path):
-    """Compiled programs of this process are kept in `folder`.
-
-    `jax_disable_most_optimizations` would compile sooner, but its programs do not give the same
-    gradients twice (jax 0.10.2, CPU).
-    """
+    """Compiled programs of this process are kept in `folder`."""
     settings = {
         "jax_compilation_cache_dir": str(folder),
         "jax_persistent_cache_min_compile_time_secs": 0.5,

@@ -10,11 +10,6 @@ from jrm_jax import build, sharding
 from jrm_jax.optim import flatten
 
 STEPS = 5
-UNEXPLAINED = pytest.mark.xfail(
-    strict=False,
-    reason="the gradient norm was seen 1 % off between meshes while losses agree: open, see "
-    "WORKSPACE.md, known limits",
-)
 MESHES = {"one": (1, 1, 1), "fsdp": (1, 8, 1), "mixed": (2, 2, 2)}
 
 
@@ -54,9 +49,7 @@ def train(folder, backbone, sizes):
     config.data.world.train = 40
     config.data.world.valid = config.data.world.test = config.data.world.hard = 0
     config.batch_size, config.total_steps = 8, STEPS
-    # Adam divides rounding noise by itself where a gradient is almost zero: steps that are too
-    # large show that noise, not a fault of the mesh.
-    config.optimizer.warmup_steps, config.optimizer.learning_rate = 1, 3e-4
+    config.optimizer.warmup_steps = 1
     config.mesh.data, config.mesh.fsdp, config.mesh.tensor = sizes
     devices = jax.devices()[: int(np.prod(sizes))]
     make = sharding.make_mesh
@@ -97,7 +90,6 @@ def test_losses_equal_those_of_one_device(runs, name):
     assert len({round(loss, 3) for loss in losses[0]}) == STEPS  # training moved
 
 
-@UNEXPLAINED
 @pytest.mark.parametrize("name", ["fsdp", "mixed"])
 def test_metrics_equal_those_of_one_device(runs, name):
     wanted, found = runs["one"][0], runs[name][0]
@@ -108,7 +100,6 @@ def test_metrics_equal_those_of_one_device(runs, name):
         np.testing.assert_array_equal(ours["pair_accuracy"], theirs["pair_accuracy"])
 
 
-@UNEXPLAINED
 @pytest.mark.parametrize("name", ["fsdp", "mixed"])
 def test_final_parameters_equal_those_of_one_device(runs, name):
     wanted, found = flatten(runs["one"][3].trainable), flatten(runs[name][3].trainable)

@@ -1,6 +1,7 @@
 """The step on real groups of the built-in world: accumulation, invariances, unused paths."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import optax
 import pytest
 from entry_point import make_small_backbone
 
+from jrm_jax import sharding
 from jrm_jax.data import scenes
 from jrm_jax.data.pipeline import assemble_batch, make_encoder, repeat_prompt
 from jrm_jax.data.plan import Bucket
@@ -21,6 +23,8 @@ from jrm_jax.step import LossConfig, TrainState, make_eval_step, make_forward, m
 
 BUCKET = Bucket(candidates=4, images=5, patches=36, prompt=64, candidate=96, critique=64)
 HALF = (0.5, 0.5, 0.5)
+OPTIONS = sharding.compiler_options(sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1]))
+jit = functools.partial(jax.jit, compiler_options=OPTIONS)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +50,7 @@ def lay(encoder, groups, bucket=BUCKET):
 def rewards(world):
     """rewards(batch) -> [B, K], compiled once for each shape."""
     _, backbone, params, _ = world
-    forward = jax.jit(make_forward(backbone, HALF, HALF, LossConfig(1.0, 1.0)))
+    forward = jit(make_forward(backbone, HALF, HALF, LossConfig(1.0, 1.0)))
     return lambda batch: np.asarray(forward(params, batch).reward_BKR[..., 0])
 
 
@@ -125,7 +129,7 @@ def test_uneven_microbatches_equal_one_batch(world):
     forward, optimizer = make_forward(backbone, HALF, HALF, loss), optax.sgd(0.5)
     found = {}
     for parts in (1, 2, 4):
-        step = jax.jit(make_train_step(forward, optimizer, loss, parts))
+        step = jit(make_train_step(forward, optimizer, loss, parts))
         found[parts] = step(make_state(params, optimizer), batch)
     for parts in (2, 4):
         for (path, one), many in zip(
@@ -140,7 +144,7 @@ def test_uneven_microbatches_equal_one_batch(world):
 
 def test_filler_rows_count_nothing(world):
     encoder, backbone, params, groups = world
-    step = jax.jit(make_eval_step(make_forward(backbone, HALF, HALF, LossConfig(1.0, 1.0))))
+    step = jit(make_eval_step(make_forward(backbone, HALF, HALF, LossConfig(1.0, 1.0))))
     trainable, frozen = split_params(params, (".*",))
     terms, _ = step(trainable, frozen, lay(encoder, [groups[0], groups[1]]))
     filled, _ = step(trainable, frozen, lay(encoder, [groups[0], None, groups[1], None]))
@@ -171,7 +175,7 @@ def test_unused_paths_are_not_there(world):
 def test_frozen_parameters_stay_and_have_no_moments(world):
     encoder, backbone, params, groups = world
     loss, optimizer = LossConfig(1.0, 1.0), optax.adam(1e-2)
-    step = jax.jit(make_train_step(make_forward(backbone, HALF, HALF, loss), optimizer, loss))
+    step = jit(make_train_step(make_forward(backbone, HALF, HALF, loss), optimizer, loss))
     before = make_state(params, optimizer, ("reward_head", "decoder/norm"))
     after, metrics = step(before, lay(encoder, groups[:2]))
     jax.tree.map(np.testing.assert_array_equal, before.frozen, after.frozen)
@@ -185,7 +189,7 @@ def test_frozen_parameters_stay_and_have_no_moments(world):
 def test_a_parameter_that_is_not_finite_is_seen(world):
     encoder, backbone, params, groups = world
     loss, optimizer = LossConfig(1.0, 0.0), optax.sgd(jnp.inf)
-    step = jax.jit(make_train_step(make_forward(backbone, HALF, HALF, loss), optimizer, loss))
+    step = jit(make_train_step(make_forward(backbone, HALF, HALF, loss), optimizer, loss))
     _, metrics = step(make_state(params, optimizer), lay(encoder, groups[:2]))
     assert np.isfinite(metrics["loss"]) and not np.isfinite(metrics["param_norm"])
 
@@ -202,7 +206,7 @@ def test_pixels_have_gradients(world):
         slot = BUCKET.prompt + batch["reward_index"][0, 0]
         return (hidden[0, slot] @ params["reward_head"]["kernel"])[0]
 
-    grad = jax.jit(jax.grad(total))(patches)
+    grad = jit(jax.grad(total))(patches)
     assert np.isfinite(grad).all() and np.any(grad[0, 0]) and np.any(grad[0, 1])
     assert not np.any(grad[0, 2:])  # pictures of the other candidates
 

@@ -33,6 +33,7 @@ from jrm_jax import build
 from jrm_jax.benchmarks import torch_reference
 from jrm_jax.data.pipeline import repeat_prompt
 from jrm_jax.losses import combine, term_weights
+from jrm_jax.sharding import compiler_options
 from jrm_jax.step import LossConfig, TrainState, make_forward, make_train_step
 
 LEARNING_RATE = 1e-3
@@ -68,10 +69,15 @@ class JaxSides:
         )
         mean, std = encoder.processor.mean, encoder.processor.std
         self.forward = make_forward(backbone, mean, std, self.loss)
-        self.joint_step = jax.jit(make_train_step(self.forward, optimizer, self.loss))
+        options = compiler_options(self.mesh)
+        self.joint_step = jax.jit(
+            make_train_step(self.forward, optimizer, self.loss), compiler_options=options
+        )
         ranking = make_forward(backbone, mean, std, self.loss._replace(language_weight=0.0))
         language = make_forward(backbone, mean, std, self.loss._replace(preference_weight=0.0))
-        self.two_pass_step = jax.jit(self._two_pass(ranking, language, optimizer))
+        self.two_pass_step = jax.jit(
+            self._two_pass(ranking, language, optimizer), compiler_options=options
+        )
         with build.batches(config, self.data, "train", self.mesh, 0, 4) as batches:
             self.host_batches = list(batches)
         self.short_batches = [self._without_critiques(batch) for batch in self.host_batches]
