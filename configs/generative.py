@@ -7,33 +7,43 @@ trains on the critiques of the built-in world and reports their loss per token. 
 
     python -m jrm_jax.main --config=configs/generative.py:describe
 
-which pretrains the tiny backbone from random weights on descriptions of single pictures: no
-instructions, no edits asked for, no critiques, no preferences.
-`python -m jrm_jax.benchmarks.make_tiny_backbone` documents how the packaged folder was made of it.
+which pretrains the tiny backbone from random weights on descriptions of single pictures, and then
+
+    python -m jrm_jax.main --config=configs/generative.py:describe_pairs
+    python -m jrm_jax.main --config=configs/generative.py:describe_counts
+
+which go on, each from a folder with the weights before, to descriptions of pairs of pictures. None
+has instructions, edits asked for, critiques or preferences.
+`python -m jrm_jax.benchmarks.make_tiny_backbone` documents how the packaged folder was made.
 """
 
 from configs import joint
 from configs.common import REAL, base, parse_arg
 
+# variant: (kind of data, training examples, steps, learning rate, random weights, longest text)
+PRETRAINING = {
+    "describe": ("descriptions", 10_240, 600, 1.5e-3, True, 40),
+    "describe_pairs": ("pairs", 20_480, 1400, 1.5e-3, False, 40),
+    "describe_counts": ("counts", 16_384, 900, 1e-3, False, 44),
+}
+
 
 def get_config(arg: str | None = None):
-    parsed = parse_arg(arg, ("describe", *REAL))
-    if parsed["variant"] != "describe":
+    parsed = parse_arg(arg, (*PRETRAINING, *REAL))
+    if parsed["variant"] not in PRETRAINING:
         config = joint.get_config(arg)
     else:
         config = base()
-        config.variant = "describe"
-        config.backbone.random = True
-        config.data.world.kind = "descriptions"
-        config.data.world.train = 20_480
-        config.data.world.valid = 256
-        config.data.world.test = config.data.world.hard = 0
-        config.data.max_critique = 48  # the few longer descriptions would widen every batch
+        config.variant = parsed["variant"]
+        kind, train, steps, rate, config.backbone.random, longest = PRETRAINING[config.variant]
+        config.data.world.kind = kind
+        config.data.world.update({"train": train, "valid": 256, "test": 0, "hard": 0})
+        config.data.max_critique = longest  # the few longer descriptions would widen every batch
         config.data.skip_large = True
         config.batch_size = 16
-        config.total_steps = 1000
-        config.eval_interval = config.save_interval = 250
-        config.optimizer.learning_rate = 1.5e-3
+        config.total_steps = steps
+        config.eval_interval = config.save_interval = 100
+        config.optimizer.learning_rate = rate
         config.optimizer.warmup_steps = 50
     config.name = "generative"
     config.loss.preference_weight = 0.0

@@ -42,11 +42,12 @@ def test_every_config_builds(name, variant):
     config.lock().to_json_best_effort()
 
 
-def test_describe_pretrains_from_random_weights():
-    config = generative.get_config("describe")
-    assert config.variant == "describe" and config.backbone.random
-    assert config.data.world.kind == "descriptions" and not config.loss.preference_weight
-    assert same_fields(config, base())
+def test_describe_pretrains_from_random_weights_and_pairs_go_on():
+    for variant, kind in (("describe", "descriptions"), ("describe_pairs", "pairs")):
+        config = generative.get_config(variant)
+        assert config.variant == variant and config.backbone.random == (kind == "descriptions")
+        assert config.data.world.kind == kind and not config.loss.preference_weight
+        assert same_fields(config, base())
     for module in (joint, discriminative):
         with pytest.raises(UserError, match="config variant 'describe'"):
             module.get_config("describe")

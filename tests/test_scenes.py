@@ -12,20 +12,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jrm_jax.data import scenes, world_text
+from jrm_jax.data import describe, scenes, world_text
 from jrm_jax.data.draw import coverage, degrade, draw, encode_png
 from jrm_jax.data.world import (
     COLOURS,
     HELD_OUT_KINDS,
     HELD_OUT_PAIRS,
-    PLACES,
     QUALITIES,
     SHAPES,
     SIZES,
     Scene,
     Thing,
-    pool_of,
-    sample_scene,
     scene_split,
 )
 from jrm_jax.data.world_edits import Edit, apply, apply_all, changes, compare
@@ -33,7 +30,7 @@ from jrm_jax.data.world_edits import Edit, apply, apply_all, changes, compare
 SEED = 11
 PLAIN_SPLITS = ("train", "valid", "test")
 # Of the pixels and words of a few examples: changes only when the world itself is changed.
-GOLDEN = "dd650f3269940fd1"
+GOLDEN = "c40bff87b9e5aa2a"
 
 
 def groups(split, count, seed=SEED):
@@ -71,7 +68,8 @@ def a_scene():
 
 def test_same_seed_same_data():
     made = [scenes.make_example(split, 5, SEED) for split in scenes.SPLITS]
-    made += [scenes.make_description(5, SEED), scenes.make_example("train", 6, SEED)]
+    made += [describe.make_description(5, SEED, kind) for kind in describe.PAIR_SHARES]
+    made += [scenes.make_example("train", 6, SEED)]
     digests = [everything(example) for example in made]
     assert digests[0] == everything(scenes.make_example("train", 5, SEED))
     assert digests[0] != everything(scenes.make_example("train", 5, SEED + 1))
@@ -150,8 +148,8 @@ def test_hard_combinations_are_never_seen_before():
                 thing = edit.value if edit.kind == "add" else group.source.get(edit.key)
                 colour = edit.value if edit.kind == "recolour" else thing and thing.colour
                 assert (edit.kind, colour) not in HELD_OUT_KINDS
-    for index in range(100):
-        words += [c.critique for c in scenes.make_description(index, SEED).candidates]
+    for kind, index in itertools.product(describe.PAIR_SHARES, range(100)):
+        words += [c.critique for c in describe.make_description(index, SEED, kind).candidates]
     for scene in shown:
         pairs |= {thing.pair for thing in scene.things}
     assert not pairs & HELD_OUT_PAIRS
@@ -283,12 +281,12 @@ def test_critique_says_what_the_scenes_say():
         "following ten preservation ten"
     )
     assert critique([]) == (
-        "Nothing changed: the red circle is still red, not green as asked.\n"
+        "Nothing changed: the red circle is still red, not green.\n"
         "following zero preservation ten"
     )
     assert critique([Edit("recolour", 1, "green")], "noisy") == (
-        "Wrong object: the red circle is still red, not green as asked. "
-        "The blue star is now green by mistake. The picture is noisy.\n"
+        "Wrong object, noisy: the red circle is still red, not green. "
+        "The blue star is now green by mistake.\n"
         "following zero preservation two"
     )
     assert critique([*edits, Edit("background", None, "navy")]).startswith(
@@ -301,29 +299,14 @@ def test_critiques_name_subject_flaw_and_scores():
         for attempt, text in zip(group.attempts, scenes.group_critiques(group), strict=True):
             body, line = text.split("\n")
             assert line == world_text.score_line(attempt.gold)
-            assert "asked" in body
             edit = group.edits[0]
             if edit.kind in ("recolour", "remove", "replace", "move", "resize", "swap"):
                 assert world_text.name(group.source.get(edit.key)) in body
-            assert ("by mistake" in body) == bool(attempt.gold.extras)
-            assert (f"The picture is {attempt.quality}" in body) == bool(attempt.quality)
-
-
-def test_descriptions_describe_and_nothing_else():
-    for index in range(40):
-        example = scenes.make_description(index, SEED)
-        assert not example.weight.any() and len(example.candidates) == 4
-        assert example.prompt[0].text in world_text.DESCRIBE
-        assert not any(candidate.score_line for candidate in example.candidates)
-    rng, pool = random.Random(3), pool_of("train")
-    for _ in range(50):
-        scene = sample_scene(rng, pool)
-        text = world_text.describe(scene, "blocky")
-        assert f"{scene.background} background, " in text
-        assert text.endswith(". The picture is blocky.")
-        where = [text.lower().index(f"{t.colour} {t.shape}") for t in scene.things]
-        assert where == sorted(where)
-        assert all(PLACES[thing.cell] in text for thing in scene.things)
+            noted = "by mistake" in body
+            if len(group.edits) > 1:
+                noted = " and more" in body or body.startswith("Too much")
+            assert noted == bool(attempt.gold.extras)
+            assert not attempt.quality or attempt.quality in body.partition(":")[0].lower()
 
 
 def test_words_are_few_and_texts_short():
@@ -331,7 +314,7 @@ def test_words_are_few_and_texts_short():
     for split in scenes.SPLITS:
         for group in groups(split, 400):
             texts = scenes.group_critiques(group)
-            shown = [world_text.describe(a.scene, a.quality) for a in group.attempts]
+            shown = [describe.describe(a.scene, a.quality) for a in group.attempts]
             for text in (group.instruction, *texts, *shown):
                 words.update(re.findall(r"[A-Za-z]+|[^A-Za-z\s]", text))
             critiques += [len(re.findall(r"[A-Za-z]+|[^A-Za-z\s]", t)) for t in texts]
@@ -340,7 +323,7 @@ def test_words_are_few_and_texts_short():
     assert len({word.lower() for word in words}) < 230
     assert not any(word.isdigit() for word in words)
     assert max(instructions) <= 14
-    assert np.percentile(critiques, 95) <= 40 and max(critiques) < 64
+    assert np.percentile(critiques, 95) <= 40 and max(critiques) < 48
     assert len({g.instruction for g in groups("train", 300)}) > 250
 
 
@@ -387,7 +370,7 @@ def test_tokenizer_makes_every_word_one_token(tmp_path):
     assert len(tokenizer) + make_tiny_backbone.SPARE_ROWS <= rows
     assert "<|reward|>" not in tokenizer.get_vocab()
     for group in groups("hard", 150):
-        shown = [world_text.describe(a.scene, a.quality) for a in group.attempts]
+        shown = [describe.describe(a.scene, a.quality) for a in group.attempts]
         for text in (group.instruction, *scenes.group_critiques(group), *shown):
             pieces = re.findall(r"[A-Za-z]+|[^A-Za-z\s]\n?", text)
             ids = tokenizer.encode(text, add_special_tokens=False)

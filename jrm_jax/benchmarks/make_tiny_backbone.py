@@ -1,16 +1,17 @@
 """Make the tiny Qwen3-VL backbone's folder: config, tokenizer, image processor, weights.
 
-The packaged folder, jrm_jax/assets/tiny_qwen3_vl, was made by these three commands (seed 0):
+The packaged folder, jrm_jax/assets/tiny_qwen3_vl, was made by these commands (seed 0), the last two
+for each STAGE of describe, describe_pairs and describe_counts:
 
     python -m jrm_jax.benchmarks.make_tiny_backbone --out=FOLDER --no-weights
-    python -m jrm_jax.main --config=configs/generative.py:describe --config.backbone.path=FOLDER
-    python -m jrm_jax.benchmarks.make_tiny_backbone --out=FOLDER --run=runs/generative-describe
+    python -m jrm_jax.main --config=configs/generative.py:STAGE --config.backbone.path=FOLDER
+    python -m jrm_jax.benchmarks.make_tiny_backbone --out=FOLDER --run=runs/generative-STAGE
 
 The folder has the layout of a Qwen3-VL folder on the Hugging Face hub. The tokenizer is a
 byte-level BPE trained on the words of the built-in world, so that each of its words is one token
-while any other text still encodes. The second command pretrains on descriptions of pictures; the
-third writes the weights of its best step into the folder. Without --no-weights or --run the weights
-are random.
+while any other text still encodes. The stages pretrain on descriptions of pictures, of pairs of
+them, and of pairs with the number of differences; --run writes the weights of a run's best step
+into the folder. Without --no-weights or --run the weights are random.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import argparse
 import json
 import pathlib
 
-from jrm_jax.data import scenes, world_text
+from jrm_jax.data import describe, scenes, world_text
 
 # Qwen's split of text into pieces, before any merge.
 QWEN_PIECES = (
@@ -31,6 +32,7 @@ SPECIAL_TOKENS = (
     "<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>",
     "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>",
 )  # fmt: skip
+CORPUS = (("descriptions", 0.0), ("pairs", 0.8))  # pretraining texts: kind, share of pairs
 SPARE_ROWS = 16  # at least this many vocabulary rows stay unused, as in the real models
 # Chat roles, the rubric's words and what usually surrounds them, as they stand at a line's start
 # and inside a line; each becomes one token like the words of the world.
@@ -73,8 +75,11 @@ def world_corpus(count: int, seed: int):
         group = scenes.make_group("train", index, seed)
         yield group.instruction
         yield from scenes.group_critiques(group)
-        yield from (world_text.describe(a.scene, a.quality) for a in group.attempts)
-    yield from world_text.DESCRIBE
+        for kind, pair_share in CORPUS:
+            example = describe.make_description(index, seed, kind, pair_share=pair_share)
+            yield example.prompt[0].text
+            yield from (candidate.critique for candidate in example.candidates)
+    yield from (*describe.WHOLE, *describe.PAIR)
     yield world_text.template_words()
     yield " ".join(("", *world_text.NUMBERS))
 
@@ -238,7 +243,10 @@ def save_run_weights(folder: pathlib.Path, run: pathlib.Path) -> int:
     with open_checkpoints(run / "checkpoints") as checkpoints:
         step, params, _, _ = checkpoints.restore(tree, step=checkpoints.best_step())
     backbone = {"backbone": params["backbone"], "language_head": params.get("language_head", {})}
-    save_params(folder, backbone, config, max_shard_bytes=1 << 30, dtype="float32")
+    fresh = folder / "fresh"  # weights that are there already stay until these are whole
+    save_params(fresh, backbone, config, max_shard_bytes=1 << 30, dtype="float32")
+    (fresh / "model.safetensors").replace(folder / "model.safetensors")
+    fresh.rmdir()
     return step
 
 

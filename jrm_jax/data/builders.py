@@ -26,7 +26,7 @@ from jrm_jax.data.schema import PreferenceExample, image_reader, parse_json, to_
 from jrm_jax.errors import UserError
 
 MANIFEST = "jrm_jax.json"
-WORLD_VERSION = 2  # raise it when the same seed gives other examples
+WORLD_VERSION = 3  # raise it when the same seed gives other examples
 SHARD_EXAMPLES = 4096
 CHUNK = 256  # examples per call of the writer, which rewrites its description each time
 
@@ -143,12 +143,12 @@ def open_dataset(path: str | Path) -> dict[str, Any]:
 
 
 def _world_record(task: tuple[str, str, int, int]) -> dict:
-    from jrm_jax.data import scenes
+    from jrm_jax.data import describe, scenes
 
     kind, split, index, seed = task
-    if kind == "descriptions":
+    if kind in describe.PAIR_SHARES:
         # `valid` takes its own range of indices
-        example = scenes.make_description(index + (split == "valid") * 10**7, seed)
+        example = describe.make_description(index + (split == "valid") * 10**7, seed, kind)
     else:
         example = scenes.make_example(split, index, seed)
     return to_record(example)
@@ -161,7 +161,8 @@ def prepare_world(
 
     Args:
         counts: examples per split.
-        kind: 'edits' (preferences and critiques) or 'descriptions' (pretraining; train and valid).
+        kind: 'edits' (preferences and critiques), or 'descriptions' or 'pairs' (pretraining; train
+            and valid only; see `describe.py`).
     """
     # Before the bar's thread starts: while this import runs, rich cannot import its own parts.
     import tensorflow_datasets  # noqa: F401
@@ -264,7 +265,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     world = commands.add_parser("world", help="the built-in world")
     world.add_argument("--out", type=Path, required=True, help="the data set's parent folder")
     world.add_argument("--seed", type=int, default=0)
-    world.add_argument("--kind", choices=("edits", "descriptions"), default="edits")
+    world.add_argument("--kind", choices=("edits", "descriptions", "pairs"), default="edits")
     for split, count in (("train", 16384), ("valid", 512), ("test", 1024), ("hard", 1024)):
         world.add_argument(f"--{split}", type=int, default=count)
     return parser.parse_args(argv)
@@ -274,7 +275,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     try:
         if args.command == "world":
-            names = ("train", "valid") if args.kind == "descriptions" else (
+            names = ("train", "valid") if args.kind != "edits" else (
                 "train", "valid", "test", "hard"
             )
             counts = {split: getattr(args, split) for split in names}

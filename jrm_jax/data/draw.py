@@ -138,3 +138,9 @@ def encode_png(picture: np.ndarray) -> bytes:
         struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
         for kind, body in chunks
     )
+
+
+def encode_scene(scene: Scene, quality: str | None, rng: random.Random, pixels: int) -> bytes:
+    """The scene's picture as a PNG file, degraded where it has lost a `quality`."""
+    picture = draw(scene, pixels)
+    return encode_png(degrade(picture, quality, rng) if quality else picture)

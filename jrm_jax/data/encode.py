@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jrm_jax.data.images import Processor, load_processor
-from jrm_jax.data.schema import DEFAULT_DIMENSIONS, Candidate, Image, PreferenceExample
+from jrm_jax.data.schema import DEFAULT_DIMENSIONS, Candidate, Image, Part, PreferenceExample
 from jrm_jax.data.template import Piece, Template, Token, Tokenizer, load_tokenizer
 from jrm_jax.errors import UserError
 from jrm_jax.model.config import BackboneConfig, VisionConfig
@@ -83,7 +83,7 @@ class Encoder:
         Raises:
             ValueError: a picture whose header cannot be read.
         """
-        prompt, bodies = self._split(example)
+        prompt, bodies = self.template.split(example.prompt, [c.parts for c in example.candidates])
         patches: list[int] = []
 
         def length(pieces: list[Piece]) -> int:
@@ -119,18 +119,28 @@ class Encoder:
             UserError: a reward dimension the example does not have.
         """
         columns = _columns(self.dimensions, example.dimensions)
-        head, bodies = self._split(example)
+        return self.encode_group(example.prompt, example.candidates)._replace(
+            preference=example.preference[..., columns], weight=example.weight[..., columns]
+        )
+
+    def encode_group(
+        self, prompt: Sequence[Part], candidates: Sequence[Candidate]
+    ) -> EncodedExample:
+        """A group without labels; any number of candidates.
+
+        Raises:
+            ValueError: a picture that cannot be decoded.
+        """
+        head, bodies = self.template.split(prompt, [c.parts for c in candidates])
         images: list[tuple[np.ndarray, ImageTables]] = []
-        prompt, end = self._row(head, images, 0)
+        start, end = self._row(head, images, 0)
         rows = [
             self._row(body, images, end, candidate)[0]
-            for body, candidate in zip(bodies, example.candidates, strict=True)
+            for body, candidate in zip(bodies, candidates, strict=True)
         ]
-        preference, weight = example.preference, example.weight
-        return EncodedExample(prompt, rows, images, preference[..., columns], weight[..., columns])
-
-    def _split(self, example: PreferenceExample) -> tuple[list[Piece], list[list[Piece]]]:
-        return self.template.split(example.prompt, [c.parts for c in example.candidates])
+        labels = (len(rows), len(rows), len(self.dimensions))
+        half, none = np.full(labels, 0.5, np.float32), np.zeros(labels, np.float32)
+        return EncodedExample(start, rows, images, half, none)
 
     def _ids(self, piece: str) -> tuple[int, ...]:
         if isinstance(piece, Token):

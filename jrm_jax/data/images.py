@@ -226,7 +226,7 @@ def load_processor(folder: str | Path, max_visual_tokens: int | None = None) -> 
     Raises:
         UserError: no such file, or it asks for something other than the Qwen2-VL processing.
     """
-    path, fields = _read_config(Path(folder))
+    path, fields = read_config(Path(folder))
 
     def fail(field: str, message: str) -> UserError:
         return UserError(f"{path}: field '{field}': {message}")
@@ -274,7 +274,7 @@ def load_processor(folder: str | Path, max_visual_tokens: int | None = None) -> 
     )
 
 
-def _read_config(folder: Path) -> tuple[Path, dict]:
+def read_config(folder: Path) -> tuple[Path, dict]:
     for name in ("preprocessor_config.json", "processor_config.json"):
         path = folder / name
         if not path.is_file():

@@ -1,7 +1,6 @@
-"""The built-in world: examples of preferences, and of plain descriptions for pretraining.
+"""The built-in world: examples of preferences. (`describe.py` makes those of pretraining.)
 
     make_example(split, index, seed)   instruction, source, K candidates, critiques, preferences
-    make_description(index, seed)      pictures and what they show; nothing else
 
 Everything is chosen by `random.Random(f"{seed}/{split}/{index}")` and drawn in integers, so one
 seed gives one data set on every machine, and any example can be made on its own.
@@ -15,7 +14,7 @@ import random
 import numpy as np
 
 from jrm_jax.data import world_text
-from jrm_jax.data.draw import PIXELS, degrade, draw, encode_png
+from jrm_jax.data.draw import PIXELS, draw, encode_png, encode_scene
 from jrm_jax.data.schema import Candidate, Image, PreferenceExample, Text
 from jrm_jax.data.world import (
     HELD_OUT_PAIRS,
@@ -63,7 +62,6 @@ FLAW_WEIGHTS = {
     "degraded": 12,
 }
 SECOND_FLAW = 0.3
-DEGRADED_DESCRIPTIONS = 0.3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,7 +261,7 @@ def make_example(split: str, index: int, seed: int, pixels: int = PIXELS) -> Pre
     group = _make_group(split, rng)
     candidates, scores_KR = [], []
     for attempt, words in zip(group.attempts, group_critiques(group), strict=True):
-        picture = _picture(attempt.scene, attempt.quality, rng, pixels)
+        picture = encode_scene(attempt.scene, attempt.quality, rng, pixels)
         candidates.append(Candidate((Image(picture),), words, score_line=True))
         gold = attempt.gold
         scores_KR.append((gold.overall, gold.following, gold.preservation))
@@ -280,49 +278,3 @@ def make_example(split: str, index: int, seed: int, pixels: int = PIXELS) -> Pre
         weight=weight_KKR,
         dimensions=DIMENSIONS,
     )
-
-
-def make_description(index: int, seed: int, pixels: int = PIXELS) -> PreferenceExample:
-    """Four pictures and what each shows, for pretraining: no edits, preferences or critiques.
-
-    Two pictures are fresh scenes, two are re-draws of part of the prompt's. The text of each sits
-    in `critique`; all weights are 0.
-    """
-    rng = random.Random(f"{seed}/describe/{index}")
-    pool = pool_of("train")
-    source = _train_scene(rng, pool)
-    scenes = [_train_scene(rng, pool), _train_scene(rng, pool)]
-    while len(scenes) < 4:
-        variant = collateral(rng, source, source, source, pool, rng.choice((1, 1, 2)))
-        if variant is not None:
-            scenes.append(variant)
-    rng.shuffle(scenes)
-    candidates = []
-    for scene in scenes:
-        quality = rng.choice(QUALITIES) if rng.random() < DEGRADED_DESCRIPTIONS else None
-        picture = _picture(scene, quality, rng, pixels)
-        words = world_text.describe(scene, quality)
-        candidates.append(Candidate((Image(picture),), words, score_line=False))
-    return PreferenceExample(
-        id=f"describe-{index:06d}",
-        prompt=(
-            Text(rng.choice(world_text.DESCRIBE)),
-            Image(encode_png(draw(source, pixels))),
-        ),
-        candidates=tuple(candidates),
-        preference=np.full((4, 4, 3), 0.5, np.float32),
-        weight=np.zeros((4, 4, 3), np.float32),
-        dimensions=DIMENSIONS,
-    )
-
-
-def _train_scene(rng: random.Random, pool: Pool) -> Scene:
-    while True:
-        scene = sample_scene(rng, pool)
-        if scene_split(scene) == "train":
-            return scene
-
-
-def _picture(scene: Scene, quality: str | None, rng: random.Random, pixels: int) -> bytes:
-    picture = draw(scene, pixels)
-    return encode_png(degrade(picture, quality, rng) if quality else picture)

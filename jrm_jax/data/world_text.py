@@ -1,8 +1,8 @@
-"""The built-in world in words: instructions, critiques, descriptions.
+"""The built-in world in words: instructions and critiques.
 
-One small closed vocabulary for all three, and the same noun phrase for an object wherever it is
-named: "the red circle", "at the top left". Medium is the unmarked size. Numbers are written as
-words, so that each is a single token.
+One small closed vocabulary, shared with `describe.py`, and the same noun phrase for an object
+wherever it is named: "the red circle", "at the top left". Medium is the unmarked size. Numbers are
+written as words, so that each is a single token.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from jrm_jax.data.world_edits import Change, Edit, Gold
 NUMBERS = (
     "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten",
 )  # fmt: skip
-DESCRIBE = ("Describe the picture.", "What is in the picture?", "Say what the picture shows.")
 
 _TEMPLATES = {
     "recolour": (
@@ -90,10 +89,10 @@ def instruction(rng: random.Random, scene: Scene, edits: tuple[Edit, ...], by_na
         again = edit.key is not None and edit.key == previous and edit.kind != "swap"
         parts.append(_request(rng, scene, edit, by_name, "it" if again else None))
         previous = None if edit.kind in ("swap", "add") else edit.key
-    return _sentence(" and ".join(parts))
+    return sentence(" and ".join(parts))
 
 
-def _sentence(words: str) -> str:
+def sentence(words: str) -> str:
     return words[0].upper() + words[1:] + "."
 
 
@@ -121,37 +120,37 @@ def _request(
     return template.format(a=subject, v=edit.value)
 
 
-def describe(scene: Scene, quality: str | None = None) -> str:
-    """What the picture shows, objects in reading order, each by its place.
-
-    The place comes first: it tells where to look for what follows, which makes pretraining on two
-    cores possible at all.
-    """
-    nouns = [f"{place(thing.cell)} {noun(thing)}" for thing in scene.things]
-    text = _sentence(", ".join([f"on {article(scene.background)} background", *nouns]))
-    return text + (f" The picture is {quality}." if quality else "")
-
-
 def critique(source: Scene, candidate: Scene, edits, gold: Gold, quality: str | None) -> str:
     """What was asked, what the candidate shows, what is wrong; last line: both scores.
 
     Everything said is read off the two scenes and `gold`; how the candidate was made is not known
     here. `edits` is the instruction.
     """
-    first, *rest = [_outcome(source, candidate, edit, gold.credits) for edit in edits]
+    outcomes = [_outcome(source, candidate, edit, gold.credits) for edit in edits]
+    if len(edits) > 1:  # the longest critiques set the width of every batch
+        outcomes = [_shorten(outcome) for outcome in outcomes]
+    first, *rest = outcomes
     extras = [_extra(source, change, pair) for change, pair in gold.extras.items()]
-    text = f"{_verdict(source, candidate, gold, quality)}: {first}."
-    text += "".join(f" {_sentence(clause)}" for clause in rest)
-    if extras:
-        # The longest critiques would be those of compounds: there, one mistake is spelled out.
-        named = extras[: 2 if len(edits) == 1 else 1]
-        more = ["more"] if len(extras) > len(named) else []
-        text += " " + _sentence(" and ".join(named + more) + " by mistake")
-    if quality:
-        text += f" The picture is {quality}."
-    elif not extras and len(edits) == 1 and any(gold.credits.values()):
+    verdict = _verdict(source, candidate, gold, quality)
+    if extras and len(edits) > 1 and verdict != "Too much":
+        verdict += " and more"
+    if quality and quality.capitalize() != verdict:
+        verdict += f", {quality}"
+    text = f"{verdict}: {first}."
+    text += "".join(f" {sentence(clause)}" for clause in rest)
+    if extras and len(edits) == 1:
+        more = " and more" if len(extras) > 1 else ""  # one mistake is spelled out
+        text += f" {sentence(f'{extras[0]}{more} by mistake')}"
+    if not extras and not quality and len(edits) == 1 and any(gold.credits.values()):
         text += " Nothing else changed."
     return f"{text}\n{score_line(gold)}"
+
+
+def _shorten(outcome: str) -> str:
+    """Without what the verdict, 'still' or 'not' says as well."""
+    if " still " in outcome or " is new, " in outcome:
+        return outcome.partition(", not ")[0]
+    return outcome.removesuffix(" as asked").replace(" is now ", " is ")
 
 
 def score_line(gold: Gold) -> str:
@@ -180,34 +179,35 @@ def _outcome(source: Scene, candidate: Scene, edit: Edit, credits: dict[Change, 
         if candidate.background == edit.value:
             return f"the background is now {edit.value} as asked"
         when = "still" if candidate.background == source.background else "now"
-        return f"the background is {when} {candidate.background}, not {edit.value} as asked"
+        return f"the background is {when} {candidate.background}, not {edit.value}"
     now = candidate.get(edit.key)
     if edit.kind == "add":
-        goal = f"{noun(edit.value)} {place(edit.value.cell)}"
+        goal, where = noun(edit.value), place(edit.value.cell)
         if now is None:
-            return f"there is no {goal.partition(' ')[2]} as asked"
-        if credits[edit.key, "added"] == 10:
-            return f"{goal} is new as asked"
-        return f"{noun(now)} {place(now.cell)} is new, not {goal} as asked"
+            return f"there is no {goal.partition(' ')[2]} {where}"
+        differing = [goal] if noun(now) != goal else []
+        differing += [where] if now.cell != edit.value.cell else []
+        instead = f", not {' '.join(differing)}" if differing else ""
+        return f"{noun(now)} {place(now.cell)} is new{instead}"
     thing = source.get(edit.key)
     if edit.kind == "remove":
         return (
             f"{name(thing)} is gone as asked"
             if now is None
-            else (f"{name(thing)} is still there, not gone as asked")
+            else (f"{name(thing)} is still there, not gone")
         )
     if edit.kind == "swap":
         both = f"{name(thing)} and {name(source.get(edit.other))}"
         done = credits[edit.key, "cell"] == credits[edit.other, "cell"] == 10
-        return f"{both} {'traded places' if done else 'did not trade places'} as asked"
+        return f"{both} {'traded places as asked' if done else 'did not trade'}"
     field = {"recolour": "colour", "replace": "shape", "move": "cell", "resize": "size"}[edit.kind]
     goal = _value(field, edit.value)
     if now is None:
-        return f"{name(thing)} is gone, not {goal} as asked"
+        return f"{name(thing)} is gone, not {goal}"
     if getattr(now, field) == edit.value:
         return f"{name(thing)} is now {goal} as asked"
     when = "still" if getattr(now, field) == getattr(thing, field) else "now"
-    return f"{name(thing)} is {when} {_value(field, getattr(now, field))}, not {goal} as asked"
+    return f"{name(thing)} is {when} {_value(field, getattr(now, field))}, not {goal}"
 
 
 def _extra(source: Scene, change: Change, pair) -> str:
@@ -216,9 +216,11 @@ def _extra(source: Scene, change: Change, pair) -> str:
     if field == "background":
         return f"the background is now {new}"
     if field == "added":
-        return f"{noun(new)} {place(new.cell)} is new"
+        return f"{noun(new)} is new"
     if field == "removed":
         return f"{name(source.get(key))} is gone"
+    if field == "cell":
+        return f"{name(source.get(key))} moved"
     return f"{name(source.get(key))} is now {_value(field, new)}"
 
 
