@@ -64,19 +64,24 @@ def backbone_folder(config: ConfigDict) -> Path:
     return Path(path)
 
 
-def build_data(config: ConfigDict, backbone: BackboneConfig, say: Callable[[str], None]) -> Data:
-    """Prepare or open the data, measure it, and plan every step."""
-    language = bool(config.loss.language_weight)
-    encoder = make_encoder(
+def make_run_encoder(config: ConfigDict, backbone: BackboneConfig) -> Encoder:
+    """The encoder of a run's examples."""
+    return make_encoder(
         backbone_folder(config),
         backbone,
         template=Template(rubric=config.data.rubric),
         max_visual_tokens=config.data.max_visual_tokens or None,
         dimensions=tuple(config.data.dimensions),
-        language=language,
+        language=bool(config.loss.language_weight),
         score_line=config.loss.score_line,
         positions=config.backbone.positions,
     )
+
+
+def build_data(config: ConfigDict, backbone: BackboneConfig, say: Callable[[str], None]) -> Data:
+    """Prepare or open the data, measure it, and plan every step."""
+    language = bool(config.loss.language_weight)
+    encoder = make_run_encoder(config, backbone)
     folders = _data_folders(config)
     caps = plan.Bucket(0, 0, 0, 0, 0, config.data.max_critique)
     sources: dict[str, list[plan.Source]] = {}
@@ -214,6 +219,16 @@ def make_optimizer(config: ConfigDict, trainable: dict):
     return optimizer, schedule
 
 
+def abstract_params(backbone: BackboneConfig, dimensions: int) -> dict[str, Any]:
+    """Shapes of all parameters of a run: the backbone, the reward head and its token."""
+    width = backbone.text.hidden
+    return {
+        **weights.abstract_params(backbone),
+        "reward_head": {"kernel": jax.ShapeDtypeStruct((width, dimensions), jnp.float32)},
+        "reward_embedding": jax.ShapeDtypeStruct((width,), jnp.float32),
+    }
+
+
 def init_state(
     config: ConfigDict, backbone: BackboneConfig, mesh: jax.sharding.Mesh, encoder: Encoder
 ) -> tuple[TrainState, Any]:
@@ -223,22 +238,17 @@ def init_state(
     compute dtype is.
     """
     folder = backbone_folder(config)
-    abstract = weights.abstract_params(backbone)
     frozen_dtype = DTYPES[config.backbone.compute_dtype]
     width, dimensions = backbone.text.hidden, len(encoder.dimensions)
     key = jax.random.key(config.seed)
-    whole = {
-        **abstract,
-        "reward_head": {"kernel": jax.ShapeDtypeStruct((width, dimensions), jnp.float32)},
-        "reward_embedding": jax.ShapeDtypeStruct((width,), jnp.float32),
-    }
+    whole = abstract_params(backbone, dimensions)
     trainable_paths = set(optim.flatten(optim.split_params(whole, tuple(config.trainable))[0]))
     shardings = sharding.param_shardings(whole, mesh)
 
     def dtype_of(path: str):
         return jnp.float32 if path in trainable_paths else frozen_dtype
 
-    body = {name: shardings[name] for name in abstract}
+    body = {name: shardings[name] for name in ("backbone", "language_head")}
     if config.backbone.random:
         params = jax.jit(lambda k: init_backbone(k, backbone), out_shardings=body)(
             jax.random.fold_in(key, 1)

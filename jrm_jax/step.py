@@ -175,3 +175,15 @@ def make_eval_step(forward: Forward) -> Callable[[dict, dict, dict], tuple[dict,
         return _measure(outputs, batch), outputs.reward_BKR
 
     return eval_step
+
+
+def make_score_step(
+    backbone: Backbone, mean: tuple, std: tuple
+) -> Callable[[dict, dict], jax.Array]:
+    """score_step(params, batch) -> reward_BKR float32, from the discriminative path alone."""
+    forward = make_forward(backbone, mean, std, LossConfig(language_weight=0.0))
+
+    def score_step(params: dict, batch: dict) -> jax.Array:
+        return forward(params, batch).reward_BKR
+
+    return score_step

@@ -162,7 +162,7 @@ class _Run:
                     due_eval = step % config.eval_interval == 0 or step == total
                     due_save = step % config.save_interval == 0 or step == total or stopping
                     due_log = step % config.log_interval == 0 or step == total
-                    if step > self.start:
+                    if step > self.start or step == total:  # no steps at all: the start is saved
                         if (due_eval or due_save or due_log) and pending is not None:
                             self._check(pending, window)
                             pending = None

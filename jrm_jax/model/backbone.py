@@ -15,7 +15,7 @@ from jax import Array
 from jax.sharding import NamedSharding
 
 from jrm_jax.model.config import BackboneConfig
-from jrm_jax.model.decoder import Decoder, Layout, constrain, gather_visual
+from jrm_jax.model.decoder import Cache, Decoder, Generated, Layout, constrain, gather_visual
 from jrm_jax.model.rope import decoder_rotary
 from jrm_jax.model.vision import VisionInputs, VisionOutputs, VisionTower, normalise_patches
 
@@ -78,7 +78,7 @@ class Backbone(nn.Module):
             reward_embedding_D: input embedding of the reward token.
             patches_BINF: normalised pixels (`normalise_patches`), differentiable; I or N may be 0.
         """
-        return self._forward(inputs, reward_embedding_D, patches_BINF, collect=False)["hidden"]
+        return self._forward(inputs, reward_embedding_D, patches_BINF)["hidden"]
 
     def intermediates(
         self, inputs: dict[str, Array], reward_embedding_D: Array, patches_BINF: Array
@@ -91,9 +91,49 @@ class Backbone(nn.Module):
             images also vision_blocks [depth, B*I, N, d], visual_tokens [B, I*V, D] and, for
             Qwen3-VL, deepstack [taps, B, I*V, D].
         """
-        return self._forward(inputs, reward_embedding_D, patches_BINF, collect=True)
+        states = self._forward(inputs, reward_embedding_D, patches_BINF, "hidden")
+        return {"decoder_layers" if k == "collected" else k: v for k, v in states.items()}
 
-    def _forward(self, inputs, reward_embedding_D, patches_BINF, collect):
+    def prefill(
+        self, inputs: dict[str, Array], reward_embedding_D: Array, patches_BINF: Array, room: int
+    ) -> tuple[Array, Cache]:
+        """(hidden [B, S, D], cache of all layers with `room` slots for tokens to come)."""
+        states = self._forward(inputs, reward_embedding_D, patches_BINF, "keys")
+        prompt = inputs["prompt_tokens"].shape[1]
+        length = inputs["candidate_tokens"].shape[2]
+
+        def split(x_LBSGh: Array) -> tuple[Array, Array]:
+            before, own = jnp.split(x_LBSGh, [prompt], axis=2)
+            own = own.reshape(own.shape[0], -1, length, *own.shape[3:])
+            return before, jnp.pad(own, ((0, 0), (0, 0), (0, room), (0, 0), (0, 0)))
+
+        (prompt_k, own_k), (prompt_v, own_v) = map(split, states["collected"])
+        return states["hidden"], Cache(prompt_k, prompt_v, own_k, own_v)
+
+    def decode(
+        self,
+        tokens_X1: Array,
+        positions_X1: Array,
+        slot: Array,
+        prompt_segments_BP: Array,
+        own_segments: Array,
+        cache: Cache,
+    ) -> tuple[Array, Cache]:
+        """(hidden [X, 1, D], cache) after one more token of each of the X = B * K sequences.
+
+        Args:
+            positions_X1: the same on all three axes, as for any text.
+            slot, own_segments: see `decoder.Generated`.
+        """
+        hidden = self.embed(tokens_X1).astype(self.dtype)
+        positions_X31 = jnp.repeat(positions_X1[:, None], 3, axis=1)
+        place = Generated(
+            decoder_rotary(positions_X31, self.config.text), slot, prompt_segments_BP, own_segments
+        )
+        hidden, cache = self.decoder(hidden, None, place, "keys", cache)
+        return hidden, cache
+
+    def _forward(self, inputs, reward_embedding_D, patches_BINF, collect=""):
         groups = inputs["candidate_tokens"].shape[0]
 
         def pack(name: str) -> Array:
@@ -112,7 +152,7 @@ class Backbone(nn.Module):
 
         states, deepstack = {}, None
         if patches_BINF.shape[1] * patches_BINF.shape[2]:
-            seen = self._see(inputs, patches_BINF, collect)
+            seen = self._see(inputs, patches_BINF, collect == "hidden")
             per_group = (groups, -1, self.config.text.hidden)
             tokens_BED = seen.tokens.reshape(per_group)
             is_visual = visual_BS[..., None] >= 0
@@ -131,9 +171,7 @@ class Backbone(nn.Module):
             visual=visual_BS,
         )
         states["embedded"] = hidden
-        states["hidden"], states["decoder_layers"] = self.decoder(
-            hidden, deepstack, layout, collect
-        )
+        states["hidden"], states["collected"] = self.decoder(hidden, deepstack, layout, collect)
         return states
 
     def _see(self, inputs, patches_BINF, collect) -> VisionOutputs:

@@ -6,7 +6,8 @@ D width, H heads, G key/value heads, h head width, E visual tokens of a group.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,27 @@ class Layout(NamedTuple):
     visual: Array  # [B, S] int32: row among the group's E visual tokens, -1 = text
 
 
+class Cache(NamedTuple):
+    """Keys and values after their rotation, so far; X = B * K sequences. Stacks lead with layers.
+
+    The own slots are a candidate's C followed by those of generated tokens.
+    """
+
+    prompt_k: Array  # [B, P, G, h]
+    prompt_v: Array  # [B, P, G, h]
+    own_k: Array  # [X, C + generated, G, h]
+    own_v: Array  # [X, C + generated, G, h]
+
+
+class Generated(NamedTuple):
+    """Where one generated token of each sequence stands; it takes the place of `Layout`."""
+
+    rotary: Rotary  # over 1 slot
+    slot: Array  # int32 []: its place among the own slots
+    prompt_segments: Array  # [B, P]
+    own_segments: Array  # [X, C + generated]: 1 up to and including this slot where in use
+
+
 def gather_visual(features_BED: Array, visual_BS: Array) -> Array:
     """Visual feature of each slot; slots that are not visual get zeros."""
     picked = jnp.take_along_axis(features_BED, jnp.maximum(visual_BS, 0)[..., None], axis=1)
@@ -44,11 +66,12 @@ class DecoderAttention(nn.Module):
     hidden_sharding: NamedSharding | None
 
     @nn.compact
-    def __call__(self, x_BSD: Array, layout: Layout) -> Array:
+    def __call__(
+        self, x_BSD: Array, layout: Layout | Generated, cache: Cache | None
+    ) -> tuple[Array, tuple]:
+        """(output, (keys, values) of all slots, or the cache with this token's in it)."""
         text = self.text
         groups, slots, _ = x_BSD.shape
-        candidates, length = layout.candidate_segments.shape[1:]
-        prompt = layout.prompt_segments.shape[1]
 
         def project(name: str, heads: int) -> Array:
             linear = Linear(heads * text.head_dim, self.dtype, bias=text.qkv_bias, name=name)
@@ -59,16 +82,34 @@ class DecoderAttention(nn.Module):
             q = RMSNorm(text.eps, self.dtype, name="q_norm")(q)
             k = RMSNorm(text.eps, self.dtype, name="k_norm")(k)
         q, k = apply_rotary(q, layout.rotary), apply_rotary(k, layout.rotary)
-
-        def split(x_BSGh: Array) -> tuple[Array, Array]:
-            before, own = jnp.split(x_BSGh, [prompt], axis=1)
-            return before, own.reshape(groups * candidates, length, *own.shape[2:])
-
         sharding = self.hidden_sharding
         options = {
             "implementation": self.attention,
             "mesh": None if sharding is None else sharding.mesh,
         }
+        gain = (2 * text.layers) ** -0.5
+        project_out = Linear(text.hidden, self.dtype, bias=False, gain=gain, name="o")
+        if cache is not None:
+            put = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=1)
+            own_k, own_v = (
+                put(held, new.astype(held.dtype), start_index=layout.slot)
+                for held, new in ((cache.own_k, k), (cache.own_v, v))
+            )
+            prefix = Prefix(cache.prompt_k, cache.prompt_v, layout.prompt_segments)
+            one = jnp.ones((groups, 1), jnp.int32)
+            out = attention(
+                q, own_k, own_v, one, layout.own_segments, causal_offset=None, prefix=prefix,
+                **options,
+            ).reshape(groups, slots, -1)  # fmt: skip
+            return project_out(out), cache._replace(own_k=own_k, own_v=own_v)
+        candidates, length = layout.candidate_segments.shape[1:]
+        prompt = layout.prompt_segments.shape[1]
+
+        def split(x_BSGh: Array) -> tuple[Array, Array]:
+            before, own = jnp.split(x_BSGh, [prompt], axis=1)
+            return before, own.reshape(groups * candidates, length, *own.shape[2:])
+
+        keys_values = (k, v)
         (prompt_q, q), (prompt_k, k), (prompt_v, v) = split(q), split(k), split(v)
         segments = layout.candidate_segments.reshape(groups * candidates, length)
         prefix = Prefix(prompt_k, prompt_v, layout.prompt_segments) if prompt else None
@@ -81,8 +122,7 @@ class DecoderAttention(nn.Module):
                 prompt_q, prompt_k, prompt_v, segments, segments, causal_offset=0, **options
             )
             out = jnp.concatenate([before.reshape(groups, prompt, -1), out], axis=1)
-        gain = (2 * text.layers) ** -0.5
-        return Linear(text.hidden, self.dtype, bias=False, gain=gain, name="o")(out)
+        return project_out(out), keys_values
 
 
 class DecoderMLP(nn.Module):
@@ -100,29 +140,33 @@ class DecoderMLP(nn.Module):
 class DecoderLayer(nn.Module):
     """Pre-norm layer, then the deepstack feature of this layer where there is one.
 
-    The second output is the hidden state when `collect`.
+    The second output is the hidden state when `collect` is 'hidden', and keys and values, or the
+    cache that was given, when it is 'keys'.
     """
 
     text: TextConfig
     dtype: jnp.dtype
     attention: str
     hidden_sharding: NamedSharding | None
-    collect: bool
+    collect: str
 
     @nn.compact
-    def __call__(self, hidden_BSD: Array, feature_BED: Array | None, layout: Layout):
+    def __call__(self, hidden_BSD: Array, own: tuple, layout: Layout | Generated):
         text = self.text
+        feature_BED, cache = own
         x = RMSNorm(text.eps, self.dtype, name="norm1")(hidden_BSD)
         attend = DecoderAttention(
             text, self.dtype, self.attention, self.hidden_sharding, name="attn"
         )
-        hidden_BSD = hidden_BSD + attend(x, layout)
+        attended, keys_values = attend(x, layout, cache)
+        hidden_BSD = hidden_BSD + attended
         x = RMSNorm(text.eps, self.dtype, name="norm2")(hidden_BSD)
         hidden_BSD = hidden_BSD + DecoderMLP(text, self.dtype, name="mlp")(x)
         if feature_BED is not None:
             hidden_BSD = hidden_BSD + gather_visual(feature_BED, layout.visual)
         hidden_BSD = constrain(hidden_BSD, self.hidden_sharding)
-        return hidden_BSD, hidden_BSD if self.collect else None
+        collected = {"": None, "hidden": hidden_BSD, "keys": keys_values}
+        return hidden_BSD, collected[self.collect]
 
 
 def constrain(hidden_BSD: Array, sharding: NamedSharding | None) -> Array:
@@ -145,11 +189,16 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(
-        self, hidden_BSD: Array, deepstack: Array | None, layout: Layout, collect: bool = False
-    ) -> tuple[Array, Array | None]:
-        """deepstack: [taps, B, E, D] or None. Returns the normed hidden state and, if `collect`,
-        the output of every layer [L, B, S, D]."""
-        collected = []
+        self,
+        hidden_BSD: Array,
+        deepstack: Array | None,
+        layout: Layout | Generated,
+        collect: str = "",
+        cache: Cache | None = None,
+    ) -> tuple[Array, Any]:
+        """deepstack: [taps, B, E, D] or None; cache: of all layers. Returns the normed hidden state
+        and what each layer collects (see DecoderLayer), stacked over layers."""
+        collected, first = [], 0
         for name, length, features in (
             ("taps", self.taps, deepstack),
             ("layers", self.text.layers - self.taps, None),
@@ -158,7 +207,9 @@ class Decoder(nn.Module):
                 layers = stack(DecoderLayer, length, self.remat, self.scan_unroll)(
                     self.text, self.dtype, self.attention, self.hidden_sharding, collect, name=name
                 )
-                hidden_BSD, outputs = layers(hidden_BSD, features, layout)
+                held = jax.tree.map(lambda x, at=first, n=length: x[at : at + n], cache)
+                hidden_BSD, outputs = layers(hidden_BSD, (features, held), layout)
                 collected.append(outputs)
+                first += length
         hidden_BSD = RMSNorm(self.text.eps, self.dtype, name="norm")(hidden_BSD)
-        return hidden_BSD, jnp.concatenate(collected) if collect else None
+        return hidden_BSD, jax.tree.map(lambda *parts: jnp.concatenate(parts), *collected)

@@ -182,6 +182,7 @@ def load_params(
     dtype: Any | Callable[[str], Any] = jnp.float32,
     ignore: Collection[str] = (),
     progress: Callable[[int, int], None] | None = None,
+    only: Collection[str] | None = None,
 ) -> Params:
     """Read {'backbone': ..., 'language_head': ...} from a Hugging Face folder.
 
@@ -194,6 +195,7 @@ def load_params(
         dtype: of the leaves, or a function from a leaf's path to its dtype.
         ignore: names of further tensors to leave aside, such as 'score.weight'.
         progress: called after each leaf with the numbers read so far and in total.
+        only: paths of the leaves to read; None reads all. All are checked.
 
     Raises:
         UserError: files absent, damaged or incomplete; or tensors missing, unread, of the wrong
@@ -202,6 +204,8 @@ def load_params(
     files = _Files(Path(folder))
     _check(files, config, ignore)
     table = tensor_table(config)
+    if only is not None:
+        table = {path: leaf for path, leaf in table.items() if path in only}
     placed = None if shardings is None else dict(flatten(shardings))
     total, done = sum(math.prod(leaf.shape) for leaf in table.values()), 0
     leaves = {}

@@ -1,0 +1,152 @@
+"""Reward model for image edits, exported by jrm_jax; loads in transformers 5 without jrm_jax.
+
+    model = AutoModelForSequenceClassification.from_pretrained(FOLDER, trust_remote_code=True)
+    scores = model.score_edits("Make the cat white.", source, [first, second])   # PIL images
+
+`forward` takes what `prepare` makes: input_ids that end in the reward token, attention_mask,
+mm_token_type_ids, pixel_values, image_grid_thw. The score is one bias-free linear on the last
+hidden state at the last token that is not padding; larger is better, and only differences between
+candidates of one source and instruction carry meaning.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from transformers import AutoImageProcessor, AutoTokenizer
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+from transformers.modeling_layers import GenericForSequenceClassification
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLPreTrainedModel
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLPreTrainedModel
+from transformers.utils import cached_file
+
+# Without this the names of Qwen2.5-VL's files match nothing, and its decoder stays random.
+for _family in ("Qwen2_5_VL", "Qwen3VL"):
+    _mapping = get_checkpoint_conversion_mapping(f"{_family}ForConditionalGeneration")
+    if _mapping is not None:
+        register_checkpoint_conversion_mapping(
+            f"{_family}ForSequenceClassification", _mapping, overwrite=True
+        )
+
+
+class _RewardModel(GenericForSequenceClassification):
+    def forward(self, input_ids=None, *args, pixel_values=None, mm_token_type_ids=None, **kwargs):
+        if pixel_values is not None and mm_token_type_ids is None:
+            raise ValueError(
+                "pixel_values came without mm_token_type_ids (1 at image tokens, 0 elsewhere): "
+                "positions would be those of plain text, and the score wrong"
+            )
+        return super().forward(
+            input_ids,
+            *args,
+            pixel_values=pixel_values,
+            mm_token_type_ids=mm_token_type_ids,
+            **kwargs,
+        )
+
+    @torch.inference_mode()
+    def score_edits(self, instruction, source, candidates):
+        """float32 [candidates, dimensions]: a score for each candidate picture of one edit.
+
+        source: a PIL image, or None where the instruction stands alone.
+        """
+        prompt = [instruction] if source is None else [instruction, source]
+        batch = self.prepare([(prompt, [candidate]) for candidate in candidates])
+        return self(**batch, use_cache=False).logits.float()
+
+    def prepare(self, requests):
+        """Model inputs, padded on the right, for [(prompt parts, candidate parts), ...].
+
+        A part is a text or a PIL image. Text is text: special tokens in it are not obeyed.
+        """
+        tokenizer, processor, stamp = self._tools()
+        tokens, pictures = [], []
+        for prompt, candidate in requests:
+            ids, images = _encode(tokenizer, processor, stamp, prompt, candidate)
+            tokens.append(ids)
+            pictures += images
+        length = max(map(len, tokens))
+        padding = tokenizer.pad_token_id
+        ids = torch.tensor([row + [padding] * (length - len(row)) for row in tokens])
+        mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in tokens])
+        batch = {"input_ids": ids, "attention_mask": mask}
+        if pictures:
+            image_id = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+            batch["mm_token_type_ids"] = (ids == image_id).int() * mask
+            batch["pixel_values"] = torch.cat([p["pixel_values"] for p in pictures]).to(self.dtype)
+            batch["image_grid_thw"] = torch.cat([p["image_grid_thw"] for p in pictures])
+        return {name: value.to(self.device) for name, value in batch.items()}
+
+    def _tools(self):
+        if not hasattr(self, "_loaded_tools"):
+            folder = self.config._name_or_path
+            stamp = json.loads(Path(cached_file(folder, "jrm.json")).read_text())["stamp"]
+            self._loaded_tools = (
+                AutoTokenizer.from_pretrained(folder),
+                AutoImageProcessor.from_pretrained(folder),
+                stamp,
+            )
+        return self._loaded_tools
+
+
+def _encode(tokenizer, processor, stamp, prompt, candidate):
+    """(token ids, processed pictures) of one request, by the template of the training."""
+    special = tokenizer.convert_tokens_to_ids
+    ids, pictures, text = [], [], ""
+
+    def flush():
+        nonlocal text
+        if text:
+            plain = tokenizer(text, add_special_tokens=False, split_special_tokens=True)
+            ids.extend(plain.input_ids)
+        text = ""
+
+    def lay(parts, joined):
+        nonlocal text
+        for part in parts:
+            if isinstance(part, str):
+                text += ("\n" if joined else "") + part
+                joined = True
+                continue
+            flush()
+            picture = processor(images=[part], return_tensors="pt")
+            pictures.append(picture)
+            count = int(picture["image_grid_thw"].prod()) // processor.merge_size**2
+            ids.append(special("<|vision_start|>"))
+            ids.extend([special("<|image_pad|>")] * count)
+            ids.append(special("<|vision_end|>"))
+            joined = False
+
+    def end_turn():
+        nonlocal text
+        flush()
+        ids.append(special("<|im_end|>"))
+        text = "\n"
+        flush()
+
+    if stamp["rubric"]:
+        ids.append(special("<|im_start|>"))
+        text = f"system\n{stamp['rubric']}"
+        end_turn()
+    ids.append(special("<|im_start|>"))
+    text = "user\n"
+    lay(prompt, False)
+    text += stamp["result"]
+    lay(candidate, True)
+    end_turn()
+    ids.append(special("<|im_start|>"))
+    text = "assistant\n"
+    flush()
+    ids.append(stamp["reward_token_id"])
+    return ids, pictures
+
+
+class Qwen2_5_VLForSequenceClassification(_RewardModel, Qwen2_5_VLPreTrainedModel):
+    pass
+
+
+class Qwen3VLForSequenceClassification(_RewardModel, Qwen3VLPreTrainedModel):
+    pass

@@ -1,0 +1,205 @@
+"""A checkpoint becomes a Hugging Face folder that PyTorch, serving engines and this project load.
+
+    python -m jrm_jax.export --checkpoint=WORKDIR [--step=N|best|latest] --out=FOLDER
+
+The folder appears under its name only when it is complete.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jrm_jax.data.images import read_config as read_processor_config
+from jrm_jax.data.template import Template, save_tokenizer
+from jrm_jax.errors import UserError
+from jrm_jax.model import weights
+from jrm_jax.trained import STAMP, Trained, load_trained
+
+ASSETS = Path(__file__).parent / "assets" / "export"
+CODE = "modeling_jrm"
+ARCHITECTURES = {
+    "qwen2_5_vl": "Qwen2_5_VLForSequenceClassification",
+    "qwen3_vl": "Qwen3VLForSequenceClassification",
+}
+
+
+def export(trained: Trained, out: Path, dtype: str, max_shard_bytes: int) -> None:
+    """Write the folder.
+
+    Raises:
+        UserError: `out` exists, or cannot be written.
+    """
+    if out.exists():
+        raise UserError(f"{out} exists: give another --out, or remove it first")
+    part = out.with_name(f"{out.name}.incomplete-{os.getpid()}")
+    part.mkdir(parents=True)
+    try:
+        reward_id = trained.encoder.tokenizer.reward_id
+        weights.save_params(
+            part,
+            _with_reward_row(trained.params, reward_id),
+            trained.config,
+            dtype,
+            max_shard_bytes,
+            {"score.weight": np.asarray(trained.params["reward_head"]["kernel"], np.float32).T},
+        )
+        save_tokenizer(trained.folder, part, trained.config.text.vocab)
+        files = {
+            "config.json": _json(_config(trained, dtype)),
+            "preprocessor_config.json": _json(_processor(trained)),
+            "generation_config.json": _json(_generation(trained)),
+            "chat_template.jinja": chat_template(trained.encoder.template),
+            STAMP: _json(trained.card),
+            "README.md": _model_card(trained, dtype),
+        }
+        for name, text in files.items():
+            (part / name).write_text(text, encoding="utf-8")
+        shutil.copy(ASSETS / f"{CODE}.py", part)
+        os.rename(part, out)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error}") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _with_reward_row(params: dict[str, Any], reward_id: int) -> dict[str, Any]:
+    """The backbone and its language head; the spare row holds the reward token's embedding."""
+    backbone = params["backbone"]
+    table = backbone["embed"]["embedding"]
+    row = jnp.asarray(params["reward_embedding"], table.dtype)
+    embed = {"embedding": table.at[reward_id].set(row)}
+    return {
+        "backbone": {**backbone, "embed": embed},
+        "language_head": params["language_head"],
+    }
+
+
+def _json(content: dict[str, Any]) -> str:
+    return json.dumps(content, indent=2) + "\n"
+
+
+def _config(trained: Trained, dtype: str) -> dict[str, Any]:
+    """The backbone's config.json as that of a sequence classifier."""
+    config = json.loads((trained.folder / "config.json").read_text())
+    architecture = ARCHITECTURES[trained.config.family]
+    names = {str(i): name for i, name in enumerate(trained.encoder.dimensions)}
+    pad = trained.encoder.tokenizer.pad_id
+    config.pop("torch_dtype", None)
+    config |= {
+        "architectures": [architecture],
+        "auto_map": {"AutoModelForSequenceClassification": f"{CODE}.{architecture}"},
+        "dtype": dtype,
+        "num_labels": len(names),
+        "id2label": names,
+        "label2id": {name: int(i) for i, name in names.items()},
+        "problem_type": "regression",
+        "pad_token_id": pad,
+    }
+    # the classifier finds a row's last token by the padding token of the text part
+    for part in ("text_config", "vision_config"):
+        if part in config:
+            config[part].pop("torch_dtype", None)
+            config[part]["dtype"] = dtype
+    if "text_config" in config:
+        config["text_config"]["pad_token_id"] = pad
+    return config
+
+
+def _processor(trained: Trained) -> dict[str, Any]:
+    _, fields = read_processor_config(trained.folder)
+    kept = {k: v for k, v in fields.items() if k not in ("min_pixels", "max_pixels")}
+    processor = trained.encoder.processor
+    size = {"shortest_edge": processor.min_pixels, "longest_edge": processor.max_pixels}
+    return kept | {"size": size}
+
+
+def _generation(trained: Trained) -> dict[str, Any]:
+    """Critiques end with <|im_end|> and never hold the reward token."""
+    tokenizer = trained.encoder.tokenizer
+    return {
+        "do_sample": False,
+        "eos_token_id": tokenizer.end_id,
+        "pad_token_id": tokenizer.pad_id,
+        "suppress_tokens": [tokenizer.reward_id],
+    }
+
+
+def chat_template(template: Template) -> str:
+    """A Jinja chat template that ends at the reward token.
+
+    Messages: one 'user' turn whose last picture is the candidate; or a 'user' turn with the prompt
+    and a 'candidate' turn (any parts). Neighbouring texts are joined by a line break.
+    """
+    rubric, result = (json.dumps(text, ensure_ascii=False) for text in
+                      (template.rubric, template.result))  # fmt: skip
+    source = (ASSETS / "chat_template.jinja").read_text(encoding="utf-8")
+    return source.replace("__RUBRIC__", rubric).replace("__RESULT__", result)
+
+
+def _model_card(trained: Trained, dtype: str) -> str:
+    card, stamp = trained.card, trained.card["stamp"]
+    results = card.get("results") or {}
+    settings = card.get("config") or {}
+    data = settings.get("data", {})
+    losses = settings.get("loss", {})
+    rows = [f"| {name} | {value} |" for name, value in sorted(results.items())]
+    mean, deviation = card.get("reward_mean"), card.get("reward_std")
+    spread = "unknown" if mean is None else f"mean {mean:.4f}, standard deviation {deviation:.4f}"
+    return (ASSETS / "model_card.md").read_text(encoding="utf-8").format(
+        architecture=ARCHITECTURES[trained.config.family],
+        dtype=dtype,
+        step=card.get("step"),
+        backbone=settings.get("backbone", {}).get("path", "unknown"),
+        data=data.get("path") or data.get("mixture") or "the built-in world of jrm_jax",
+        losses=", ".join(f"{k} {v}" for k, v in sorted(losses.items())),
+        dimensions=", ".join(stamp["dimensions"]),
+        rubric=stamp["rubric"],
+        result=json.dumps(stamp["result"]),
+        reward_token_id=stamp["reward_token_id"],
+        max_pixels=f"{stamp['max_pixels']:,}",
+        spread=spread,
+        results="\n".join(["| number | value |", "|---|---|", *rows]) if rows else "None.",
+    )
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m jrm_jax.export", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--checkpoint", required=True, help="folder of a run")
+    parser.add_argument("--step", default="best", help="a number, 'best' or 'latest'")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--dtype", choices=tuple(weights.STORED_AS), default="bfloat16")
+    parser.add_argument("--max_shard_gb", type=float, default=5.0, help="10^9 bytes per file")
+    args = parser.parse_args(argv)
+    if args.step not in ("best", "latest"):
+        if not args.step.isdecimal():
+            parser.error(f"--step={args.step}: give a number, 'best' or 'latest'")
+        args.step = int(args.step)
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    try:
+        if args.out.exists():
+            raise UserError(f"{args.out} exists: give another --out, or remove it first")
+        trained = load_trained(args.checkpoint, args.step)
+        export(trained, args.out, args.dtype, int(args.max_shard_gb * 1e9))
+    except UserError as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
+    size = sum(path.stat().st_size for path in args.out.iterdir())
+    print(f"{args.out}: step {trained.card.get('step')}, {size / 1e6:,.1f} MB, {args.dtype}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,372 @@
+"""Scores of edits from a trained model, in Python and in the shell.
+
+    python -m jrm_jax.score --model=FOLDER --source=cat.png --instruction="..." a.png b.png
+
+    model = RewardModel.load("runs/joint")          # or a folder that jrm_jax.export wrote
+    model.score("Make the cat white.", "cat.png", ["a.png", "b.png"])      float32 [2]
+
+A reward is a real number without fixed scale; larger is better, and only differences between
+candidates of one source and instruction carry meaning. Under the preference loss the chance that
+people prefer i to j is sigmoid(reward_i - reward_j). `Scores.normalised` is (reward - mean) /
+deviation over the rewards of the training set, for those who add it to other rewards.
+
+Letters: K candidates, R reward dimensions, B groups.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jrm_jax import build, sharding
+from jrm_jax.data.encode import EncodedExample
+from jrm_jax.data.pipeline import assemble_batch
+from jrm_jax.data.plan import Bucket
+from jrm_jax.data.schema import Candidate, Image, Part, Text
+from jrm_jax.errors import UserError
+from jrm_jax.generate import make_generate
+from jrm_jax.model.backbone import Backbone
+from jrm_jax.sheet import draw_sheet
+from jrm_jax.step import make_score_step
+from jrm_jax.trained import Trained, load_trained, scale
+
+Picture = Any  # path, encoded bytes, PIL image, or uint8 array [h, w, 3]
+TOKENS = 16  # token slots are rounded up to steps of this
+
+
+class Scores(NamedTuple):
+    """Of one group. Columns stand in the order of `dimensions`.
+
+    reward_KR: float32, linear and unbounded. normalised_KR: (reward - mean) / deviation of the
+    training rewards; NaN where the model does not know them.
+    """
+
+    reward_KR: np.ndarray
+    normalised_KR: np.ndarray
+    dimensions: tuple[str, ...]
+
+
+class Group(NamedTuple):
+    """One edit and its candidates. `source` may be None, one picture or several."""
+
+    instruction: str
+    source: Picture | Sequence[Picture] | None
+    candidates: Sequence[Picture]
+
+
+class RewardModel:
+    """A trained model on one device. Programs are compiled once per bucket of sizes.
+
+    A score does not depend on the other groups of a batch, on its size or order, on padding, or on
+    the other candidates: within 1e-5 in float32, where different buckets add up in different
+    orders; within one bucket it is bit-identical whatever stands in the other rows.
+    """
+
+    def __init__(self, trained: Trained, compute_dtype: str = "float32", batch_size: int = 8):
+        if compute_dtype not in build.DTYPES:
+            raise UserError(f"compute_dtype {compute_dtype!r}: use {' or '.join(build.DTYPES)}")
+        self.card, self.encoder, self.batch_size = trained.card, trained.encoder, batch_size
+        self.dimensions = self.encoder.dimensions
+        self._params = trained.params
+        processor = self.encoder.processor
+        mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+        self._options = sharding.compiler_options(mesh)
+        self._backbone = Backbone(
+            trained.config,
+            dtype=build.DTYPES[compute_dtype],
+            scan_unroll=True if trained.config.text.layers < 8 else 1,
+            reward_token_id=self.encoder.tokenizer.reward_id,
+        )
+        self._pixels = (processor.mean, processor.std)
+        self._score = jax.jit(
+            make_score_step(self._backbone, *self._pixels), compiler_options=self._options
+        )
+        self._generate: dict[tuple, Any] = {}
+
+    @classmethod
+    def load(cls, path: str | Path, step: int | str = "best", **options: Any) -> RewardModel:
+        """From a run's folder, or from one that `jrm_jax.export` wrote.
+
+        Args:
+            step: of a run's folder: a number, 'best' or 'latest'.
+            options: compute_dtype ('float32' or 'bfloat16'), batch_size (groups at a time).
+
+        Raises:
+            UserError: the folder holds no trained model.
+        """
+        return cls(load_trained(path, step), **options)
+
+    def score(
+        self, instruction: str, source: Picture | None, candidates: Sequence[Picture]
+    ) -> np.ndarray:
+        """float32 [K]: rewards in the first dimension, in the order of the candidates.
+
+        Raises:
+            UserError: no candidates, or a picture that cannot be read; it is named.
+        """
+        return self.score_batch([Group(instruction, source, candidates)])[0].reward_KR[:, 0]
+
+    def score_batch(self, groups: Sequence[Group | tuple]) -> list[Scores]:
+        """Scores of many groups, in their order; a group is (instruction, source, candidates).
+
+        Raises:
+            UserError: as `score`; names the group.
+        """
+        mean, deviation = scale(self.card)
+        found: list[Scores | None] = [None] * len(groups)
+        for indices, batch in self._batches(groups):
+            reward_BKR = np.asarray(self._score(self._params, batch))
+            for row, index in enumerate(indices):
+                reward_KR = reward_BKR[row, : len(groups[index][2])]
+                normalised_KR = (reward_KR - np.float32(mean)) / np.float32(deviation)
+                found[index] = Scores(reward_KR, normalised_KR, self.dimensions)
+        return found
+
+    def critique(
+        self,
+        instruction: str,
+        source: Picture | None,
+        candidates: Sequence[Picture],
+        *,
+        max_tokens: int = 128,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> list[str]:
+        """What the language head says of each candidate.
+
+        Args:
+            max_tokens: at most so many; a critique that is longer ends there.
+            temperature: 0 takes the likeliest token, larger values sample.
+
+        Raises:
+            UserError: as `score`.
+        """
+        ids_KT = self.critique_tokens(
+            instruction, source, candidates,
+            max_tokens=max_tokens, temperature=temperature, seed=seed,
+        )  # fmt: skip
+        return [self.encoder.tokenizer.decode(ids) for ids in ids_KT]
+
+    def critique_tokens(
+        self, instruction, source, candidates, *, max_tokens=128, temperature=0.0, seed=0
+    ) -> list[list[int]]:
+        """Token ids of `critique`, without <|im_end|>."""
+        options, end = (max_tokens, temperature > 0), self.encoder.tokenizer.end_id
+        if options not in self._generate:
+            generate = make_generate(self._backbone, *self._pixels, *options, end)
+            self._generate[options] = jax.jit(generate, compiler_options=self._options)
+        group = Group(instruction, source, candidates)
+        ((_, batch),) = self._batches([group])
+        key = jax.random.key(seed)
+        ids_BKT = self._generate[options](self._params, batch, key, np.float32(temperature or 1.0))
+        rows = np.asarray(ids_BKT)[0, : len(candidates)].tolist()
+        return [row[: row.index(end)] if end in row else row for row in rows]
+
+    def problem(self, picture: Picture) -> str | None:
+        """Why a picture cannot be scored, or None."""
+        try:
+            self.encoder.processor.encode(read_picture(picture))
+        except (ValueError, OSError) as error:
+            return _words(error)
+        return None
+
+    def _batches(self, groups: Sequence[Group | tuple]) -> Iterator[tuple[list[int], dict]]:
+        """(indices of the groups, batch) for groups of one bucket at a time."""
+        by_bucket: dict[Bucket, list[tuple[int, EncodedExample]]] = {}
+        for index, group in enumerate(groups):
+            encoded = self._encode(Group(*group), f"group {index}: " if len(groups) > 1 else "")
+            by_bucket.setdefault(self._bucket(encoded), []).append((index, encoded))
+        for bucket, members in by_bucket.items():
+            for start in range(0, len(members), self.batch_size):
+                part = members[start : start + self.batch_size]
+                fillers = [None] * (_step(len(part)) - len(part))
+                rows = [encoded for _, encoded in part] + fillers
+                yield [i for i, _ in part], assemble_batch(rows, bucket, self.encoder)
+
+    def _encode(self, group: Group, where: str) -> EncodedExample:
+        if not isinstance(group.instruction, str):
+            raise UserError(f"{where}the instruction must be a text")
+        if isinstance(group.candidates, str | bytes | Path) or not len(group.candidates):
+            raise UserError(f"{where}give a list of at least one candidate picture")
+        named: list[tuple[str, bytes]] = []
+
+        def read(picture: Picture, name: str) -> Image:
+            label = f"{name} ({picture})" if isinstance(picture, str | Path) else name
+            try:
+                named.append((f"{where}{label}", read_picture(picture)))
+            except (ValueError, OSError) as error:
+                raise UserError(f"{where}{label}: {_words(error)}") from error
+            return Image(named[-1][1])
+
+        prompt: list[Part] = [Text(group.instruction)]
+        sources = group.source if isinstance(group.source, list | tuple) else [group.source]
+        for i, picture in enumerate(sources):
+            if picture is not None:
+                name = "source" if len(sources) == 1 else f"source {i}"
+                prompt.append(read(picture, name))
+        candidates = [
+            Candidate((read(picture, f"candidate {i}"),))
+            for i, picture in enumerate(group.candidates)
+        ]
+        try:
+            return self.encoder.encode_group(prompt, candidates)
+        except ValueError as error:
+            raise UserError(f"{self._culprit(named)}: {error}") from error
+
+    def _culprit(self, named: Sequence[tuple[str, bytes]]) -> str:
+        """Which of the pictures cannot be decoded."""
+        return next((name for name, data in named if self.problem(data)), "a picture")
+
+    def _bucket(self, encoded: EncodedExample) -> Bucket:
+        merge = self.encoder.processor.merge**2
+        return Bucket(
+            candidates=_step(len(encoded.candidates)),
+            images=_step(len(encoded.images)),
+            patches=_step(max((len(p) for p, _ in encoded.images), default=0), 4 * merge),
+            prompt=_step(len(encoded.prompt.tokens), TOKENS),
+            candidate=_step(max(len(row.tokens) for row in encoded.candidates), TOKENS),
+            critique=0,
+        )
+
+
+def _step(count: int, unit: int = 1) -> int:
+    """The smallest of unit * (0, 1, 2, 3, 4, 6, 8, 12, ...) that holds `count`."""
+    units = -(-count // unit)
+    if units < 2:
+        return units * unit
+    power = 2 ** math.ceil(math.log2(units))
+    return unit * (power * 3 // 4 if units <= power * 3 // 4 else power)
+
+
+def read_picture(picture: Picture) -> bytes:
+    """An encoded picture, whatever form it is given in.
+
+    Raises:
+        ValueError: none of the known forms. OSError: a file that cannot be read.
+    """
+    if isinstance(picture, bytes):
+        return picture
+    if isinstance(picture, str | Path):
+        return Path(picture).read_bytes()
+    import PIL.Image
+    import PIL.ImageOps
+
+    if isinstance(picture, np.ndarray):
+        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
+            shape = f"{picture.dtype} {list(picture.shape)}"
+            raise ValueError(f"an array of {shape}: give uint8 [height, width, 3]")
+        picture = PIL.Image.fromarray(picture)
+    if not isinstance(picture, PIL.Image.Image):
+        kind = type(picture).__name__
+        raise ValueError(f"a {kind}: give a path, bytes, a PIL image or a uint8 array")
+    if picture.mode not in ("RGB", "RGBA", "L", "LA", "P"):
+        picture = picture.convert("RGB")
+    file = io.BytesIO()
+    PIL.ImageOps.exif_transpose(picture).save(file, "PNG", compress_level=1)
+    return file.getvalue()
+
+
+def _words(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split())
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m jrm_jax.score", description="Rank edited pictures."
+    )
+    parser.add_argument("--model", required=True, help="a run's folder, or an exported one")
+    parser.add_argument("--step", default="best", help="of a run: a number, 'best' or 'latest'")
+    parser.add_argument("--source", action="append", help="picture to be edited (may be repeated)")
+    parser.add_argument("--instruction", required=True)
+    parser.add_argument("candidates", nargs="*", metavar="PICTURE", help="edited pictures")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    parser.add_argument("--critique", action="store_true", help="what the model says of each")
+    parser.add_argument("--max_tokens", type=int, default=128, help="of a critique")
+    parser.add_argument("--sheet", type=Path, help="PNG file: the pictures with their scores")
+    parser.add_argument("--compute_dtype", choices=tuple(build.DTYPES), default="float32")
+    args = parser.parse_args(argv)
+    args.step = int(args.step) if args.step.isdecimal() else args.step
+    return args
+
+
+def rank(args: argparse.Namespace) -> dict[str, Any]:
+    """Everything the command prints: candidates from best to worst, those with errors last.
+
+    Raises:
+        UserError: no candidates, no model, a source that cannot be read; without --json also a
+            candidate that cannot be read.
+    """
+    if not args.candidates:
+        raise UserError("give at least one candidate picture")
+    model = RewardModel.load(args.model, args.step, compute_dtype=args.compute_dtype)
+    rows: list[dict[str, Any]] = [{"picture": path} for path in args.candidates]
+    for row in rows:
+        problem = model.problem(row["picture"])
+        if problem is not None:
+            if not args.json:
+                raise UserError(f"{row['picture']}: {problem}")
+            row["error"] = problem
+    good = [row for row in rows if "error" not in row]
+    if good:
+        group = Group(args.instruction, args.source, [row["picture"] for row in good])
+        (scores,) = model.score_batch([group])
+        said = model.critique(*group, max_tokens=args.max_tokens) if args.critique else good
+        for i, row in enumerate(good):
+            row["reward"] = float(scores.reward_KR[i, 0])
+            normalised = float(scores.normalised_KR[i, 0])
+            row["normalised"] = normalised if math.isfinite(normalised) else None
+            if len(model.dimensions) > 1:
+                named = zip(model.dimensions, scores.reward_KR[i].tolist(), strict=True)
+                row["dimensions"] = dict(named)
+            if args.critique:
+                row["critique"] = said[i]
+    rows.sort(key=lambda row: -row.get("reward", -math.inf))
+    return {"instruction": args.instruction, "source": args.source, "candidates": rows}
+
+
+def print_table(found: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=found["instruction"])
+    columns = {"rank": "right", "picture": "left", "reward": "right", "normalised": "right"}
+    if any("critique" in row for row in found["candidates"]):
+        columns["critique"] = "left"
+    for name, side in columns.items():
+        table.add_column(name, justify=side, overflow="fold")
+    for place, row in enumerate(found["candidates"], 1):
+        shown = {"rank": place} | row
+        cells = [shown.get(name) for name in columns]
+        table.add_row(*(f"{c:+.4f}" if isinstance(c, float) else str(c or "-") for c in cells))
+    Console().print(table)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    try:
+        found = rank(args)
+        if args.sheet:
+            draw_sheet(found, args.sheet)
+    except UserError as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
+    if args.json:
+        print(json.dumps(found))
+    else:
+        print_table(found)
+    if any("error" in row for row in found["candidates"]):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""A trained model from disk: a run's folder with its checkpoints, or an exported folder.
+
+Both give the same `Trained`: parameters, encoder and the protocol they were trained with.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from jrm_jax import build, optim
+from jrm_jax.checkpoint import open_checkpoints
+from jrm_jax.data.encode import Encoder, make_encoder
+from jrm_jax.data.template import Template, protocol_stamp
+from jrm_jax.errors import UserError
+from jrm_jax.model import weights
+from jrm_jax.model.config import BackboneConfig, load_config
+
+STAMP = "jrm.json"  # in an exported folder: the protocol stamp, reward statistics, origin
+
+
+class Trained(NamedTuple):
+    """A model that can score.
+
+    params: 'backbone', 'language_head', 'reward_head', 'reward_embedding'.
+    folder: a Hugging Face folder with its tokenizer, image processor and config.json.
+    card: what is known of the training: 'stamp', 'reward_mean', 'reward_std' (of the training
+        rewards, None if unknown), 'step', 'config', 'results'.
+    """
+
+    config: BackboneConfig
+    params: dict[str, Any]
+    encoder: Encoder
+    folder: Path
+    card: dict[str, Any]
+
+
+def load_trained(path: str | Path, step: int | str = "best") -> Trained:
+    """Read a run's folder (`step`: a number, 'best' or 'latest') or an exported folder.
+
+    Raises:
+        UserError: neither of the two, no such checkpoint, or files at odds with each other.
+    """
+    path = Path(path)
+    if (path / "checkpoints").is_dir() and (path / "config.json").is_file():
+        return _load_run(path, step)
+    if (path / STAMP).is_file():
+        return _load_export(path)
+    what = "is no folder" if not path.is_dir() else f"has neither checkpoints nor {STAMP}"
+    raise UserError(f"{path} {what}: give the folder of a run, or one that jrm_jax.export wrote")
+
+
+def _load_run(workdir: Path, step: int | str) -> Trained:
+    settings = json.loads((workdir / "config.json").read_text())
+    config = ConfigDict(settings)
+    folder = build.backbone_folder(config)
+    architecture = load_config(folder)
+    encoder = build.make_run_encoder(config, architecture)
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    whole = build.abstract_params(architecture, len(encoder.dimensions))
+    whole = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=here), whole
+    )
+    trainable, frozen = optim.split_params(whole, tuple(config.trainable))
+    with open_checkpoints(workdir / "checkpoints") as checkpoints:
+        found, trainable, _, meta = checkpoints.restore(trainable, None, _pick(checkpoints, step))
+    frozen = _load_frozen(config, folder, architecture, frozenset(optim.flatten(frozen)), encoder)
+    params = optim.merge_params(trainable, frozen)
+    results = workdir / "results.json"
+    card = {
+        "stamp": meta["stamp"],
+        "reward_mean": meta["reward_mean"],
+        "reward_std": meta["reward_std"],
+        "step": found,
+        "config": settings,
+        "results": json.loads(results.read_text()) if results.is_file() else meta["valid"],
+    }
+    _check_stamp(workdir, card["stamp"], encoder)
+    return Trained(architecture, params, encoder, folder, card)
+
+
+def _load_frozen(
+    config: ConfigDict,
+    folder: Path,
+    architecture: BackboneConfig,
+    paths: frozenset[str],
+    encoder: Encoder,
+) -> dict[str, Any]:
+    """What checkpoints do not hold, as `build.init_state` read it when the run began."""
+    if not paths:
+        return {}
+    if "reward_head/kernel" in paths:
+        raise UserError("config.trainable leaves out reward_head: this run has trained no score")
+    table = "backbone/embed/embedding"
+    dtype = build.DTYPES[config.backbone.compute_dtype]
+    read = weights.load_params(
+        folder, architecture, dtype=dtype, ignore=("score.weight",), only=paths | {table}
+    )
+    leaves = optim.flatten(read)
+    if "reward_embedding" in paths:
+        scored = weights.load_reward_head(folder, architecture) is not None
+        row = encoder.tokenizer.reward_id if scored else encoder.tokenizer.end_id
+        leaves["reward_embedding"] = leaves[table][row].astype(jnp.float32)
+    return optim.unflatten({path: leaves[path] for path in paths})
+
+
+def _pick(checkpoints, step: int | str) -> int:
+    steps = checkpoints.steps()
+    if not steps:
+        raise UserError(f"{checkpoints.folder}: there is no checkpoint yet")
+    if step == "best":
+        best = checkpoints.best_step()
+        return steps[-1] if best is None else best
+    if step == "latest":
+        return steps[-1]
+    if step not in steps:
+        raise UserError(f"{checkpoints.folder}: no step {step}; there are {steps}")
+    return int(step)
+
+
+def _load_export(folder: Path) -> Trained:
+    card = json.loads((folder / STAMP).read_text())
+    architecture = load_config(folder)
+    stamp = card["stamp"]
+    encoder = make_encoder(
+        folder,
+        architecture,
+        template=Template(stamp["rubric"], stamp["result"]),
+        dimensions=stamp["dimensions"],
+        positions=stamp["positions"],
+    )
+    _check_stamp(folder, stamp, encoder)
+    params = weights.load_params(folder, architecture, ignore=("score.weight",))
+    head = weights.load_reward_head(folder, architecture)
+    if head is None:
+        raise UserError(f"{folder} has no score.weight: it can train, but not score")
+    table = params["backbone"]["embed"]["embedding"]
+    embedding = table[encoder.tokenizer.reward_id].astype(jnp.float32)
+    params = {**params, "reward_head": head, "reward_embedding": embedding}
+    return Trained(architecture, params, encoder, folder, card)
+
+
+def _check_stamp(path: Path, stamp: dict[str, Any], encoder: Encoder) -> None:
+    found = protocol_stamp(
+        encoder.template,
+        encoder.tokenizer,
+        encoder.processor,
+        encoder.positions,
+        encoder.dimensions,
+    )
+    differing = [name for name in stamp if stamp[name] != found.get(name)]
+    if differing:
+        words = ", ".join(f"{n} was {stamp[n]!r}, is {found.get(n)!r}" for n in differing)
+        raise UserError(f"{path}: the files do not fit what the model was trained with: {words}")
+
+
+def scale(card: dict[str, Any]) -> tuple[float, float]:
+    """(mean, deviation) of the training rewards; (nan, nan) where they are not known."""
+    mean, deviation = card.get("reward_mean"), card.get("reward_std")
+    return (math.nan, math.nan) if mean is None or not deviation else (mean, deviation)

@@ -1,0 +1,90 @@
+"""A run of no steps for each family, its exports, and groups of pictures to score."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import PIL.Image
+from entry_point import EXAMPLE, make_small_backbone
+
+from configs import joint
+from jrm_jax import export, train
+from jrm_jax.data import scenes
+from jrm_jax.model.backbone import init_backbone
+from jrm_jax.model.config import load_config
+from jrm_jax.model.weights import save_params
+
+FAMILIES = ("qwen3_vl", "qwen2_5_vl")
+INSTRUCTIONS = ("Make the <|reward|> red.", "Weiß & größer, bitte?", "Remove it.")
+
+
+def make_folder(parent, family):
+    """A Hugging Face folder with random weights: Qwen3-VL tied, Qwen2.5-VL flat and untied."""
+    small = parent / "qwen3_vl"
+    if not small.exists():
+        make_small_backbone(small)
+    if family == "qwen3_vl":
+        return small
+    folder = shutil.copytree(small, parent / family)
+    (folder / "model.safetensors").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    text = config.pop("text_config")
+    flat = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers",
+            "num_key_value_heads", "rms_norm_eps", "vocab_size", "bos_token_id",
+            "eos_token_id", "max_position_embeddings", "hidden_act")  # fmt: skip
+    config |= {name: text[name] for name in flat}
+    config |= {
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+        "model_type": "qwen2_5_vl",
+        "tie_word_embeddings": False,
+        "rope_theta": 10000.0,
+        "rope_scaling": {"type": "mrope", "mrope_section": [1, 2, 1]},
+        "vision_config": {
+            "model_type": "qwen2_5_vl", "depth": 3, "hidden_size": 32, "intermediate_size": 48,
+            "num_heads": 2, "patch_size": 16, "spatial_merge_size": 2, "temporal_patch_size": 2,
+            "in_channels": 3, "out_hidden_size": 32, "window_size": 64, "hidden_act": "silu",
+            "fullatt_block_indexes": [1],
+        },
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    parsed = load_config(folder)
+    params = jax.jit(lambda key: init_backbone(key, parsed))(jax.random.key(5))
+    save_params(folder, params, parsed, dtype="float32")
+    return folder
+
+
+def start(parent, folder, name):
+    """The folder of a run of no steps: its checkpoint 0 is what it starts from."""
+    config = joint.get_config()
+    config.backbone.path, config.data.cache = str(folder), str(parent / "world")
+    config.data.world.train = 8
+    config.data.world.valid = config.data.world.test = config.data.world.hard = 0
+    config.batch_size, config.total_steps, config.optimizer.warmup_steps = 8, 0, 0
+    config.head.scale = 3.0
+    config.lock()
+    assert train.run(config, parent / name) == 0
+    return parent / name
+
+
+def write(workdir, out, *options):
+    export.main([f"--checkpoint={workdir}", f"--out={out}", *options])
+    return out
+
+
+def make_groups(count):
+    """(instruction, source, candidates): built-in pictures of several sizes, and real ones."""
+    groups = []
+    for index in range(count):
+        pixels = (96, 128, 160, 64)[index % 4]
+        example = scenes.make_example("test", index, 5, pixels)
+        words, source = example.prompt
+        text = INSTRUCTIONS[index % 7] if index % 7 < len(INSTRUCTIONS) else words.text
+        pictures = [c.parts[0].data for c in example.candidates]
+        groups.append((text, source.data, pictures))
+    if EXAMPLE.exists():
+        real = sorted((EXAMPLE / "images").rglob("*.*")) or sorted(EXAMPLE.rglob("*.png"))
+        groups[0] = ("Make it snow.", str(real[0]), [str(path) for path in real[1:4]])
+    noise = np.random.default_rng(0).integers(0, 256, (70, 190, 3), np.uint8)
+    groups[1] = (groups[1][0], noise, [PIL.Image.fromarray(noise[::-1].copy()), noise[:, ::-1]])
+    return groups

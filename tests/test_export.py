@@ -1,0 +1,240 @@
+"""What an export is worth: PyTorch reads the same scores, tokens, pixels and critiques."""
+
+import io
+import json
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+import transformers
+from export_case import FAMILIES, make_folder, make_groups, start, write
+from safetensors.numpy import load_file
+
+from jrm_jax import export
+from jrm_jax.data.schema import Candidate, Image, Text
+from jrm_jax.errors import UserError
+from jrm_jax.score import RewardModel, read_picture
+from jrm_jax.trained import load_trained
+
+GROUPS = 32
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def case(request, tmp_path_factory):
+    """(parent, workdir, float32 folder, bfloat16 folder)"""
+    parent = tmp_path_factory.mktemp(request.param)
+    workdir = start(parent, make_folder(parent, request.param), "run")
+    single = write(workdir, parent / "single", "--dtype=float32", "--max_shard_gb=0.0002")
+    return parent, workdir, single, write(workdir, parent / "half")
+
+
+@pytest.fixture(scope="module")
+def model(case):
+    return RewardModel.load(case[1])
+
+
+@pytest.fixture(scope="module")
+def scored(model):
+    groups = make_groups(GROUPS)
+    return groups, [scores.reward_KR[:, 0] for scores in model.score_batch(groups)]
+
+
+def classifier(folder, **options):
+    loaded, info = transformers.AutoModelForSequenceClassification.from_pretrained(
+        folder, trust_remote_code=True, output_loading_info=True, **options
+    )
+    return loaded.eval(), info
+
+
+def picture(given):
+    return PIL.Image.open(io.BytesIO(read_picture(given))).convert("RGB")
+
+
+def torch_rewards(loaded, groups):
+    with torch.no_grad():
+        for text, source, candidates in groups:
+            requests = [([text, picture(source)], [picture(c)]) for c in candidates]
+            yield loaded(**loaded.prepare(requests)).logits[:, 0].float().numpy()
+
+
+def test_pytorch_reads_the_same_scores(case, scored):
+    groups, ours = scored
+    loaded, _ = classifier(case[2], dtype=torch.float32)
+    spread = np.std(np.concatenate(ours))
+    assert spread > 0.3
+    for mine, theirs in zip(ours, torch_rewards(loaded, groups), strict=True):
+        np.testing.assert_allclose(theirs, mine, rtol=0, atol=1e-4)
+        gap = np.subtract.outer(mine, mine)
+        assert not np.any((np.abs(gap) > 2e-4) & (np.subtract.outer(theirs, theirs) * gap <= 0))
+    # one padded batch of requests of different lengths
+    mixed = [([t, picture(s)], [picture(c[0])]) for t, s, c in groups[:6]]
+    with torch.no_grad():
+        batch = loaded.prepare(mixed)
+        assert (batch["attention_mask"] == 0).any()
+        theirs = loaded(**batch).logits[:, 0].numpy()
+    np.testing.assert_allclose(theirs, [row[0] for row in ours[:6]], rtol=0, atol=1e-4)
+
+
+def test_bfloat16_is_close(case, scored):
+    groups, ours = scored
+    loaded, _ = classifier(case[3], dtype=torch.float32)
+    spread = np.std(np.concatenate(ours))
+    for mine, theirs in zip(ours[:8], torch_rewards(loaded, groups[:8]), strict=True):
+        np.testing.assert_allclose(theirs, mine, rtol=0, atol=0.05 * spread)
+
+
+def test_both_classes_load_strictly(case):
+    tied = "qwen3_vl" in str(case[0])
+    _, info = classifier(case[2])
+    assert not info["missing_keys"] and not info["mismatched_keys"] and not info["error_msgs"]
+    assert set(info["unexpected_keys"]) == (set() if tied else {"lm_head.weight"})
+    _, info = transformers.AutoModelForImageTextToText.from_pretrained(
+        case[2], output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["mismatched_keys"] and not info["error_msgs"]
+    assert set(info["unexpected_keys"]) == {"score.weight"}
+    assert len(list(case[2].glob("*.safetensors"))) > 1  # sharded, as asked
+    config = json.loads((case[2] / "config.json").read_text())
+    assert config["num_labels"] == 1 and config["problem_type"] == "regression"
+
+
+def test_preprocessing_is_that_of_training(case, model, scored):
+    loaded, _ = classifier(case[2])
+    encoder = model.encoder
+    tokenizer = transformers.AutoTokenizer.from_pretrained(case[2])
+    for text, source, candidates in scored[0][:10]:
+        parts = [Text(text), Image(read_picture(source))]
+        answers = [Candidate((Image(read_picture(c)),)) for c in candidates]
+        group = encoder.encode_group(parts, answers)
+        for k, given in enumerate(candidates):
+            batch = loaded.prepare([([text, picture(source)], [picture(given)])])
+            wanted = group.prompt.tokens + group.candidates[k].tokens
+            assert batch["input_ids"][0].tolist() == wanted
+            mean, std = (np.asarray(x).reshape(3, 1, 1) for x in
+                         (encoder.processor.mean, encoder.processor.std))  # fmt: skip
+            pixels = np.concatenate([group.images[0][0], group.images[1 + k][0]])
+            side = encoder.processor.patch
+            wanted_pixels = (pixels.reshape(-1, 3, side, side) / 255 - mean) / std
+            found = batch["pixel_values"].float().numpy().reshape(-1, 3, 2, side, side)
+            for frame in range(2):
+                np.testing.assert_allclose(found[:, :, frame], wanted_pixels, rtol=0, atol=1e-6)
+            if "<|" in text:
+                continue  # a chat template cannot tell text from special tokens
+            for messages in (
+                [{"role": "user", "content": [
+                    {"type": "text", "text": text}, {"type": "image"}, {"type": "image"}]}],
+                [{"role": "user", "content": [{"type": "text", "text": text}, {"type": "image"}]},
+                 {"role": "candidate", "content": [{"type": "image"}]}],
+            ):  # fmt: skip
+                rendered = tokenizer.apply_chat_template(messages, tokenize=False)
+                assert rendered.endswith("<|reward|>")
+                ids = tokenizer(rendered, add_special_tokens=False).input_ids
+                counts = iter([len(group.images[0][0]) // 4, len(group.images[1 + k][0]) // 4])
+                whole = [[i] * (next(counts) if i == encoder.tokenizer.image_id else 1)
+                         for i in ids]  # fmt: skip
+                assert sum(whole, []) == wanted
+
+
+def test_critiques_equal_those_of_pytorch(case, model, scored):
+    loaded, _ = classifier(case[2])
+    speaker = transformers.AutoModelForImageTextToText.from_pretrained(case[2]).eval()
+    for text, source, candidates in scored[0][:3]:
+        ours = model.critique_tokens(text, source, candidates, max_tokens=64)
+        for mine, given in zip(ours, candidates, strict=True):
+            batch = loaded.prepare([([text, picture(source)], [picture(given)])])
+            with torch.no_grad():
+                found = speaker.generate(**batch, max_new_tokens=64)
+            theirs = found[0, batch["input_ids"].shape[1] :].tolist()
+            end = model.encoder.tokenizer.end_id
+            assert mine == (theirs[: theirs.index(end)] if end in theirs else theirs)
+            assert model.encoder.tokenizer.reward_id not in mine
+
+
+def test_sampled_critiques_follow_the_seed(model, scored):
+    text, source, candidates = scored[0][2]
+    kinds = [
+        model.critique(text, source, candidates, max_tokens=8, temperature=2.0, seed=seed)
+        for seed in (1, 1, 2)
+    ]
+    assert kinds[0] == kinds[1] != kinds[2]
+
+
+def test_an_export_can_be_trained_and_exported_again(case):
+    parent, workdir, single, half = case
+    for folder, dtype in ((single, "float32"), (half, "bfloat16")):
+        again = start(parent, folder, f"again-{dtype}")
+        out = write(again, parent / f"twice-{dtype}", f"--dtype={dtype}")
+        wanted = {k: v for f in sorted(folder.glob("*.safetensors")) for k, v in _raw(f).items()}
+        found = {k: v for f in sorted(out.glob("*.safetensors")) for k, v in _raw(f).items()}
+        assert list(sorted(found)) == list(sorted(wanted)) and len(found) > 30
+        assert all(found[name] == wanted[name] for name in wanted)
+    headless = parent / "headless"
+    headless.mkdir()
+    for path in half.iterdir():
+        if path.suffix != ".safetensors":
+            (headless / path.name).write_bytes(path.read_bytes())
+    tensors = transformers.AutoModelForImageTextToText.from_pretrained(half).state_dict()
+    from safetensors.torch import save_file
+
+    names = _names(half / "model.safetensors")
+    save_file({k: v.contiguous().clone() for k, v in tensors.items() if k in names},
+              headless / "model.safetensors")  # fmt: skip
+    assert start(parent, headless, "headless-run").is_dir()
+    with pytest.raises(UserError, match="no score.weight"):
+        load_trained(headless)
+
+
+def _raw(path):
+    """{name: (dtype, bytes)}"""
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    header.pop("__metadata__", None)
+    body = data[8 + size :]
+    return {k: (v["dtype"], v["shape"], body[slice(*v["data_offsets"])]) for k, v in header.items()}
+
+
+def _names(path):
+    return set(_raw(path)) - {"score.weight"}
+
+
+def test_an_exported_folder_scores_as_its_run_does(case, scored):
+    groups, ours = scored
+    again = RewardModel.load(case[2])
+    for mine, scores in zip(ours[:8], again.score_batch(groups[:8]), strict=True):
+        np.testing.assert_allclose(scores.reward_KR[:, 0], mine, rtol=0, atol=1e-5)
+    kernel = load_trained(case[1]).params["reward_head"]["kernel"]
+    stored = {k: v for f in case[2].glob("*.safetensors") for k, v in load_file(f).items()}
+    np.testing.assert_array_equal(stored["score.weight"], np.asarray(kernel).T)
+
+
+def test_pictures_without_token_types_are_refused(case, scored):
+    text, source, candidates = scored[0][2]
+    loaded, _ = classifier(case[2])
+    batch = loaded.prepare([([text, picture(source)], [picture(candidates[0])])])
+    del batch["mm_token_type_ids"]
+    with pytest.raises(ValueError, match="mm_token_type_ids"):
+        loaded(**batch)
+
+
+def test_an_interrupted_export_leaves_nothing(case, tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(export.shutil, "copy", fail)
+    with pytest.raises(SystemExit, match="No space left"):
+        write(case[1], tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("options, words", [
+    (["--checkpoint=/nowhere"], "is no folder"),
+    (["--step=7"], "no step 7; there are"),
+    (["--out={out}"], "exists: give another"),
+])  # fmt: skip
+def test_what_cannot_be_exported_is_one_line(case, tmp_path, options, words):
+    arguments = [f"--checkpoint={case[1]}", f"--out={tmp_path / 'out'}"]
+    with pytest.raises(SystemExit, match=words) as raised:
+        export.main(arguments + [option.format(out=case[2]) for option in options])
+    assert "\n" not in str(raised.value)
