@@ -24,7 +24,7 @@ from configs.common import REAL, base, parse_arg
 PRETRAINING = {
     "describe": ("descriptions", 10_240, 600, 1.5e-3, True, 40),
     "describe_pairs": ("pairs", 20_480, 1400, 1.5e-3, False, 40),
-    "describe_counts": ("counts", 16_384, 900, 1e-3, False, 44),
+    "describe_counts": ("counts", 20_480, 1200, 1.5e-3, False, 24),
 }
 
 

@@ -73,18 +73,19 @@ def write(workdir, out, *options):
 
 
 def make_groups(count):
-    """(instruction, source, candidates): built-in pictures of several sizes, and real ones."""
+    """(instruction, source, 2 or 4 candidates): built-in pictures and real ones, of mixed sizes."""
     groups = []
     for index in range(count):
-        pixels = (96, 128, 160, 64)[index % 4]
-        example = scenes.make_example("test", index, 5, pixels)
-        words, source = example.prompt
+        # the same scenes in three sizes, mixed within the group
+        drawn = [scenes.make_example("test", index, 5, pixels) for pixels in (128, 64, 96)]
+        words, source = drawn[index % 2].prompt
         text = INSTRUCTIONS[index % 7] if index % 7 < len(INSTRUCTIONS) else words.text
-        pictures = [c.parts[0].data for c in example.candidates]
+        pictures = [drawn[i % 3].candidates[i].parts[0].data
+                    for i in range(len(drawn[0].candidates) // 2 * 2)]  # fmt: skip
         groups.append((text, source.data, pictures))
     if EXAMPLE.exists():
         real = sorted((EXAMPLE / "images").rglob("*.*")) or sorted(EXAMPLE.rglob("*.png"))
-        groups[0] = ("Make it snow.", str(real[0]), [str(path) for path in real[1:4]])
+        groups[0] = ("Make it snow.", str(real[0]), [str(path) for path in real[1:3]])
     noise = np.random.default_rng(0).integers(0, 256, (70, 190, 3), np.uint8)
     groups[1] = (groups[1][0], noise, [PIL.Image.fromarray(noise[::-1].copy()), noise[:, ::-1]])
     return groups

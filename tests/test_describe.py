@@ -61,6 +61,8 @@ def test_pairs_of_pictures_are_described_side_by_side():
         "navy; at the bottom right both nothing. The picture is noisy."
     )
     subjects = [describe._named(rng, first, circle), describe._placed(8)]
-    counted = describe.describe_pair(subjects, first, second, counts=True)
-    # the circle grew; the star, the square (from one place to another) and the background differ
-    assert counted.startswith(" one and four changed. The red circle first medium")
+    # the circle grew; of the rest, the star is gone and the square moved, on another background
+    assert describe.describe_counts(subjects, first, second) == (
+        " one and four changed, the background, at the top left, at the top, in the middle, "
+        "at the bottom."
+    )

@@ -12,8 +12,9 @@ single pictures never ask for. They are learnt only once single pictures are: mi
 start, they hold the language loss on its first plateau (0.53 a token after 600 steps, where
 single pictures alone have left theirs after 300).
 
-In the third stage, `counts`, a pair's words begin with two numbers: how many of the things asked
-for differ, and how many other places do. Both must be known before a word is said.
+In the third stage, `counts`, words are two numbers, how many of the things asked for differ and
+how many other places do, and the names of all places that do. The numbers must be known before
+a word is said; short texts leave them a large part of the loss.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from jrm_jax.data.world_text import NUMBERS, article, name, noun, place, refer, 
 DIMENSIONS = ("overall", "following", "preservation")
 COUNT = 4  # pictures per example
 BACKGROUND = -1  # as a place
-PAIR_SHARES = {"descriptions": 0.0, "pairs": 0.6, "counts": 0.85}  # of each kind of data
+PAIR_SHARES = {"descriptions": 0.0, "pairs": 0.6, "counts": 1.0}  # of each kind of data
 CHANGED_SHARE = 0.6  # of a pair's subjects: taken from what differs in one of the pictures
 DEGRADED_SHARE = 0.2
 WHOLE = ("Describe the picture.", "What is in the picture?", "Say what the picture shows.")
@@ -61,31 +62,33 @@ def describe(scene: Scene, quality: str | None = None) -> str:
 
 
 def describe_pair(
-    subjects: list[Subject],
-    first: Scene,
-    second: Scene,
-    quality: str | None = None,
-    counts: bool = False,
+    subjects: list[Subject], first: Scene, second: Scene, quality: str | None = None
 ) -> str:
     """What each picture shows of the subjects: 'at the top both a red star', 'first ..., second'.
 
-    The word that tells whether the two agree comes before what they show. `counts`: ' one and two
-    changed.' comes first of all, one subject and two places that no subject is about. (It begins
-    with a space: the numbers are single tokens inside a line.)
+    The word that tells whether the two agree comes before what they show.
     """
-    clauses, differing = [], 0
+    clauses = []
     for subject in subjects:
         one, two = subject.look(first), subject.look(second)
-        differing += one != two
         shown = f"both {one}" if one == two else f"first {one}, second {two}"
         clauses.append(f"{subject.named} {shown}")
-    text = sentence("; ".join(clauses)) + _quality(quality)
-    if not counts:
-        return text
+    return sentence("; ".join(clauses)) + _quality(quality)
+
+
+def describe_counts(subjects: list[Subject], first: Scene, second: Scene) -> str:
+    """' one and two changed, at the top, in the middle, the background.'
+
+    One of the subjects, and two places that no subject is about; then all places that differ. (It
+    begins with a space: numbers are single tokens inside a line.)
+    """
+    differing = sum(subject.look(first) != subject.look(second) for subject in subjects)
+    places = _differing_places(first, second)
     about = {cell for subject in subjects for scene in (first, second)
              for cell in subject.places(scene)}  # fmt: skip
-    rest = len(_differing_places(first, second) - about)
-    return f" {NUMBERS[differing]} and {NUMBERS[rest]} changed. {text}"
+    names = ["the background" if cell == BACKGROUND else place(cell) for cell in sorted(places)]
+    counts = f" {NUMBERS[differing]} and {NUMBERS[len(places - about)]} changed"
+    return ", ".join([counts, *names]) + "."
 
 
 def _differing_places(first: Scene, second: Scene) -> set[int]:
@@ -131,7 +134,9 @@ def make_description(
         picture = encode_scene(scene, quality, rng, pixels)
         words = describe(scene, quality)
         if pair:
-            words = describe_pair(subjects, source, scene, quality, kind == "counts")
+            words = describe_pair(subjects, source, scene, quality)
+            if kind == "counts":
+                words = describe_counts(subjects, source, scene)
         candidates.append(Candidate((Image(picture),), words, score_line=False))
     return PreferenceExample(
         id=f"{kind}-{index:06d}",
