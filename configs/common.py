@@ -57,9 +57,9 @@ def base() -> ConfigDict:
     config.seed = 0
     config.batch_size = 16  # groups per step, all hosts together
     config.accumulation = 1  # microbatches per step
-    config.total_steps = 600
-    config.eval_interval = 150  # steps between evaluations on `valid`
-    config.save_interval = 150  # steps between checkpoints
+    config.total_steps = 700
+    config.eval_interval = 140  # steps between evaluations on `valid`
+    config.save_interval = 140  # steps between checkpoints
     config.log_interval = 10
     config.best_metric = "auto"  # of `valid`; auto: pair_accuracy, or -language without ranking
     config.trainable = (".*",)  # patterns of the parameters that learn; the others are frozen
@@ -81,7 +81,7 @@ def base() -> ConfigDict:
     config.data.world = ConfigDict()
     config.data.world.kind = "edits"  # or descriptions, for pretraining
     config.data.world.seed = 0
-    config.data.world.train = 9600
+    config.data.world.train = 11_200
     config.data.world.valid = 256
     config.data.world.test = 512
     config.data.world.hard = 512
@@ -100,13 +100,15 @@ def base() -> ConfigDict:
     config.loss = ConfigDict()
     config.loss.preference_weight = 1.0
     config.loss.language_weight = 1.0
+    config.loss.first_weight = 4.0  # of the token that the reward token predicts; others have 1
     config.loss.margin = 0.0
     config.loss.centering_weight = 0.01
     config.loss.score_line = True  # False: critiques' last lines, which state scores, are masked
     config.loss.chunk = 0  # critique positions per group at a time; 0: all
 
     config.optimizer = ConfigDict()
-    config.optimizer.learning_rate = 1e-3
+    config.optimizer.name = "muon"  # adam, or muon for the backbone's kernels
+    config.optimizer.learning_rate = 1.5e-3
     config.optimizer.schedule = "cosine"  # constant, linear or cosine, after the warm-up
     config.optimizer.warmup_steps = 50
     config.optimizer.final_scale = 0.05
@@ -119,7 +121,7 @@ def base() -> ConfigDict:
     config.optimizer.groups = ()  # ((pattern, multiplier of the learning rate), ...)
 
     config.head = ConfigDict()
-    config.head.scale = 0.1  # spread of the rewards before training
+    config.head.scale = 1.0  # spread of the rewards before training
 
     config.mesh = ConfigDict()
     config.mesh.data = 1
@@ -137,6 +139,7 @@ def real_backbone(config: ConfigDict, variant: str) -> ConfigDict:
     config.batch_size = 64
     config.total_steps = 10_000
     config.eval_interval = config.save_interval = 500
+    config.optimizer.name = "adam"
     config.optimizer.learning_rate = 2e-6
     config.optimizer.schedule = "constant"
     config.optimizer.warmup_steps = 500
@@ -154,4 +157,5 @@ def real_backbone(config: ConfigDict, variant: str) -> ConfigDict:
     config.data.workers = 8
     config.loss.language_weight = 0.5 if config.loss.language_weight else 0.0
     config.loss.chunk = 512
+    config.loss.first_weight = 1.0
     return config

@@ -10,7 +10,7 @@ trains on the critiques of the built-in world and reports their loss per token. 
 which pretrains the tiny backbone from random weights on descriptions of single pictures, and then
 
     python -m jrm_jax.main --config=configs/generative.py:describe_pairs
-    python -m jrm_jax.main --config=configs/generative.py:describe_counts
+    python -m jrm_jax.main --config=configs/generative.py:describe_differences
 
 which go on, each from a folder with the weights before, to descriptions of pairs of pictures. None
 has instructions, edits asked for, critiques or preferences.
@@ -23,8 +23,8 @@ from configs.common import REAL, base, parse_arg
 # variant: (kind of data, training examples, steps, learning rate, random weights, longest text)
 PRETRAINING = {
     "describe": ("descriptions", 10_240, 600, 1.5e-3, True, 40),
-    "describe_pairs": ("pairs", 20_480, 1400, 1.5e-3, False, 40),
-    "describe_counts": ("counts", 20_480, 1200, 1.5e-3, False, 24),
+    "describe_pairs": ("pairs", 20_480, 1200, 1.5e-3, False, 24),
+    "describe_differences": ("differences", 20_480, 600, 1.5e-3, False, 16),
 }
 
 
@@ -45,6 +45,7 @@ def get_config(arg: str | None = None):
         config.eval_interval = config.save_interval = 100
         config.optimizer.learning_rate = rate
         config.optimizer.warmup_steps = 50
+        config.loss.first_weight = 1.0
     config.name = "generative"
     config.loss.preference_weight = 0.0
     config.loss.centering_weight = 0.0

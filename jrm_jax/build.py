@@ -208,6 +208,7 @@ def make_optimizer(config: ConfigDict, trainable: dict):
     optimizer = optim.make_optimizer(
         trainable,
         schedule,
+        name=settings.name,
         b1=settings.b1,
         b2=settings.b2,
         eps=settings.eps,
@@ -288,6 +289,7 @@ def make_steps(config: ConfigDict, backbone: Backbone, data: Data, optimizer, st
         config.loss.margin,
         config.loss.centering_weight,
         config.loss.chunk,
+        config.loss.first_weight,
     )
     processor = data.encoder.processor
     forward = make_forward(backbone, processor.mean, processor.std, loss)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 
 from jrm_jax.errors import UserError
 
@@ -83,10 +84,40 @@ def make_schedule(
     return optax.join_schedules([warmup, table[kind]()], [warmup_steps])
 
 
+def _adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+    return optax.scale_by_adam(b1, b2, eps, mu_dtype=jnp.float32)
+
+
+def _muon(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+    matrix = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
+
+    def matrices(params: dict) -> dict:
+        # Axes before the last two count layers or frames: so many matrices of their own.
+        chosen = {
+            path: matrix if path.startswith("backbone/") and path.endswith("kernel") else None
+            for path in flatten(params)
+        }
+        return unflatten(chosen)
+
+    return optax.contrib.muon(
+        learning_rate=-1.0,  # the sign is turned, and the rate set, at the end of the chain
+        eps=eps,
+        adam_b1=b1,
+        adam_b2=b2,
+        mu_dtype=jnp.float32,
+        muon_weight_dimension_numbers=matrices,
+        consistent_rms=0.2,
+    )
+
+
+_SCALINGS = {"adam": _adam, "muon": _muon}
+
+
 def make_optimizer(
     trainable: dict,
     schedule: Callable,
     *,
+    name: str = "adam",
     b1: float = 0.9,
     b2: float = 0.95,
     eps: float = 1e-8,
@@ -95,8 +126,11 @@ def make_optimizer(
     clip_norm: float = 1.0,
     groups: Sequence[tuple[str, float]] = (),
 ) -> optax.GradientTransformation:
-    """Clip by global norm, Adam with float32 moments, decay, per-group rate, schedule.
+    """Clip by global norm, Adam or Muon with float32 moments, decay, per-group rate, schedule.
 
+    `name`: 'adam', or 'muon' for every kernel of the backbone (each layer's on its own) and
+    Nesterov's Adam for the rest; its updates have the size of Adam's, so a learning rate means the
+    same for both (Liu et al., arXiv 2502.16982).
     `groups`: (pattern, multiplier of the learning rate); the first match counts, others are 1.
     """
     paths = list(flatten(trainable))
@@ -111,7 +145,9 @@ def make_optimizer(
         return next((scale for pattern, scale in groups if re.search(pattern, path)), 1.0)
 
     chain = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
-    chain.append(optax.scale_by_adam(b1, b2, eps, mu_dtype=jnp.float32))
+    if name not in _SCALINGS:
+        raise UserError(f"config.optimizer.name: {name!r} is none of {', '.join(_SCALINGS)}")
+    chain.append(_SCALINGS[name](b1, b2, eps))
     if weight_decay:
         mask = table(lambda path: any(re.search(pattern, path) for pattern in decay_patterns))
         chain.append(optax.add_decayed_weights(weight_decay, mask))

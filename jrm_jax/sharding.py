@@ -24,6 +24,7 @@ from jrm_jax.model.config import BackboneConfig
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
+CONSTANTS = 16  # elements of an optimizer state that is no moment, at most
 
 _BLOCK = r"backbone/vision/blocks_\d+"
 _LAYER = r"backbone/decoder/(taps|layers)"
@@ -174,7 +175,8 @@ def optimizer_shardings(opt_state: Any, trainable: Mapping[str, Any], mesh: Mesh
     """Shardings of an optax state: moments lie like the parameters they belong to.
 
     A leaf belongs to the parameter whose path ends its own; one of the same shape is placed like
-    it. Scalars, and reduced statistics of another shape, are repeated on every device.
+    it. Scalars, short lists of constants, and reduced statistics of another shape are repeated on
+    every device.
 
     Raises:
         UserError: arrays that belong to no parameter; names all of them.
@@ -194,7 +196,7 @@ def optimizer_shardings(opt_state: Any, trainable: Mapping[str, Any], mesh: Mesh
         owner = next((names[i:] for i in range(len(names)) if names[i:] in placed), None)
         if owner is not None and shapes[owner] == leaf.shape:
             return placed[owner]
-        if owner is None and leaf.shape:
+        if owner is None and leaf.size > CONSTANTS:
             offenders.append(f"{jax.tree_util.keystr(keys)} {list(leaf.shape)}")
         return replicated(mesh)
 

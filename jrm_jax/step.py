@@ -38,13 +38,18 @@ class TrainState(NamedTuple):
 
 
 class LossConfig(NamedTuple):
-    """Coefficients and options of the losses. A coefficient of 0 leaves its path untraced."""
+    """Coefficients and options of the losses. A coefficient of 0 leaves its path untraced.
+
+    `first_weight`: weight of a critique's first token, the one that the reward token predicts, in
+    training; the others have 1.
+    """
 
     preference_weight: float = 1.0
     language_weight: float = 1.0
     margin: float = 0.0
     centering_weight: float = 0.0
     chunk: int = 0
+    first_weight: float = 1.0
 
 
 class Outputs(NamedTuple):
@@ -133,6 +138,9 @@ def make_train_step(
         return jax.value_and_grad(objective, has_aux=True)(trainable)
 
     def train_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
+        if loss.first_weight != 1.0 and batch["critique_weights"].shape[-1]:
+            weights_BKT = batch["critique_weights"].at[..., 0].multiply(loss.first_weight)
+            batch = {**batch, "critique_weights": weights_BKT}
         weights = term_weights(batch)
         if accumulation == 1:
             (total, measured), grads = gradients(state.trainable, state.frozen, batch, weights)

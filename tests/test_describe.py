@@ -1,8 +1,11 @@
 """What pretraining reads: single pictures and pairs of pictures, described."""
 
+import collections
 import dataclasses
 import random
 import re
+
+import numpy as np
 
 from jrm_jax.data import describe
 from jrm_jax.data.world import PLACES, Scene, Thing, pool_of, sample_scene
@@ -24,9 +27,10 @@ def a_scene():
 
 def test_descriptions_describe_and_nothing_else():
     made = [describe.make_description(i, SEED, kind) for kind in describe.PAIR_SHARES
-            for i in range(30)]  # fmt: skip
+            for i in range(60)]  # fmt: skip
     wholes = [example.prompt[0].text in describe.WHOLE for example in made]
-    assert all(wholes[:30]) and 0 < sum(wholes[30:60]) < 20 and sum(wholes[60:]) < 10
+    assert all(wholes[:60]) and 0 < sum(wholes[60:120]) < 12 and not any(wholes[120:])
+    assert {example.id.split("-")[2] for example in made[120:]} == set(describe.ASPECTS)
     for example in made:
         assert not example.weight.any() and len(example.candidates) == 4
         assert not any(candidate.score_line for candidate in example.candidates)
@@ -37,32 +41,51 @@ def test_descriptions_describe_and_nothing_else():
     for _ in range(50):
         scene = sample_scene(rng, pool)
         text = describe.describe(scene, "blocky")
-        assert f"{scene.background} background, " in text
-        assert text.endswith(". The picture is blocky.")
-        where = [text.lower().index(f"{t.colour} {t.shape}") for t in scene.things]
+        assert text.startswith(f" blocky {scene.background} background, ")
+        where = [text.index(f"{t.colour} {t.shape}") for t in scene.things]
         assert where == sorted(where)
         assert all(PLACES[thing.cell] in text for thing in scene.things)
 
 
-def test_pairs_of_pictures_are_described_side_by_side():
+def test_what_the_reward_token_predicts_is_never_the_same_for_all():
+    """A first word that the pictures do not decide teaches the reward token not to look."""
+    for kind in describe.PAIR_SHARES:
+        made = [describe.make_description(i, SEED, kind) for i in range(60)]
+        firsts = [[c.critique.split()[0] for c in example.candidates] for example in made]
+        assert np.mean([len(set(words)) > 1 for words in firsts]) > 0.8
+        common = collections.Counter(word for words in firsts for word in words).most_common(1)
+        assert common[0][1] < 0.3 * 4 * 60
+
+
+def test_pairs_of_pictures_are_described_by_aspect():
     first = a_scene()
     circle, star, square = first.things
     larger = dataclasses.replace(circle, size="large")
     second = Scene("navy", (larger, dataclasses.replace(square, cell=7)))
     rng = random.Random(0)
-    subjects = [describe._named(rng, first, circle), describe._placed(4)]
-    assert describe.describe_pair(subjects, first, second) == (
-        "The red circle first medium at the top left, second large at the top left; "
-        "in the middle first a small green square, second nothing."
-    )
-    subjects = [describe._named(rng, first, star), describe._GROUND, describe._placed(8)]
-    assert describe.describe_pair(subjects, first, second, "noisy") == (
-        "The blue star first large at the top, second nowhere; the background first white, second "
-        "navy; at the bottom right both nothing. The picture is noisy."
-    )
-    subjects = [describe._named(rng, first, circle), describe._placed(8)]
-    # the circle grew; of the rest, the star is gone and the square moved, on another background
-    assert describe.describe_counts(subjects, first, second) == (
-        " one and four changed, the background, at the top left, at the top, in the middle, "
-        "at the bottom."
-    )
+    named = {thing: describe._named(rng, first, thing) for thing in first.things}
+    for subject, aspect, words in (
+        (named[circle], "second", " large at the top left."),
+        (named[circle], "both", " first medium at the top left, second large at the top left."),
+        (named[star], "second", " nothing there."),
+        (named[star], "both", " first large at the top, second nothing there."),
+        (describe._placed(4), "both", " first small green square, second nothing."),
+        (describe._placed(8), "both", " both nothing."),
+        (describe._GROUND, "both", " first white, second navy."),
+        # the circle grew, the star is gone and the square moved, on another background
+        (
+            named[circle], "rest",
+            " four the background, at the top, in the middle, at the bottom.",
+        ),
+        (
+            named[square], "all",
+            " five the background, at the top left, at the top, in the middle, at the bottom.",
+        ),
+    ):  # fmt: skip
+        assert describe.describe_pair(aspect, subject, first, second) == words
+    same = describe.describe_pair("both", named[circle], first, first, "noisy")
+    assert same == " noisy both medium at the top left."
+    assert describe.describe_pair("rest", named[circle], first, first) == " zero."
+    plain = describe.describe_pair("all", named[circle], first, second, "blurred", counted=False)
+    assert plain == " blurred background, top left, top, middle, bottom."
+    assert describe.describe_pair("all", named[circle], first, first, counted=False) == " nothing."

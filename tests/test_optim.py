@@ -70,6 +70,33 @@ def test_decay_only_where_the_pattern_says():
     assert decayed["reward_head/kernel"] == pytest.approx(-0.1 * 1.5, rel=1e-4)
 
 
+def test_muon_makes_each_matrix_of_the_backbone_orthogonal_and_leaves_the_rest_to_adam():
+    rng = np.random.default_rng(0)
+    kernel = jnp.asarray(rng.normal(size=(2, 8, 4)), jnp.float32)  # two layers' matrices
+    tree = {"backbone": {"q": {"kernel": kernel, "bias": kernel[:, 0]}}, "reward_head": {
+        "kernel": kernel[0]}}  # fmt: skip
+    found = {}
+    for name, optimizer in (
+        ("adam", optax.nadam(0.1, b1=0.9, b2=0.95)),
+        ("muon", make_optimizer(tree, lambda step: 0.1, name="muon", clip_norm=0)),
+    ):
+        found[name] = flatten(optimizer.update(tree, optimizer.init(tree), tree)[0])
+    for path in ("backbone/q/bias", "reward_head/kernel"):
+        np.testing.assert_allclose(found["muon"][path], found["adam"][path], rtol=1e-6)
+    update = np.asarray(found["muon"]["backbone/q/kernel"])
+    for layer, gradient in zip(update, np.asarray(kernel), strict=True):
+        singular = np.linalg.svd(layer, compute_uv=False)
+        assert singular.max() < 2 * singular.min()  # five Newton-Schulz steps: about 0.7 to 1.2
+        assert 0.5 < np.sqrt(np.mean(layer**2)) / (0.1 * 0.2) < 2  # as large as Adam's usual 0.2
+        assert np.sum(layer * gradient) < 0
+    alone = {"backbone": {"q": {"kernel": kernel[1:]}}}
+    optimizer = make_optimizer(alone, lambda step: 0.1, name="muon", clip_norm=0)
+    second = flatten(optimizer.update(alone, optimizer.init(alone), alone)[0])
+    np.testing.assert_allclose(second["backbone/q/kernel"][0], update[1], rtol=1e-5, atol=1e-7)
+    with pytest.raises(UserError, match="name: 'lion' is none of adam, muon"):
+        make_optimizer(tree, lambda step: 0.1, name="lion")
+
+
 def test_clip_by_the_norm_of_all():
     chain = make_optimizer(TRAINABLE, lambda step: 1.0, clip_norm=1.0)
     grads = jax.tree.map(lambda x: 100 * jnp.ones_like(x), TRAINABLE)

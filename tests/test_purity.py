@@ -42,8 +42,9 @@ def test_flax_stays_in_the_model():
     assert users and all(path.parent == PACKAGE / "model" for path in users)
 
 
-def test_torch_stays_in_the_benchmarks_and_tensorflow_out():
-    assert not [p for p in FILES if "torch" in imports(p) and p.parent.name != "benchmarks"]
+def test_torch_stays_in_the_benchmarks_and_exports_and_tensorflow_out():
+    homes = {PACKAGE / "benchmarks", PACKAGE / "assets" / "export"}
+    assert {path.parent for path in FILES if "torch" in imports(path)} == homes
     assert not [p for p in FILES if "tensorflow" in imports(p)]
 
 

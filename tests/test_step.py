@@ -142,6 +142,23 @@ def test_uneven_microbatches_equal_one_batch(world):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), one, many)
 
 
+def test_the_first_token_of_a_critique_may_weigh_more(world):
+    encoder, backbone, params, groups = world
+    optimizer, batch = optax.sgd(0.0), lay(encoder, groups[:2])
+    first = {**batch, "critique_weights": batch["critique_weights"].at[..., 1:].set(0.0)}
+    terms = {}
+    for name, weight, part in (("all", 1.0, batch), ("first", 1.0, first), ("more", 5.0, batch)):
+        loss = LossConfig(0.0, 1.0, first_weight=weight)
+        forward = make_forward(backbone, HALF, HALF, loss)
+        step = jit(make_train_step(forward, optimizer, loss))
+        state, metrics = step(make_state(params, optimizer), part)
+        terms[name] = np.asarray(metrics["language"])
+        assert metrics["loss"] == pytest.approx(terms[name][0] / terms[name][1], rel=1e-5)
+    np.testing.assert_allclose(terms["more"], terms["all"] + 4 * terms["first"], rtol=1e-5)
+    seen, _ = jit(make_eval_step(forward))(state.trainable, state.frozen, batch)
+    np.testing.assert_allclose(seen["language"], terms["all"], rtol=1e-5)  # evaluation is plain
+
+
 def test_filler_rows_count_nothing(world):
     encoder, backbone, params, groups = world
     step = jit(make_eval_step(make_forward(backbone, HALF, HALF, LossConfig(1.0, 1.0))))

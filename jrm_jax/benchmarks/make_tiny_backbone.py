@@ -1,7 +1,7 @@
 """Make the tiny Qwen3-VL backbone's folder: config, tokenizer, image processor, weights.
 
 The packaged folder, jrm_jax/assets/tiny_qwen3_vl, was made by these commands (seed 0), the last two
-for each STAGE of describe, describe_pairs and describe_counts:
+for each STAGE of describe, describe_pairs and describe_differences:
 
     python -m jrm_jax.benchmarks.make_tiny_backbone --out=FOLDER --no-weights
     python -m jrm_jax.main --config=configs/generative.py:STAGE --config.backbone.path=FOLDER
@@ -10,8 +10,8 @@ for each STAGE of describe, describe_pairs and describe_counts:
 The folder has the layout of a Qwen3-VL folder on the Hugging Face hub. The tokenizer is a
 byte-level BPE trained on the words of the built-in world, so that each of its words is one token
 while any other text still encodes. The stages pretrain on descriptions of pictures, of pairs of
-them, and of pairs with the number of differences; --run writes the weights of a run's best step
-into the folder. Without --no-weights or --run the weights are random.
+them, and of their differences; --run writes the weights of a run's best step into the folder.
+Without --no-weights or --run the weights are random.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SPECIAL_TOKENS = (
     "<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>",
     "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>",
 )  # fmt: skip
-CORPUS = (("descriptions", 0.0), ("pairs", 0.8))  # pretraining texts: kind, share of pairs
+CORPUS = (("descriptions", 0.0), ("pairs", 0.95))  # pretraining texts: kind, share of pairs
 SPARE_ROWS = 16  # at least this many vocabulary rows stay unused, as in the real models
 # Chat roles, the rubric's words and what usually surrounds them, as they stand at a line's start
 # and inside a line; each becomes one token like the words of the world.

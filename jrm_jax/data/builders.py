@@ -26,7 +26,7 @@ from jrm_jax.data.schema import PreferenceExample, image_reader, parse_json, to_
 from jrm_jax.errors import UserError
 
 MANIFEST = "jrm_jax.json"
-WORLD_VERSION = 3  # raise it when the same seed gives other examples
+WORLD_VERSION = 4  # raise it when the same seed gives other examples
 SHARD_EXAMPLES = 4096
 CHUNK = 256  # examples per call of the writer, which rewrites its description each time
 
