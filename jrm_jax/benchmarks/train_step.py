@@ -43,7 +43,8 @@ def make_config(args: argparse.Namespace) -> ConfigDict:
     config = joint.get_config()
     config.batch_size = args.batch_size
     config.data.world.update({"train": 4 * args.batch_size, "valid": 0, "test": 0, "hard": 0})
-    config.optimizer.update({"learning_rate": LEARNING_RATE, "warmup_steps": 1})
+    settings = {"name": "adam", "learning_rate": LEARNING_RATE, "warmup_steps": 1}
+    config.optimizer.update(settings)
     if args.backbone:
         config.backbone.path = args.backbone
     return config
