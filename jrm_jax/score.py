@@ -68,7 +68,7 @@ class RewardModel:
 
     A score does not depend on the other groups of a batch, on its size or order, on padding, or on
     the other candidates: within 1e-5 in float32, where different buckets add up in different
-    orders; within one bucket it is bit-identical whatever stands in the other rows.
+    orders; within one bucket, and for as many rows, it is bit-identical whatever the others hold.
     """
 
     def __init__(self, trained: Trained, compute_dtype: str = "float32", batch_size: int = 8):

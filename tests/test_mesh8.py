@@ -118,11 +118,16 @@ def test_parameters_and_moments_stay_sharded(runs, name):
     trainable = flatten(state.trainable)
     kernels = [path for path in trainable if path.endswith("kernel") and "head" not in path]
     assert len(kernels) > 10
-    moments = [part for part in jax.tree.leaves(
-        state.opt_state, is_leaf=lambda x: hasattr(x, "mu")) if hasattr(part, "mu")]  # fmt: skip
-    assert len(moments) == 1
-    for tree in (trainable, flatten(moments[0].mu), flatten(moments[0].nu)):
-        assert set(tree) == set(trainable)
+    states = jax.tree.leaves(state.opt_state, is_leaf=lambda x: hasattr(x, "mu"))
+    states = {type(part).__name__: part for part in states if hasattr(part, "mu")}
+    adam, muon = states["ScaleByAdamState"], states["MuonState"]
+    first, second, averages = (
+        {path: leaf for path, leaf in flatten(tree).items() if hasattr(leaf, "sharding")}
+        for tree in (adam.mu, adam.nu, muon.mu)
+    )
+    assert set(first) == set(second) and set(averages) >= set(kernels)
+    assert not set(first) & set(averages) and set(first) | set(averages) == set(trainable)
+    for tree in (trainable, averages):
         for path in kernels:
             leaf = tree[path]
             assert leaf.shape == trainable[path].shape

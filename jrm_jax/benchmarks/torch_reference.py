@@ -82,6 +82,7 @@ def unpack_sequences(batch: dict[str, np.ndarray], mean: tuple, std: tuple) -> d
         mask[row, : len(tokens)] = 1
         kind[row, : len(tokens)] = is_visual * IMAGE_KIND
     tensor = torch.from_numpy
+    kinds = [torch.long, torch.long, torch.long, torch.float32]
     columns = list(zip(*critique, strict=True)) if critique else [(), (), (), ()]
     return {
         "input_ids": tensor(ids),
@@ -90,7 +91,7 @@ def unpack_sequences(batch: dict[str, np.ndarray], mean: tuple, std: tuple) -> d
         "pixel_values": tensor(np.concatenate(pixels).astype(np.float32)),
         "image_grid_thw": torch.tensor(np.array(grids), dtype=torch.long),
         "reward_index": torch.tensor(rewards),
-        "critique": [torch.tensor(column) for column in columns],
+        "critique": [torch.tensor(c, dtype=d) for c, d in zip(columns, kinds, strict=True)],
         "owner": torch.tensor(owner),
     }
 
