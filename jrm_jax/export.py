@@ -151,7 +151,8 @@ def _model_card(trained: Trained, dtype: str) -> str:
     settings = card.get("config") or {}
     data = settings.get("data", {})
     losses = settings.get("loss", {})
-    rows = [f"| {name} | {value} |" for name, value in sorted(results.items())]
+    numbers = {n: value for n, value in results.items() if isinstance(value, int | float)}
+    rows = [f"| {name} | {value:.6g} |" for name, value in sorted(numbers.items())]
     mean, deviation = card.get("reward_mean"), card.get("reward_std")
     spread = "unknown" if mean is None else f"mean {mean:.4f}, standard deviation {deviation:.4f}"
     return (ASSETS / "model_card.md").read_text(encoding="utf-8").format(

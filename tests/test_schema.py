@@ -228,7 +228,7 @@ def test_image_files(tmp_path):
     (tmp_path / "text.png").write_text("not a picture")
     read = image_reader(tmp_path)
     assert read("good.png") == png() and read("whole.png") == whole
-    for name, words in (("cut.png", "truncated"), ("text.png", "cannot identify")):
+    for name, words in (("cut.png", "truncated"), ("text.png", "Pillow knows")):
         obj = broken(prompt=[{"image": name}])
         with pytest.raises(UserError) as error:
             parse_json(obj, read, "f:1")

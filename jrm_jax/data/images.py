@@ -212,6 +212,8 @@ def image_size(data: bytes) -> tuple[int, int]:
 
 
 def _one_line(error: BaseException) -> str:
+    if type(error).__name__ == "UnidentifiedImageError":  # its words name a buffer of ours
+        return "its format is none that Pillow knows"
     return " ".join(str(error).split()) or type(error).__name__
 
 
