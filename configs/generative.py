@@ -9,11 +9,11 @@ trains on the critiques of the built-in world and reports their loss per token. 
 
 which pretrains the tiny backbone from random weights on descriptions of single pictures, and then
 
-    python -m jrm_jax.main --config=configs/generative.py:describe_pairs
-    python -m jrm_jax.main --config=configs/generative.py:describe_differences
+    python -m jrm_jax.main --config=configs/generative.py:describe_lookups
+    python -m jrm_jax.main --config=configs/generative.py:describe_comparisons
 
-which go on, each from a folder with the weights before, to descriptions of pairs of pictures. None
-has instructions, edits asked for, critiques or preferences.
+which go on, each from a folder with the weights before, to one thing in one picture and to pairs of
+pictures. None has instructions, edits asked for, critiques or preferences.
 `python -m jrm_jax.benchmarks.make_tiny_backbone` documents how the packaged folder was made.
 """
 
@@ -23,8 +23,8 @@ from configs.common import REAL, base, parse_arg
 # variant: (kind of data, training examples, steps, learning rate, random weights, longest text)
 PRETRAINING = {
     "describe": ("descriptions", 10_240, 600, 1.5e-3, True, 40),
-    "describe_pairs": ("pairs", 20_480, 1200, 1.5e-3, False, 24),
-    "describe_differences": ("differences", 20_480, 600, 1.5e-3, False, 16),
+    "describe_lookups": ("lookups", 12_800, 800, 1.5e-3, False, 16),
+    "describe_comparisons": ("comparisons", 25_600, 1600, 1.5e-3, False, 16),
 }
 
 

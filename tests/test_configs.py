@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from configs import discriminative, generative, joint
 from configs.common import REAL, TINY, base, parse_arg
+from jrm_jax.data import describe
 from jrm_jax.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,8 +43,9 @@ def test_every_config_builds(name, variant):
     config.lock().to_json_best_effort()
 
 
-def test_describe_pretrains_from_random_weights_and_pairs_go_on():
-    for variant, kind in (("describe", "descriptions"), ("describe_pairs", "pairs")):
+def test_describe_pretrains_from_random_weights_and_the_others_go_on():
+    variants = ("describe", "describe_lookups", "describe_comparisons")
+    for variant, kind in zip(variants, describe.KINDS, strict=True):
         config = generative.get_config(variant)
         assert config.variant == variant and config.backbone.random == (kind == "descriptions")
         assert config.data.world.kind == kind and not config.loss.preference_weight

@@ -1,4 +1,4 @@
-"""What pretraining reads: single pictures and pairs of pictures, described."""
+"""What pretraining reads: pictures described, things looked up, pairs of pictures compared."""
 
 import collections
 import dataclasses
@@ -8,6 +8,7 @@ import re
 import numpy as np
 
 from jrm_jax.data import describe
+from jrm_jax.data.schema import Image
 from jrm_jax.data.world import PLACES, Scene, Thing, pool_of, sample_scene
 
 SEED = 11
@@ -26,11 +27,11 @@ def a_scene():
 
 
 def test_descriptions_describe_and_nothing_else():
-    made = [describe.make_description(i, SEED, kind) for kind in describe.PAIR_SHARES
-            for i in range(60)]  # fmt: skip
-    wholes = [example.prompt[0].text in describe.WHOLE for example in made]
-    assert all(wholes[:60]) and 0 < sum(wholes[60:120]) < 12 and not any(wholes[120:])
+    made = [describe.make_description(i, SEED, kind) for kind in describe.KINDS for i in range(60)]
+    assert {example.prompt[0].text for example in made[:60]} == set(describe.WHOLE)
     assert {example.id.split("-")[2] for example in made[120:]} == set(describe.ASPECTS)
+    pictures = [sum(isinstance(part, Image) for part in example.prompt) for example in made]
+    assert pictures == [1] * 60 + [0] * 60 + [1] * 60  # a lookup has no first picture
     for example in made:
         assert not example.weight.any() and len(example.candidates) == 4
         assert not any(candidate.score_line for candidate in example.candidates)
@@ -49,43 +50,44 @@ def test_descriptions_describe_and_nothing_else():
 
 def test_what_the_reward_token_predicts_is_never_the_same_for_all():
     """A first word that the pictures do not decide teaches the reward token not to look."""
-    for kind in describe.PAIR_SHARES:
+    for kind in describe.KINDS:
         made = [describe.make_description(i, SEED, kind) for i in range(60)]
         firsts = [[c.critique.split()[0] for c in example.candidates] for example in made]
         assert np.mean([len(set(words)) > 1 for words in firsts]) > 0.8
         common = collections.Counter(word for words in firsts for word in words).most_common(1)
-        assert common[0][1] < 0.3 * 4 * 60
+        assert common[0][1] < 0.4 * 4 * 60
 
 
-def test_pairs_of_pictures_are_described_by_aspect():
+def test_pairs_of_pictures_are_compared_by_aspect():
     first = a_scene()
     circle, star, square = first.things
     larger = dataclasses.replace(circle, size="large")
+    # the circle grew, the star is gone and the square moved, on another background
     second = Scene("navy", (larger, dataclasses.replace(square, cell=7)))
-    rng = random.Random(0)
-    named = {thing: describe._named(rng, first, thing) for thing in first.things}
+    named = {thing: describe._named(thing, "it") for thing in first.things}
     for subject, aspect, words in (
-        (named[circle], "second", " large at the top left."),
-        (named[circle], "both", " first medium at the top left, second large at the top left."),
-        (named[star], "second", " nothing there."),
-        (named[star], "both", " first large at the top, second nothing there."),
-        (describe._placed(4), "both", " first small green square, second nothing."),
+        (named[circle], "first", " top left medium."),
+        (named[circle], "second", " top left large."),
+        (named[circle], "both", " second top left large."),
+        (named[circle], "there", " large red circle."),
+        (named[star], "second", " nothing."),
+        (named[square], "second", " bottom small."),
+        (named[square], "there", " nothing."),
+        (describe._placed(4), "first", " small green square."),
+        (describe._placed(4), "both", " second nothing."),
         (describe._placed(8), "both", " both nothing."),
-        (describe._GROUND, "both", " first white, second navy."),
-        # the circle grew, the star is gone and the square moved, on another background
-        (
-            named[circle], "rest",
-            " four the background, at the top, in the middle, at the bottom.",
-        ),
-        (
-            named[square], "all",
-            " five the background, at the top left, at the top, in the middle, at the bottom.",
-        ),
-    ):  # fmt: skip
-        assert describe.describe_pair(aspect, subject, first, second) == words
-    same = describe.describe_pair("both", named[circle], first, first, "noisy")
-    assert same == " noisy both medium at the top left."
-    assert describe.describe_pair("rest", named[circle], first, first) == " zero."
-    plain = describe.describe_pair("all", named[circle], first, second, "blurred", counted=False)
-    assert plain == " blurred background, top left, top, middle, bottom."
-    assert describe.describe_pair("all", named[circle], first, first, counted=False) == " nothing."
+        (describe._placed(describe.BACKGROUND), "both", " second navy."),
+        (named[star], "all", " five background, top left, top, middle, bottom."),
+    ):
+        assert describe.compare(aspect, subject, first, second) == words
+    same = describe.compare("both", named[circle], first, first, "noisy")
+    assert same == " noisy both top left medium."
+    assert describe.compare("all", named[circle], first, first) == " zero."
+    assert describe._placed(describe.BACKGROUND).asked == "the background"
+
+
+def test_what_is_compared_differs_about_as_often_as_not():
+    made = [describe.make_description(i, SEED, "comparisons") for i in range(300)]
+    words = [c.critique.split() for e in made if e.id.endswith("-both") for c in e.candidates]
+    share = np.mean(["second" in w for w in words])
+    assert 0.3 < share < 0.6

@@ -1,7 +1,7 @@
 """Make the tiny Qwen3-VL backbone's folder: config, tokenizer, image processor, weights.
 
 The packaged folder, jrm_jax/assets/tiny_qwen3_vl, was made by these commands (seed 0), the last two
-for each STAGE of describe, describe_pairs and describe_differences:
+for each STAGE of describe, describe_lookups and describe_comparisons:
 
     python -m jrm_jax.benchmarks.make_tiny_backbone --out=FOLDER --no-weights
     python -m jrm_jax.main --config=configs/generative.py:STAGE --config.backbone.path=FOLDER
@@ -9,8 +9,8 @@ for each STAGE of describe, describe_pairs and describe_differences:
 
 The folder has the layout of a Qwen3-VL folder on the Hugging Face hub. The tokenizer is a
 byte-level BPE trained on the words of the built-in world, so that each of its words is one token
-while any other text still encodes. The stages pretrain on descriptions of pictures, of pairs of
-them, and of their differences; --run writes the weights of a run's best step into the folder.
+while any other text still encodes. The stages pretrain on descriptions of pictures, on single
+things in them, and on pairs of them; --run writes the weights of a run's best step into the folder.
 Without --no-weights or --run the weights are random.
 """
 
@@ -32,7 +32,6 @@ SPECIAL_TOKENS = (
     "<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>",
     "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>",
 )  # fmt: skip
-CORPUS = (("descriptions", 0.0), ("pairs", 0.95))  # pretraining texts: kind, share of pairs
 SPARE_ROWS = 16  # at least this many vocabulary rows stay unused, as in the real models
 # Chat roles, the rubric's words and what usually surrounds them, as they stand at a line's start
 # and inside a line; each becomes one token like the words of the world.
@@ -75,11 +74,11 @@ def world_corpus(count: int, seed: int):
         group = scenes.make_group("train", index, seed)
         yield group.instruction
         yield from scenes.group_critiques(group)
-        for kind, pair_share in CORPUS:
-            example = describe.make_description(index, seed, kind, pair_share=pair_share)
+        for kind in describe.KINDS:
+            example = describe.make_description(index, seed, kind)
             yield example.prompt[0].text
             yield from (candidate.critique for candidate in example.candidates)
-    yield from (*describe.WHOLE, *describe.PAIR)
+    yield from describe.WHOLE
     yield world_text.template_words()
     yield " ".join(("", *world_text.NUMBERS))
 
@@ -260,7 +259,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--no-weights", action="store_true", help="config and tokenizer only")
     parser.add_argument("--run", type=pathlib.Path, help="pretraining run whose weights to write")
     for name, size in (
-        ("hidden", 128), ("layers", 5), ("heads", 4), ("kv-heads", 2), ("head-dim", 32),
+        ("hidden", 128), ("layers", 6), ("heads", 4), ("kv-heads", 4), ("head-dim", 32),
         ("mlp", 256), ("vision-hidden", 96), ("vision-depth", 2), ("vision-heads", 4),
         ("vision-mlp", 256), ("patch", 16), ("positions", 36),
         ("min-pixels", 64 * 64), ("max-pixels", 128 * 128),

@@ -26,7 +26,7 @@ from jrm_jax.data.schema import PreferenceExample, image_reader, parse_json, to_
 from jrm_jax.errors import UserError
 
 MANIFEST = "jrm_jax.json"
-WORLD_VERSION = 4  # raise it when the same seed gives other examples
+WORLD_VERSION = 5  # raise it when the same seed gives other examples
 SHARD_EXAMPLES = 4096
 CHUNK = 256  # examples per call of the writer, which rewrites its description each time
 
@@ -146,7 +146,7 @@ def _world_record(task: tuple[str, str, int, int]) -> dict:
     from jrm_jax.data import describe, scenes
 
     kind, split, index, seed = task
-    if kind in describe.PAIR_SHARES:
+    if kind in describe.KINDS:
         # `valid` takes its own range of indices
         example = describe.make_description(index + (split == "valid") * 10**7, seed, kind)
     else:
@@ -161,8 +161,8 @@ def prepare_world(
 
     Args:
         counts: examples per split.
-        kind: 'edits' (preferences and critiques), or 'descriptions' or 'pairs' (pretraining; train
-            and valid only; see `describe.py`).
+        kind: 'edits' (preferences and critiques), or one of `describe.KINDS` (pretraining; only
+            train and valid).
     """
     # Before the bar's thread starts: while this import runs, rich cannot import its own parts.
     import tensorflow_datasets  # noqa: F401
@@ -246,6 +246,8 @@ def _split_off(examples: list, fraction: float) -> dict[str, list]:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    from jrm_jax.data import describe
+
     parser = argparse.ArgumentParser(
         prog="python -m jrm_jax.data.builders", description=__doc__.splitlines()[0]
     )
@@ -265,7 +267,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     world = commands.add_parser("world", help="the built-in world")
     world.add_argument("--out", type=Path, required=True, help="the data set's parent folder")
     world.add_argument("--seed", type=int, default=0)
-    world.add_argument("--kind", choices=("edits", "descriptions", "pairs"), default="edits")
+    world.add_argument("--kind", choices=("edits", *describe.KINDS), default="edits")
     for split, count in (("train", 16384), ("valid", 512), ("test", 1024), ("hard", 1024)):
         world.add_argument(f"--{split}", type=int, default=count)
     return parser.parse_args(argv)

@@ -57,11 +57,11 @@ FLAW_WEIGHTS = {
     "wrong-object": 30,
     "wrong-attribute": 30,
     "partial": 30,
-    "untouched": 12,
-    "over-edited": 16,
-    "degraded": 12,
+    "untouched": 15,
+    "over-edited": 20,
+    "degraded": 25,
 }
-SECOND_FLAW = 0.3
+SECOND_FLAW = 0.4
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,7 +24,7 @@ from jrm_jax.data.world import (
 )
 
 # What a degraded picture and an unwanted change cost, out of ten points of preservation.
-DEGRADED_COST = 5
+DEGRADED_COST = 8
 THING_COST = 3
 BACKGROUND_COST = 4
 
