@@ -6,24 +6,13 @@ import random
 import re
 
 import numpy as np
+from world_case import a_scene
 
 from jrm_jax.data import describe
 from jrm_jax.data.schema import Image
-from jrm_jax.data.world import PLACES, Scene, Thing, pool_of, sample_scene
+from jrm_jax.data.world import PLACES, Scene, pool_of, sample_scene
 
 SEED = 11
-
-
-def a_scene():
-    """A red circle at the top left, a blue star at the top, a green square in the middle."""
-    return Scene(
-        "white",
-        (
-            Thing(0, "red", "circle", "medium", 0, 1, -2),
-            Thing(1, "blue", "star", "large", 1, 0, 0),
-            Thing(2, "green", "square", "small", 4, 3, 3),
-        ),
-    )
 
 
 def test_descriptions_describe_and_nothing_else():

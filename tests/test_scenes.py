@@ -11,6 +11,7 @@ import re
 import numpy as np
 import pytest
 from PIL import Image
+from world_case import a_scene
 
 from jrm_jax.data import describe, scenes, world_text
 from jrm_jax.data.draw import coverage, degrade, draw, encode_png
@@ -52,18 +53,6 @@ def everything(example):
         digest.update(f"{candidate.critique}{candidate.score_line}".encode())
     digest.update(example.preference.tobytes() + example.weight.tobytes())
     return digest.hexdigest()
-
-
-def a_scene():
-    """A red circle at the top left, a blue star at the top, a green square in the middle."""
-    return Scene(
-        "white",
-        (
-            Thing(0, "red", "circle", "medium", 0, 1, -2),
-            Thing(1, "blue", "star", "large", 1, 0, 0),
-            Thing(2, "green", "square", "small", 4, 3, 3),
-        ),
-    )
 
 
 def test_same_seed_same_data():
