@@ -34,7 +34,7 @@ def write_mmrb2(folder):
     """Four tasks: text only, several pictures per prompt and per answer, an empty answer."""
     names = pictures(folder / "images", 6)
     shapes = {
-        "t2i": ([["text", "A red cat <|image_pad|>"]], [["image", names[0]]], [["image", names[1]]]),
+        "t2i": ([["text", "A cat <|image_pad|>"]], [["image", names[0]]], [["image", names[1]]]),
         "edit": (
             [["text", "Make it <|reward|> white"], ["image", names[0]], ["image", names[2]]],
             [["image", names[1]]], [["image", names[3]]],
@@ -159,7 +159,7 @@ def write_tiger(folder):
 
 
 def tiger_log(folder, out, seed=0):
-    """A detailed log as eval_bench.py writes it, with scores of a noisy model, some of them equal."""
+    """A detailed log as eval_bench.py writes it, scores of a noisy model, some equal."""
     rng = np.random.default_rng(seed)
     logs = []
     for size in (2, 3, 4):
