@@ -120,7 +120,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     if args.probe:
         from jrm_jax.evaluation.probe import probe
 
-        result["probe"] = probe(model, judged)
+        result["probe"] = report.plain(probe(model, judged))
     _save(args.out, json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     _save(args.out.with_suffix(".md"), report.markdown(result))
     _save(args.out.with_suffix(".html"), page.page(result, judged))
