@@ -25,6 +25,7 @@ from jrm_jax import evaluate
 from jrm_jax.data.schema import Text
 from jrm_jax.errors import UserError
 from jrm_jax.evaluation import mmrb2 as mmrb2_layout
+from jrm_jax.evaluation import report
 from jrm_jax.evaluation.cases import Answer, Issues, Judged
 from jrm_jax.evaluation.layouts import LAYOUTS
 from jrm_jax.evaluation.metrics import point_value
@@ -198,6 +199,12 @@ def test_editscore_averages_subtasks_and_counts_equal_as_wrong(editscore, tmp_pa
     assert len(issue(result, "id that occurs more than once")) == 1
     assert issue(result, "equal scores")
     assert any("first candidate is always" in words for words in result["remarks"])
+    second = judge_editscore(rows, tmp_path / "second", seed=1)
+    run(tmp_path / "s.json", "editscore_bench", path, [second])
+    found = report.compare(str(tmp_path / "r.json"), str(tmp_path / "s.json"))
+    names = ("prompt_following", "consistency", "overall")
+    wanted = [f"{name}: accuracy over all pairs" for name in names]
+    assert [row["metric"] for row in found["rows"]] == wanted
 
 
 def test_editscore_files_hold_the_subtasks_and_nothing_else(editscore, tmp_path):
