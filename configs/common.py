@@ -57,9 +57,9 @@ def base() -> ConfigDict:
     config.seed = 0
     config.batch_size = 16  # groups per step, all hosts together
     config.accumulation = 1  # microbatches per step
-    config.total_steps = 720
-    config.eval_interval = 144  # steps between evaluations on `valid`
-    config.save_interval = 144  # steps between checkpoints
+    config.total_steps = 640
+    config.eval_interval = 160  # steps between evaluations on `valid`
+    config.save_interval = 160  # steps between checkpoints
     config.log_interval = 10
     config.best_metric = "auto"  # of `valid`; auto: pair_accuracy, or -language without ranking
     config.trainable = (".*",)  # patterns of the parameters that learn; the others are frozen
@@ -81,7 +81,7 @@ def base() -> ConfigDict:
     config.data.world = ConfigDict()
     config.data.world.kind = "edits"  # or descriptions, for pretraining
     config.data.world.seed = 0
-    config.data.world.train = 11_520
+    config.data.world.train = 10_240
     config.data.world.valid = 256
     config.data.world.test = 512
     config.data.world.hard = 512
