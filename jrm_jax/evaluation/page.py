@@ -225,7 +225,8 @@ def _mistake(verdict: Verdict) -> str:
     words = instruction(verdict) or "(the files hold no instruction)"
     return (
         f"<div class=case><p><b>{_text(words[:600])}</b><br><span class=faint>"
-        f"{_text(case.section)} {_text(case.subtask)}, {_text(case.id[:80])}{gap}</span></p>"
+        f"{_text(case.section)} {_text(case.subtask)}, asked for {_text(case.dimension)}, "
+        f"{_text(case.id[:80])}{gap}</span></p>"
         f"<div class=row>{''.join(figures)}</div></div>"
     )
 

@@ -81,7 +81,8 @@ def read_world(counts: dict[str, int], seed: int, issues: Issues) -> Benchmark:
         for example in _draw(split, count, seed)
         for case in _cases(example, split, subtask=example.id.split("-")[2].split(":")[0])
     ]
-    return _benchmark("world", cases, issues)
+    protocol = f"{PROTOCOL} People's preferences are the built-in world's exact gold scores here."
+    return _benchmark("world", cases, issues)._replace(protocol=protocol)
 
 
 def _draw(split: str, count: int, seed: int) -> Iterator[PreferenceExample]:

@@ -51,7 +51,9 @@ def make_result(
         "protocol": benchmark.protocol,
         **about,
         "counts": {
-            "cases": len(benchmark.cases) or len(judged),
+            "groups of candidates": len({(c.section, c.id) for c in benchmark.cases}
+                                        or {id(one.case) for one in judged}),  # fmt: skip
+            "cases (a group, asked for one dimension)": len(benchmark.cases) or len(judged),
             "cases with a prediction": len(judged),
             "cases without a prediction": len(missing),
             "comparisons": comparisons or sum(len(one.case.comparisons) for one in judged),
@@ -93,7 +95,11 @@ def _remarks(judged: Sequence[Judged]) -> list[str]:
 
 def worst(judged: Sequence[Judged], count: int = WORST) -> list[Verdict]:
     """Pairs ranked most wrongly, one per case; where there are no scores, just wrong ones."""
-    wrong = [v for v in strict(verdicts(judged)) if not v.right]
+    if not judged:
+        return []
+    main = judged[0].case.dimension  # of several, the first; where they are sections, each
+    asked = [j for j in judged if j.case.dimension in (main, j.case.section)]
+    wrong = [v for v in strict(verdicts(asked)) if not v.right]
     wrong.sort(key=lambda v: -abs(v.gap or 0.0))
     found: dict[Any, Verdict] = {}
     for verdict in wrong:
