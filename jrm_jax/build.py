@@ -264,7 +264,8 @@ def init_state(
             out_shardings=shardings["reward_head"],
         )(jax.random.fold_in(key, 2))
     else:
-        head = jax.device_put(kernel, shardings["reward_head"])
+        host = jax.tree.map(np.asarray, kernel)  # every process has the whole of it
+        head = jax.device_put(host, shardings["reward_head"])
     # A spare row that an export has filled is the trained embedding; else begin at <|im_end|>.
     row = encoder.tokenizer.end_id if kernel is None else encoder.tokenizer.reward_id
     embedding = jax.jit(

@@ -5,6 +5,7 @@ import json
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +38,12 @@ def make_small_backbone(folder: Path) -> Path:
     params = jax.jit(lambda key: init_backbone(key, config))(jax.random.key(0))
     save_params(folder, params, config, max_shard_bytes=1 << 30, dtype="float32")
     return folder
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return found.getsockname()[1]
 
 
 @contextlib.contextmanager
@@ -99,6 +106,41 @@ class Runner:
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
             env=self.env, preexec_fn=confine if limit else None,
         )  # fmt: skip
+
+    def start_several(
+        self, count: int, workdir, record: Path, config="joint", *, port: int, **changes
+    ) -> list[subprocess.Popen]:
+        """The same command in `count` processes of one device; each writes the example ids of its
+        rows to `record`/PROCESS.jsonl (see `process_case.py`)."""
+        fields = self.fields | {k.replace("__", "."): v for k, v in changes.items()}
+        command = [sys.executable, str(ROOT / "tests" / "process_case.py"), str(record)]
+        command += [f"--config=configs/{config}.py", f"--workdir={workdir}"]
+        command += [f"--config.{k}={v}" for k, v in fields.items()]
+        record.mkdir(parents=True, exist_ok=True)
+        processes = []
+        for index in range(count):
+            several = {
+                "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+                "JAX_NUM_PROCESSES": str(count),
+                "JAX_PROCESS_ID": str(index),
+            }
+            with (record / f"{index}.out").open("w") as out:
+                processes.append(
+                    subprocess.Popen(
+                        command, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT,
+                        env=self.env | (several if count > 1 else {}),
+                    )
+                )  # fmt: skip
+        return processes
+
+    def run_several(self, count: int, workdir, record: Path, **changes) -> list[int]:
+        """Exit statuses."""
+        processes = self.start_several(count, workdir, record, port=free_port(), **changes)
+        try:
+            return [process.wait(timeout=300) for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
 
     def run(self, *arguments, **changes) -> subprocess.CompletedProcess:
         process = self.start(*arguments, **changes)
