@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
@@ -170,6 +172,19 @@ def open_checkpoints(folder: Path, say: Callable[[str], None] = print) -> Iterat
         else:
             with contextlib.suppress(Exception):
                 manager.close()
+
+
+def read_arrays(workdir: Path, step: int) -> dict[str, np.ndarray]:
+    """Every array of a checkpoint by path, parameters and optimizer state; to compare runs."""
+    folder = (workdir / "checkpoints" / str(step)).resolve()
+    restored = {
+        name: ocp.StandardCheckpointer().restore(folder / name)
+        for name in ("trainable", "opt_state")
+    }
+    return {
+        jax.tree_util.keystr(path): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(restored)
+    }
 
 
 def _read_rank(metrics: Mapping[str, float]) -> float:

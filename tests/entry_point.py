@@ -11,23 +11,19 @@ import sys
 from pathlib import Path
 
 import jax
-import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from jrm_jax.benchmarks import make_tiny_backbone
+from jrm_jax.benchmarks.kill_test import SMALL
 from jrm_jax.checkpoint import open_checkpoints
+from jrm_jax.checkpoint import read_arrays as parameters  # noqa: F401
 from jrm_jax.model.backbone import init_backbone
 from jrm_jax.model.config import load_config
 from jrm_jax.model.weights import save_params
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = ROOT.parent / "shared" / "data" / "editreward_example"
-SMALL = (
-    "--corpus=60", "--hidden=32", "--layers=2", "--heads=4", "--kv-heads=2", "--head-dim=16",
-    "--mlp=64", "--vision-hidden=32", "--vision-depth=2", "--vision-heads=2", "--vision-mlp=64",
-)  # fmt: skip
 STEPS = 12
 
 
@@ -194,15 +190,3 @@ def metrics(workdir: Path) -> list[dict]:
 def steps(workdir: Path) -> list[int]:
     with open_checkpoints(workdir / "checkpoints") as checkpoints:
         return checkpoints.steps()
-
-
-def parameters(workdir: Path, step: int) -> dict[str, np.ndarray]:
-    """Every array of a checkpoint by path: parameters and optimizer state."""
-    restored = {
-        name: ocp.StandardCheckpointer().restore(workdir / "checkpoints" / str(step) / name)
-        for name in ("trainable", "opt_state")
-    }
-    return {
-        jax.tree_util.keystr(path): np.asarray(leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(restored)
-    }
