@@ -10,11 +10,10 @@ import pytest
 from entry_point import Runner, free_port, metrics, parameters, small_backbone, steps  # noqa: F401
 
 from jrm_jax import distributed
+from jrm_jax.benchmarks.kill_test import QUICK
 from jrm_jax.errors import UserError
 
 TOTAL, HALF = 6, 3
-# What is compared was compiled alike; the compiler's own optimisations would take minutes.
-QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
 @pytest.fixture(scope="module")
