@@ -11,7 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
+import traceback
 from collections.abc import Iterator, Mapping
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -74,12 +77,28 @@ def start(mode: str) -> None:
             "that the port is open, and that all processes were started; --distributed=off runs "
             "this one alone"
         ) from error
+    sys.excepthook = _end_with_traceback
     barrier("start")  # a half-started pod fails here, and not in its first collective
     print(
         f"process {jax.process_index()} of {jax.process_count()} holds "
         f"{jax.local_device_count()} of {jax.device_count()} devices",
         flush=True,
     )
+
+
+def fail(words: str) -> NoReturn:
+    """Say it and end with status 1: at once where there are other processes. Leaving politely, this
+    one would wait for them, while they wait for it in a collective."""
+    if jax.distributed.is_initialized():
+        print(words, file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(1)
+    sys.exit(words)
+
+
+def _end_with_traceback(*raised: Any) -> None:
+    traceback.print_exception(*raised)
+    fail("error: this process has failed, see above")
 
 
 def is_leader() -> bool:

@@ -41,7 +41,9 @@ def main() -> None:
     except cli.REPORTED as error:
         if not cli.is_expected(error) and flags.FLAGS.is_parsed():
             raise
-        sys.exit(f"error: {cli.one_line(error)}")
+        from jrm_jax import distributed
+
+        distributed.fail(f"error: {cli.one_line(error)}")
     sys.exit(status)
 
 

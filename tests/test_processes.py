@@ -1,6 +1,7 @@
 """Several processes on this machine: the losses, rows and checkpoints of one."""
 
 import json
+import os
 import shutil
 import signal
 import time
@@ -14,6 +15,9 @@ from jrm_jax.benchmarks.kill_test import QUICK
 from jrm_jax.errors import UserError
 
 TOTAL, HALF = 6, 3
+SLOW = pytest.mark.skipif(
+    not os.environ.get("JRM_SLOW"), reason="minutes on two cores: set JRM_SLOW=1 to run it"
+)
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +65,11 @@ def one(runner):
 
 
 @pytest.fixture(scope="module")
+def two(runner, one):
+    return go(runner, 2, "two")
+
+
+@pytest.fixture(scope="module")
 def four(runner, one):
     return go(runner, 4, "four")
 
@@ -72,19 +81,28 @@ def check(found, wanted, first=0):
     np.testing.assert_allclose(losses(found[0]), losses(wanted[0]), rtol=0, atol=1e-5)
 
 
-def test_four_processes_train_as_one(one, four):
-    check(four, one)
-    assert "step 1/6" in four[2][0] and not any("step 1/6" in out for out in four[2][1:])
-    assert all(f"process {i} of 4 holds 1 of 4 devices" in out for i, out in enumerate(four[2]))
-    held_out = [row for w in (one[0], four[0]) for row in metrics(w) if row["split"] == "valid"]
+@pytest.mark.parametrize("name", ["two", pytest.param("four", marks=SLOW)])
+def test_several_processes_train_as_one(one, request, name):
+    found = request.getfixturevalue(name)
+    check(found, one)
+    count = len(found[2])
+    assert count == {"two": 2, "four": 4}[name]
+    assert "step 1/6" in found[2][0] and not any("step 1/6" in out for out in found[2][1:])
+    for index, out in enumerate(found[2]):
+        assert f"process {index} of {count} holds 1 of {count} devices" in out
+    held_out = [row for w in (one[0], found[0]) for row in metrics(w) if row["split"] == "valid"]
     assert [row["groups"] for row in held_out] == [8, 8]
     assert held_out[0]["pairs"] == held_out[1]["pairs"]
-    assert all(np.isfinite(leaf).all() for leaf in parameters(four[0], TOTAL).values())
+    assert all(np.isfinite(leaf).all() for leaf in parameters(found[0], TOTAL).values())
 
 
-@pytest.mark.parametrize(("before", "after"), [("four", 1), ("four", 2), ("one", 4)])
-def test_resuming_on_another_number_of_processes(runner, one, four, before, after):
-    started = {"one": one, "four": four}[before]
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [("two", 1), pytest.param("four", 1, marks=SLOW), pytest.param("four", 2, marks=SLOW),
+     pytest.param("one", 4, marks=SLOW)],
+)  # fmt: skip
+def test_resuming_on_another_number_of_processes(runner, one, request, before, after):
+    started = request.getfixturevalue(before)
     found = go(runner, after, f"{before}-on-{after}", since=started[0])
     assert f"resuming {found[0]} from step {HALF}" in found[2][0]
     check(found, one, HALF)
