@@ -32,6 +32,7 @@ from jrm_jax.report import difference, json_safe, print_results, words
 from jrm_jax.watch import StopRequest, Trace, Watchdog, describe_memory
 
 CONFIG, RESULTS = "config.json", "results.json"
+FREE = ("heartbeat_seconds", "profile", "watchdog_seconds")  # a run may be watched otherwise
 SCALARS = ("loss", "grad_norm", "param_norm")
 
 
@@ -316,9 +317,14 @@ def _write(path: Path, text: str) -> None:
 def _check_workdir(workdir: Path, text: str) -> None:
     """Raise UserError if `workdir` belongs to a run with another config."""
     path = workdir / CONFIG
-    if path.exists() and path.read_text() != text:
+    if not path.exists():
+        return
+    before, now = (
+        {name: value for name, value in json.loads(written).items() if name not in FREE}
+        for written in (path.read_text(), text)
+    )
+    if before != now:
         raise UserError(
-            f"{workdir} belongs to a run with another config ("
-            f"{difference(json.loads(path.read_text()), json.loads(text))}): "
+            f"{workdir} belongs to a run with another config ({difference(before, now)}): "
             "use the same config to go on, or another --workdir"
         )
