@@ -30,6 +30,19 @@ def folder(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_device_compiled_quickly(folder):
+    """What is compared was compiled alike; the compiler's own optimisations take most of the time."""
+    quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    make, options = sharding.make_mesh, sharding.compiler_options
+    with pytest.MonkeyPatch.context() as patch, quick_compilation(folder / "compiled"):
+        patch.setattr(
+            sharding, "make_mesh", lambda *sizes: make(*sizes, devices=jax.devices()[:1])
+        )
+        patch.setattr(sharding, "compiler_options", lambda mesh: options(mesh) | quick)
+        yield
+
+
 def make_config(folder):
     config = joint.get_config()
     config.backbone.path, config.backbone.scan_unroll = str(folder / "small"), 1
@@ -49,11 +62,8 @@ def trained(folder):
     """(config, workdir) of a finished run on one device; the state as it was at its end."""
     config = make_config(folder)
     states = []
-    make, finish = sharding.make_mesh, train._Run._finish
-    with pytest.MonkeyPatch.context() as patch, quick_compilation(folder / "compiled"):
-        patch.setattr(
-            sharding, "make_mesh", lambda *sizes: make(*sizes, devices=jax.devices()[:1])
-        )
+    finish = train._Run._finish
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             train._Run, "_finish", lambda run: (states.append(run.state), finish(run))[1]
         )
@@ -119,21 +129,16 @@ def test_gradients_moments_and_checkpoints_hold_only_what_trains(trained):
 
 def test_an_interrupted_run_goes_on_bit_for_bit(folder, trained):
     config, workdir, _ = trained
-    make, total = sharding.make_mesh, STEPS
 
     class Stopped(train.StopRequest):
         def at(self, step):
             return 15 if step == 1 else 0
 
-    with pytest.MonkeyPatch.context() as patch, quick_compilation(folder / "compiled"):
-        patch.setattr(
-            sharding, "make_mesh", lambda *sizes: make(*sizes, devices=jax.devices()[:1])
-        )
-        with pytest.MonkeyPatch.context() as stop:
-            stop.setattr(train, "StopRequest", Stopped)
-            assert train.run(config, folder / "again") == 128 + 15
-        assert train.run(config, folder / "again") == 0
-    wanted, found = parameters(workdir, total), parameters(folder / "again", total)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "StopRequest", Stopped)
+        assert train.run(config, folder / "again") == 128 + 15
+    assert train.run(config, folder / "again") == 0
+    wanted, found = parameters(workdir, STEPS), parameters(folder / "again", STEPS)
     assert list(wanted) == list(found)
     for name in wanted:
         np.testing.assert_array_equal(found[name], wanted[name], err_msg=name)
@@ -145,21 +150,23 @@ def test_an_export_is_merged_and_scores_as_the_unmerged_model(folder, trained):
     exported = load_trained(folder / "out")
     assert not any(path.endswith(lora.LEAVES) for path in flatten(exported.params))
     architecture = build.load_backbone_config(config)
-    mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    with quick_compilation(folder / "compiled"):
-        data = build.build_data(config, architecture, print)
-        module = build.make_backbone(config, architecture, mesh, data.encoder.tokenizer.reward_id)
-        processor = data.encoder.processor
-        _, unmerged = build.make_steps(config, module, data, build.make_optimizer(
-            config, state.trainable)[0], state)  # fmt: skip
-        merged = jax.jit(make_score_step(module, processor.mean, processor.std))
-        with build.batches(config, data, "train", mesh, 0, 2) as batches:
-            for batch in batches:
-                placed = build.place(config, batch, mesh)
-                wanted = unmerged(state.trainable, state.frozen, placed)[1]
-                found = merged(exported.params, placed)
-                assert np.ptp(np.asarray(wanted)) > 1e-3
-                np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)
+    mesh = build.make_mesh(config, architecture)
+    data = build.build_data(config, architecture, print)
+    module = build.make_backbone(config, architecture, mesh, data.encoder.tokenizer.reward_id)
+    processor = data.encoder.processor
+    optimizer, _ = build.make_optimizer(config, state.trainable)
+    _, unmerged = build.make_steps(config, module, data, optimizer, state)
+    merged = jax.jit(
+        make_score_step(module, processor.mean, processor.std),
+        compiler_options=sharding.compiler_options(mesh),
+    )
+    with build.batches(config, data, "train", mesh, 0, 2) as batches:
+        for batch in batches:
+            placed = build.place(config, batch, mesh)
+            wanted = unmerged(state.trainable, state.frozen, placed)[1]
+            found = merged(exported.params, placed)
+            assert np.ptp(np.asarray(wanted)) > 1e-3
+            np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)
     start = build.init_state(config, architecture, mesh, data.encoder)[0]
     before = unmerged(start.trainable, start.frozen, placed)[1]
     assert np.abs(np.asarray(before) - np.asarray(wanted)).max() > 1e-3  # adapters count
