@@ -32,7 +32,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def one_device_compiled_quickly(folder):
-    """What is compared was compiled alike; the compiler's own optimisations take most of the time."""
+    """What is compared was compiled alike; optimising would take most of the time."""
     quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
     make, options = sharding.make_mesh, sharding.compiler_options
     with pytest.MonkeyPatch.context() as patch, quick_compilation(folder / "compiled"):
