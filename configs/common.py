@@ -65,6 +65,13 @@ def base() -> ConfigDict:
     config.trainable = (".*",)  # patterns of the parameters that learn; the others are frozen
     config.remat = "none"  # none, dots or full: what the backward pass computes again
     config.profile = ()  # steps to trace into WORKDIR/profile
+    config.heartbeat_seconds = 60.0  # every process says where it is; 0: never
+    config.watchdog_seconds = 1800.0  # without a sign of life the process ends; 0: never
+
+    config.lora = ConfigDict()
+    config.lora.rank = 0  # of the adapters; 0: none. With them, only what `trainable` names besides
+    config.lora.alpha = 16.0  # the adapters' product counts alpha / rank
+    config.lora.targets = (r"backbone/decoder/.*/kernel$",)
 
     config.backbone = ConfigDict()
     config.backbone.path = TINY  # Hugging Face folder

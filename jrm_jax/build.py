@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from jrm_jax import heads, optim, sharding
+from jrm_jax import heads, lora, optim, sharding
 from jrm_jax.data import builders, plan
 from jrm_jax.data.encode import Encoder, make_encoder
 from jrm_jax.data.pipeline import BatchIterator, make_iterator, repeat_prompt
@@ -27,6 +27,7 @@ from jrm_jax.model.backbone import Backbone, init_backbone
 from jrm_jax.model.config import BackboneConfig, load_config
 from jrm_jax.step import LossConfig, TrainState, make_eval_step, make_forward, make_train_step
 
+EVERYTHING = ".*"  # the default of config.trainable
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -220,14 +221,42 @@ def make_optimizer(config: ConfigDict, trainable: dict):
     return optimizer, schedule
 
 
-def abstract_params(backbone: BackboneConfig, dimensions: int) -> dict[str, Any]:
-    """Shapes of all parameters of a run: the backbone, the reward head and its token."""
+def trainable_patterns(config: ConfigDict) -> tuple[str, ...]:
+    """What learns. With adapters these and the score, and what `config.trainable` names besides."""
+    patterns = tuple(config.trainable)
+    if lora_scale(config) is None:
+        return patterns
+    return lora.TRAINABLE + (() if patterns == (EVERYTHING,) else patterns)
+
+
+def lora_scale(config: ConfigDict) -> float | None:
+    """alpha / rank; None without adapters. Runs from before there were any have no such field.
+
+    Raises:
+        UserError: a negative rank.
+    """
+    settings = config.get("lora")
+    if not settings or not settings.rank:
+        return None
+    if settings.rank < 0:
+        raise UserError(f"config.lora.rank is {settings.rank}: a positive number, or 0 for none")
+    return settings.alpha / settings.rank
+
+
+def abstract_params(
+    config: ConfigDict, backbone: BackboneConfig, dimensions: int
+) -> dict[str, Any]:
+    """Shapes of all parameters of a run: the backbone, adapters, the reward head and its token."""
     width = backbone.text.hidden
-    return {
+    whole = {
         **weights.abstract_params(backbone),
         "reward_head": {"kernel": jax.ShapeDtypeStruct((width, dimensions), jnp.float32)},
         "reward_embedding": jax.ShapeDtypeStruct((width,), jnp.float32),
     }
+    if lora_scale(config) is None:
+        return whole
+    adapters = lora.adapter_shapes(whole, config.lora.rank, tuple(config.lora.targets))
+    return optim.merge_params(adapters, whole)
 
 
 def init_state(
@@ -242,14 +271,18 @@ def init_state(
     frozen_dtype = DTYPES[config.backbone.compute_dtype]
     width, dimensions = backbone.text.hidden, len(encoder.dimensions)
     key = jax.random.key(config.seed)
-    whole = abstract_params(backbone, dimensions)
-    trainable_paths = set(optim.flatten(optim.split_params(whole, tuple(config.trainable))[0]))
+    whole = abstract_params(config, backbone, dimensions)
+    patterns = trainable_patterns(config)
+    trainable_paths = set(optim.flatten(optim.split_params(whole, patterns)[0]))
     shardings = sharding.param_shardings(whole, mesh)
 
     def dtype_of(path: str):
         return jnp.float32 if path in trainable_paths else frozen_dtype
 
     body = {name: shardings[name] for name in ("backbone", "language_head")}
+    body["backbone"] = optim.unflatten(
+        {p: s for p, s in optim.flatten(body["backbone"]).items() if not p.endswith(lora.LEAVES)}
+    )
     if config.backbone.random:
         params = jax.jit(lambda k: init_backbone(k, backbone), out_shardings=body)(
             jax.random.fold_in(key, 1)
@@ -264,14 +297,16 @@ def init_state(
             out_shardings=shardings["reward_head"],
         )(jax.random.fold_in(key, 2))
     else:
-        head = jax.device_put(kernel, shardings["reward_head"])
+        host = jax.tree.map(np.asarray, kernel)  # every process has the whole of it
+        head = jax.device_put(host, shardings["reward_head"])
     # A spare row that an export has filled is the trained embedding; else begin at <|im_end|>.
     row = encoder.tokenizer.end_id if kernel is None else encoder.tokenizer.reward_id
     embedding = jax.jit(
         lambda table: table[row].astype(jnp.float32), out_shardings=shardings["reward_embedding"]
     )(params["backbone"]["embed"]["embedding"])
     params = {**params, "reward_head": head, "reward_embedding": embedding}
-    trainable, frozen = optim.split_params(params, tuple(config.trainable))
+    params = _with_adapters(config, params, shardings, jax.random.fold_in(key, 3))
+    trainable, frozen = optim.split_params(params, patterns)
     optimizer, schedule = make_optimizer(config, trainable)
     opt_abstract = jax.eval_shape(optimizer.init, trainable)
     opt_state = jax.jit(
@@ -279,6 +314,16 @@ def init_state(
     )(trainable)
     step = jax.device_put(jnp.int32(0), sharding.replicated(mesh))
     return TrainState(step, trainable, frozen, opt_state), (optimizer, schedule)
+
+
+def _with_adapters(config: ConfigDict, params: dict, shardings: dict, key: jax.Array) -> dict:
+    if lora_scale(config) is None:
+        return params
+    shapes = lora.adapter_shapes(params, config.lora.rank, tuple(config.lora.targets))
+    placed = optim.flatten(shardings)
+    places = optim.unflatten({path: placed[path] for path in optim.flatten(shapes)})
+    adapters = jax.jit(lambda k: lora.init_adapters(k, shapes), out_shardings=places)(key)
+    return optim.merge_params(adapters, params)
 
 
 def make_steps(config: ConfigDict, backbone: Backbone, data: Data, optimizer, state: TrainState):
@@ -292,7 +337,9 @@ def make_steps(config: ConfigDict, backbone: Backbone, data: Data, optimizer, st
         config.loss.first_weight,
     )
     processor = data.encoder.processor
-    forward = make_forward(backbone, processor.mean, processor.std, loss)
+    forward = make_forward(
+        backbone, processor.mean, processor.std, loss, lora_scale(config)
+    )
     train_step = make_train_step(forward, optimizer, loss, config.accumulation)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     options = sharding.compiler_options(shardings.step.mesh)

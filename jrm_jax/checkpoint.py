@@ -21,9 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
+from jrm_jax import distributed
 from jrm_jax.errors import UserError
 
 RANK = "rank"  # the number by which Orbax ranks; always finite
@@ -112,11 +114,15 @@ class Checkpoints:
             }
             if opt_state is not None:
                 items["opt_state"] = ocp.args.StandardRestore(opt_state)
+            problem, found = "", {}
             try:
                 found = self._manager.restore(candidate, args=ocp.args.Composite(**items))
             except Exception as error:  # whatever is wrong with it, the one before may be whole
-                failures.append(f"{candidate}: {_one_line(error)}")
-                self._say(f"WARNING: checkpoint {candidate} cannot be read ({_one_line(error)})")
+                problem = _one_line(error)
+            if not distributed.all_agree(not problem):
+                problem = problem or "another process cannot read its part"
+                failures.append(f"{candidate}: {problem}")
+                self._say(f"WARNING: checkpoint {candidate} cannot be read ({problem})")
                 continue
             return candidate, found["trainable"], found.get("opt_state"), found["meta"]
         raise UserError(
@@ -139,7 +145,9 @@ class Checkpoints:
 def open_checkpoints(folder: Path, say: Callable[[str], None] = print) -> Iterator[Checkpoints]:
     """The checkpoints in `folder`, which is made if need be; half-written ones are ignored."""
     _quieten()
-    _clean(folder, say)
+    with distributed.leader_first("checkpoints"):
+        if distributed.is_leader():
+            _clean(folder, say)
     options = ocp.CheckpointManagerOptions(
         best_fn=_read_rank,  # without it Orbax does not write the metrics
         preservation_policy=policies.AnyPreservationPolicy(
@@ -166,6 +174,19 @@ def open_checkpoints(folder: Path, say: Callable[[str], None] = print) -> Iterat
                 manager.close()
 
 
+def read_arrays(workdir: Path, step: int) -> dict[str, np.ndarray]:
+    """Every array of a checkpoint by path, parameters and optimizer state; to compare runs."""
+    folder = (workdir / "checkpoints" / str(step)).resolve()
+    restored = {
+        name: ocp.StandardCheckpointer().restore(folder / name)
+        for name in ("trainable", "opt_state")
+    }
+    return {
+        jax.tree_util.keystr(path): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(restored)
+    }
+
+
 def _read_rank(metrics: Mapping[str, float]) -> float:
     return metrics[RANK]
 
@@ -189,9 +210,8 @@ def _quieten() -> None:
 
 def _clean(folder: Path, say: Callable[[str], None]) -> None:
     """Remove half-written checkpoints, and damaged metrics, which Orbax could not open."""
-    if jax.process_count() > 1:
-        return
     for path in folder.glob(UNFINISHED):
+        say(f"WARNING: {path.name} was never finished: that checkpoint does not count")
         shutil.rmtree(path, ignore_errors=True)
     for path in folder.glob("*/metrics/metrics"):
         try:

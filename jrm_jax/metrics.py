@@ -115,7 +115,7 @@ class Writer:
         print(f"step {step}/{self._total}  {words}  left {duration(left)}", flush=True)
 
     def say(self, words: str) -> None:
-        if not self.active:
+        if not self.active or not words:
             return
         if self._bar is not None:
             self._bar.console.print(words, markup=False, highlight=False)

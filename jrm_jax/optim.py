@@ -52,11 +52,16 @@ def check_patterns(patterns: Sequence[str], paths: Sequence[str], field: str) ->
         raise UserError(f"{field}: no parameter matches {'; '.join(bad)}")
 
 
+def matching(patterns: Sequence[str], paths: Sequence[str]) -> list[str]:
+    """The paths in which any of the patterns is found, in order."""
+    return [path for path in paths if any(re.search(pattern, path) for pattern in patterns)]
+
+
 def split_params(params: dict, patterns: Sequence[str]) -> tuple[dict, dict]:
     """(trainable, frozen): nested dicts, every leaf in exactly one of them."""
     flat = flatten(params)
     check_patterns(patterns, list(flat), "config.trainable")
-    chosen = {path for path in flat if any(re.search(pattern, path) for pattern in patterns)}
+    chosen = set(matching(patterns, list(flat)))
     trainable = unflatten({path: flat[path] for path in flat if path in chosen})
     return trainable, unflatten({path: flat[path] for path in flat if path not in chosen})
 

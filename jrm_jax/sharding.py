@@ -20,6 +20,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jrm_jax.errors import UserError
+from jrm_jax.lora import LEAVES as LORA
 from jrm_jax.model.config import BackboneConfig
 
 AXES = ("data", "fsdp", "tensor")
@@ -148,6 +149,19 @@ def fit_spec(dims: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> P:
     return P(*fits)
 
 
+def rule(path: str) -> tuple[str | None, ...] | None:
+    """Mesh axis of each dimension of the leaf at `path`, None where no rule covers it.
+
+    An adapter lies like its kernel; its rank is not split.
+    """
+    place, _, name = path.rpartition("/")
+    owner = f"{place}/kernel" if name in LORA else path
+    dims = next((dims for pattern, dims in RULES if re.fullmatch(pattern, owner)), None)
+    if dims is None or name not in LORA:
+        return dims
+    return (*dims[:-1], None) if name == LORA[0] else (*dims[:-2], None, dims[-1])
+
+
 def param_shardings(tree: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
     """A NamedSharding per leaf of a parameter tree (arrays or jax.ShapeDtypeStruct).
 
@@ -159,7 +173,7 @@ def param_shardings(tree: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
 
     def place(keys: tuple[Any, ...], leaf: Any) -> NamedSharding:
         path = "/".join(key.key for key in keys)
-        dims = next((dims for pattern, dims in RULES if re.fullmatch(pattern, path)), None)
+        dims = rule(path)
         if dims is None or len(dims) != len(leaf.shape):
             offenders.append(f"{path} {list(leaf.shape)}")
             return replicated(mesh)

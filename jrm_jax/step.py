@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from jrm_jax.heads import apply_reward_head, critique_nll, gather_hidden, language_kernel
+from jrm_jax.lora import scale_adapters
 from jrm_jax.losses import (
     Term,
     centering_loss,
@@ -62,10 +63,14 @@ class Outputs(NamedTuple):
 Forward = Callable[[dict, dict], Outputs]
 
 
-def make_forward(backbone: Backbone, mean: tuple, std: tuple, loss: LossConfig) -> Forward:
-    """forward(params, batch) -> Outputs."""
+def make_forward(
+    backbone: Backbone, mean: tuple, std: tuple, loss: LossConfig, lora_scale: float | None = None
+) -> Forward:
+    """forward(params, batch) -> Outputs. `lora_scale`: of the adapters in `params`, if any."""
 
     def forward(params: dict, batch: dict) -> Outputs:
+        if lora_scale is not None:
+            params = scale_adapters(params, lora_scale)
         patches_BINF = normalise_patches(batch["patches"], mean, std)
         hidden_BSD = backbone.apply(
             {"params": params["backbone"]}, batch, params["reward_embedding"], patches_BINF

@@ -11,6 +11,7 @@ The order of one turn is a contract:
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -23,13 +24,15 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from jrm_jax import build
+from jrm_jax import build, distributed
 from jrm_jax.checkpoint import Checkpoints, open_checkpoints
 from jrm_jax.errors import UserError
-from jrm_jax.metrics import Accumulator, Writer, duration
+from jrm_jax.metrics import Accumulator, Writer
+from jrm_jax.report import difference, json_safe, print_results, words
+from jrm_jax.watch import StopRequest, Trace, Watchdog, describe_memory
 
 CONFIG, RESULTS = "config.json", "results.json"
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+FREE = ("heartbeat_seconds", "profile", "watchdog_seconds")  # a run may be watched otherwise
 SCALARS = ("loss", "grad_norm", "param_norm")
 
 
@@ -39,7 +42,8 @@ def run(config: ConfigDict, workdir: Path) -> int:
     Raises:
         UserError: bad input, a changed config, a non-finite loss, a full disk.
     """
-    leader = jax.process_index() == 0
+    leader = distributed.is_leader()
+    say = print if leader else _silent
     text = config.to_json_best_effort(indent=2, sort_keys=True) + "\n"
     _check_workdir(workdir, text)
     if (workdir / RESULTS).exists():
@@ -47,32 +51,12 @@ def run(config: ConfigDict, workdir: Path) -> int:
             print(f"{workdir} is finished; its results:")
             print_results(json.loads((workdir / RESULTS).read_text()))
         return 0
-    stop = _StopRequest()
-    with stop, open_checkpoints(workdir / "checkpoints") as checkpoints:
+    stop = StopRequest()
+    with stop, open_checkpoints(workdir / "checkpoints", say) as checkpoints:
         training = _Run(config, workdir, checkpoints, stop, leader)
         if leader:  # only now: a config that cannot start may be corrected
-            (workdir / CONFIG).write_text(text)
+            _write(workdir / CONFIG, text)
         return training.train()
-
-
-class _StopRequest:
-    """SIGTERM or Ctrl-C asks for a stop after the step; a second one ends the process at once."""
-
-    def __init__(self) -> None:
-        self.asked = 0  # the signal
-
-    def __enter__(self) -> _StopRequest:
-        self._before = {number: signal.signal(number, self._ask) for number in STOP_SIGNALS}
-        return self
-
-    def _ask(self, number: int, _: Any) -> None:
-        self.asked = number
-        for each in STOP_SIGNALS:
-            signal.signal(each, signal.SIG_DFL)
-
-    def __exit__(self, *_: Any) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
 
 
 class _Run:
@@ -83,15 +67,16 @@ class _Run:
         config: ConfigDict,
         workdir: Path,
         checkpoints: Checkpoints,
-        stop: _StopRequest,
+        stop: StopRequest,
         leader: bool,
     ):
         self.config, self.workdir, self.checkpoints, self.stop = config, workdir, checkpoints, stop
         self.leader = leader
-        say = print if leader else lambda words: None
+        say = print if leader else _silent
         backbone_config = build.load_backbone_config(config)
         self.mesh = build.make_mesh(config, backbone_config)
-        self.data = build.build_data(config, backbone_config, say)
+        with distributed.leader_first("data"):  # who comes later finds it drawn and measured
+            self.data = build.build_data(config, backbone_config, say)
         backbone = build.make_backbone(
             config, backbone_config, self.mesh, self.data.encoder.tokenizer.reward_id
         )
@@ -103,14 +88,19 @@ class _Run:
             config, backbone, self.data, optimizer, state
         )
         self.state, self.start = self._resume(state)
-        self.seconds = 0.0  # spent training, restarts included
+        self.seconds = 0.0  # of this session
+        self.spent = {"data": 0.0, "checkpoint": 0.0}  # since the last line of metrics
         self.best_metric = config.best_metric
         if self.best_metric == "auto":
             self.best_metric = "pair_accuracy" if config.loss.preference_weight else "-language"
         self.writer = Writer(workdir, config.total_steps, self.start, leader)
-        self.writer.say(self._describe(say))
+        self.watchdog = Watchdog(
+            config.watchdog_seconds, config.heartbeat_seconds, self.writer.say if leader else print
+        )
+        self.trace = Trace(config.profile, workdir / "profile")
+        self.writer.say(self._describe())
 
-    def _describe(self, say) -> str:
+    def _describe(self) -> str:
         sizes = [sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in self.state[1:3]]
         where = f"{self.mesh.size} x {self.mesh.devices.flat[0].device_kind}"
         plan = self.data.train_plan
@@ -126,6 +116,8 @@ class _Run:
 
     def _resume(self, state):
         if not self.checkpoints.steps():
+            if self.leader and (self.workdir / CONFIG).exists():
+                print(f"{self.workdir} has no complete checkpoint yet: from step 0", flush=True)
             return state, 0
         abstract = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state
@@ -136,7 +128,7 @@ class _Run:
         if meta["stamp"] != self.data.stamp:
             raise UserError(
                 f"{self.workdir}: the checkpoint was trained with another protocol: "
-                f"{_difference(meta['stamp'], self.data.stamp)}"
+                f"{difference(meta['stamp'], self.data.stamp)}"
             )
         self.checkpoints.delete_after(step)
         self.rewards.totals = meta["rewards"]
@@ -151,14 +143,15 @@ class _Run:
         config, total = self.config, self.config.total_steps
         began = time.monotonic()
         batches = build.batches(config, self.data, "train", self.mesh, self.start, total)
-        pending: tuple[int, dict, np.ndarray] | None = None
+        pending: tuple[int, dict] | None = None
         window, window_began = Accumulator(), time.monotonic()
         valid: dict[str, float] = {}
         saved = self.start if self.start else -1
         try:
-            with batches:
+            with batches, self.watchdog:
                 for step in range(self.start, total + 1):
-                    stopping = self.stop.asked  # once: what stops here must be saved here
+                    self.watchdog.beat(step)
+                    stopping = self.stop.at(step)  # once: what stops here must be saved here
                     due_eval = step % config.eval_interval == 0 or step == total
                     due_save = step % config.save_interval == 0 or step == total or stopping
                     due_log = step % config.log_interval == 0 or step == total
@@ -173,9 +166,10 @@ class _Run:
                         if due_eval and "valid" in self.data.eval_plans:
                             valid = self.evaluate("valid")
                             self.writer.write(step, "valid", valid)
-                            self.writer.say(f"step {step}  valid: {_words(valid)}")
+                            self.writer.say(f"step {step}  valid: {words(valid)}")
                         if due_save and saved != step:
-                            self._save(step, valid if due_eval else {})
+                            with self._timed("checkpoint"):
+                                self._save(step, valid if due_eval else {})
                             saved = step
                         window_began += time.monotonic() - paused
                     if stopping and step > self.start:
@@ -186,26 +180,35 @@ class _Run:
                         return 128 + stopping
                     if step == total:
                         break
-                    batch = next(batches)
-                    ids = batch["example_index"]
-                    self._trace(step)
-                    self.state, metrics = self.train_step(
-                        self.state, build.place(config, batch, self.mesh)
-                    )
+                    self.trace.at(step, self.state)
+                    with self._timed("data"):
+                        placed = build.place(config, next(batches), self.mesh)
+                    self.state, metrics = self.train_step(self.state, placed)
                     if pending is not None:
                         self._check(pending, window)
-                    pending = (step, metrics, ids)
+                    elif step == self.start:  # compiled now
+                        self.writer.say(describe_memory(self.mesh.local_devices[0]))
+                    pending = (step, metrics)
             self.seconds += time.monotonic() - began
-            self._finish()
+            with self.watchdog:
+                self._finish()
             return 0
         finally:
+            self.trace.close(self.state)
             self.writer.close()
 
-    def _check(self, pending: tuple[int, dict, np.ndarray], window: Accumulator) -> None:
-        step, metrics, ids = pending
+    @contextlib.contextmanager
+    def _timed(self, name: str):
+        began = time.monotonic()
+        yield
+        self.spent[name] += time.monotonic() - began
+
+    def _check(self, pending: tuple[int, dict], window: Accumulator) -> None:
+        step, metrics = pending
         metrics = jax.device_get(metrics)
         bad = [name for name in SCALARS if not np.isfinite(metrics[name])]
         if bad:
+            ids = self.data.train_plan.batch(step)[1]  # of all hosts
             names = ", ".join(self.data.example_names(ids))
             saved = self.checkpoints.steps()
             raise UserError(
@@ -228,6 +231,10 @@ class _Run:
         values = {name: window.mean(name) for name in SCALARS} | window.summary()
         values["learning_rate"] = float(self.schedule(step - 1))
         values["seconds_per_step"] = seconds / steps
+        values["seconds_data"] = self.spent["data"] / steps
+        values["seconds_compute"] = (seconds - self.spent["data"]) / steps
+        values["seconds_checkpoint"] = self.spent["checkpoint"]  # in all, between steps
+        self.spent = dict.fromkeys(self.spent, 0.0)
         if "pairs" in values:
             values["pairs_per_second"] = values["pairs"] / max(seconds, 1e-9)
         self.writer.write(step, "train", values)
@@ -238,15 +245,16 @@ class _Run:
         """Every example of a held-out split once."""
         trainable = self.state.trainable if trainable is None else trainable
         totals = Accumulator()
-        groups = 0
+        plan = self.data.eval_plans[split]
+        groups = sum(int((plan.batch(i)[1] >= 0).sum()) for i in range(len(plan)))  # of all hosts
         with build.batches(self.config, self.data, split, self.mesh) as batches:
             for batch in batches:
-                groups += int((batch["example_index"] >= 0).sum())
+                self.watchdog.beat()
                 terms, _ = self.eval_step(
                     trainable, self.state.frozen, build.place(self.config, batch, self.mesh)
                 )
                 totals.add(jax.device_get(terms))
-        return totals.summary() | {"groups": float(groups) * jax.process_count()}
+        return totals.summary() | {"groups": float(groups)}
 
     def metric(self, values: dict[str, float]) -> float:
         """The number by which checkpoints are ranked, larger is better; NaN if not measured."""
@@ -289,82 +297,34 @@ class _Run:
         results["seconds"] = self.seconds
         results["config"] = f"{self.config.name}:{self.config.get('variant') or ''}".rstrip(":")
         if self.leader:
-            temporary = self.workdir / (RESULTS + ".tmp")
-            temporary.write_text(json.dumps(_json_safe(results), indent=2) + "\n")
-            os.replace(temporary, self.workdir / RESULTS)
+            _write(self.workdir / RESULTS, json.dumps(json_safe(results), indent=2) + "\n")
             self.writer.close()
             print_results(results)
             print(f"results: {self.workdir / RESULTS}")
 
-    def _trace(self, step: int) -> None:
-        steps = tuple(self.config.profile)
-        if step in steps:
-            if step - 1 not in steps:
-                jax.profiler.start_trace(str(self.workdir / "profile"))
-        elif step - 1 in steps and step > self.start:
-            jax.block_until_ready(self.state)
-            jax.profiler.stop_trace()
+
+def _silent(words: str) -> None:
+    """Of several processes one speaks."""
 
 
-def print_results(results: dict[str, Any]) -> None:
-    """The held-out numbers as a table."""
-    from rich.console import Console
-    from rich.table import Table
-
-    splits = list(dict.fromkeys(k.split("/")[0] for k in results if "/" in k))
-    table = Table(title=f"{results['config']}: held-out numbers of step {results['step']}")
-    table.add_column("split")
-    columns = {
-        "pair_accuracy": ("pair accuracy", "{:.4f}"),
-        "pairs": ("pairs", "{:.0f}"),
-        "ties": ("ties (outside)", "{:.0f}"),
-        "groups": ("groups", "{:.0f}"),
-        "preference": ("preference loss", "{:.4f}"),
-        "language": ("language loss / token", "{:.4f}"),
-    }
-    columns = {n: c for n, c in columns.items() if any(f"{s}/{n}" in results for s in splits)}
-    for title, _ in columns.values():
-        table.add_column(title, justify="right")
-    for split in splits:
-        found = [(results.get(f"{split}/{name}"), form) for name, (_, form) in columns.items()]
-        table.add_row(split, *("-" if v is None else form.format(v) for v, form in found))
-    Console().print(table)
-    print(f"{results['seconds']:.0f} s ({duration(results['seconds'])}) in this last session")
-
-
-def _words(values: dict[str, float]) -> str:
-    return "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-
-
-def _json_safe(values: dict[str, Any]) -> dict[str, Any]:
-    return {
-        k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()
-    }
+def _write(path: Path, text: str) -> None:
+    """All of it or nothing, whenever the process dies."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
 
 
 def _check_workdir(workdir: Path, text: str) -> None:
     """Raise UserError if `workdir` belongs to a run with another config."""
     path = workdir / CONFIG
-    if path.exists() and path.read_text() != text:
+    if not path.exists():
+        return
+    before, now = (
+        {name: value for name, value in json.loads(written).items() if name not in FREE}
+        for written in (path.read_text(), text)
+    )
+    if before != now:
         raise UserError(
-            f"{workdir} belongs to a run with another config ("
-            f"{_difference(json.loads(path.read_text()), json.loads(text))}): "
+            f"{workdir} belongs to a run with another config ({difference(before, now)}): "
             "use the same config to go on, or another --workdir"
         )
-
-
-def _difference(before: dict, now: dict) -> str:
-    """'seed: 0 -> 1; loss.margin: 0.0 -> 0.5'."""
-    old, new = _flat(before), _flat(now)
-    changed = [k for k in dict.fromkeys([*old, *new]) if old.get(k) != new.get(k)]
-    return "; ".join(f"{k}: {old.get(k, 'absent')} -> {new.get(k, 'absent')}" for k in changed)
-
-
-def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            flat.update(_flat(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

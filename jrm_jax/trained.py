@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from jrm_jax import build, optim
+from jrm_jax import build, lora, optim
 from jrm_jax.checkpoint import open_checkpoints
 from jrm_jax.data.encode import Encoder, make_encoder
 from jrm_jax.data.template import Template, protocol_stamp
@@ -63,15 +63,17 @@ def _load_run(workdir: Path, step: int | str) -> Trained:
     architecture = load_config(folder)
     encoder = build.make_run_encoder(config, architecture)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    whole = build.abstract_params(architecture, len(encoder.dimensions))
+    whole = build.abstract_params(config, architecture, len(encoder.dimensions))
     whole = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=here), whole
     )
-    trainable, frozen = optim.split_params(whole, tuple(config.trainable))
+    trainable, frozen = optim.split_params(whole, build.trainable_patterns(config))
     with open_checkpoints(workdir / "checkpoints") as checkpoints:
         found, trainable, _, meta = checkpoints.restore(trainable, None, _pick(checkpoints, step))
     frozen = _load_frozen(config, folder, architecture, frozenset(optim.flatten(frozen)), encoder)
     params = optim.merge_params(trainable, frozen)
+    if (scale := build.lora_scale(config)) is not None:
+        params = lora.merge_adapters(params, scale)
     results = workdir / "results.json"
     card = {
         "stamp": meta["stamp"],

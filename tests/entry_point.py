@@ -5,28 +5,25 @@ import json
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import jax
-import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from jrm_jax.benchmarks import make_tiny_backbone
+from jrm_jax.benchmarks.kill_test import SMALL
 from jrm_jax.checkpoint import open_checkpoints
+from jrm_jax.checkpoint import read_arrays as parameters  # noqa: F401
 from jrm_jax.model.backbone import init_backbone
 from jrm_jax.model.config import load_config
 from jrm_jax.model.weights import save_params
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = ROOT.parent / "shared" / "data" / "editreward_example"
-SMALL = (
-    "--corpus=60", "--hidden=32", "--layers=2", "--heads=4", "--kv-heads=2", "--head-dim=16",
-    "--mlp=64", "--vision-hidden=32", "--vision-depth=2", "--vision-heads=2", "--vision-mlp=64",
-)  # fmt: skip
 STEPS = 12
 
 
@@ -37,6 +34,12 @@ def make_small_backbone(folder: Path) -> Path:
     params = jax.jit(lambda key: init_backbone(key, config))(jax.random.key(0))
     save_params(folder, params, config, max_shard_bytes=1 << 30, dtype="float32")
     return folder
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return found.getsockname()[1]
 
 
 @contextlib.contextmanager
@@ -100,6 +103,41 @@ class Runner:
             env=self.env, preexec_fn=confine if limit else None,
         )  # fmt: skip
 
+    def start_several(
+        self, count: int, workdir, record: Path, config="joint", *, port: int, **changes
+    ) -> list[subprocess.Popen]:
+        """The same command in `count` processes of one device; each writes the example ids of its
+        rows to `record`/PROCESS.jsonl (see `process_case.py`)."""
+        fields = self.fields | {k.replace("__", "."): v for k, v in changes.items()}
+        command = [sys.executable, str(ROOT / "tests" / "process_case.py"), str(record)]
+        command += [f"--config=configs/{config}.py", f"--workdir={workdir}"]
+        command += [f"--config.{k}={v}" for k, v in fields.items()]
+        record.mkdir(parents=True, exist_ok=True)
+        processes = []
+        for index in range(count):
+            several = {
+                "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+                "JAX_NUM_PROCESSES": str(count),
+                "JAX_PROCESS_ID": str(index),
+            }
+            with (record / f"{index}.out").open("w") as out:
+                processes.append(
+                    subprocess.Popen(
+                        command, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT,
+                        env=self.env | (several if count > 1 else {}),
+                    )
+                )  # fmt: skip
+        return processes
+
+    def run_several(self, count: int, workdir, record: Path, **changes) -> list[int]:
+        """Exit statuses."""
+        processes = self.start_several(count, workdir, record, port=free_port(), **changes)
+        try:
+            return [process.wait(timeout=300) for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+
     def run(self, *arguments, **changes) -> subprocess.CompletedProcess:
         process = self.start(*arguments, **changes)
         try:
@@ -152,15 +190,3 @@ def metrics(workdir: Path) -> list[dict]:
 def steps(workdir: Path) -> list[int]:
     with open_checkpoints(workdir / "checkpoints") as checkpoints:
         return checkpoints.steps()
-
-
-def parameters(workdir: Path, step: int) -> dict[str, np.ndarray]:
-    """Every array of a checkpoint by path: parameters and optimizer state."""
-    restored = {
-        name: ocp.StandardCheckpointer().restore(workdir / "checkpoints" / str(step) / name)
-        for name in ("trainable", "opt_state")
-    }
-    return {
-        jax.tree_util.keystr(path): np.asarray(leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(restored)
-    }

@@ -61,7 +61,7 @@ matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 class Linear(nn.Module):
-    """x @ kernel (+ bias). `gain` scales the random initial kernel only."""
+    """x @ kernel (+ bias) (+ x @ lora_a @ lora_b). `gain` scales the random initial kernel only."""
 
     width: int
     dtype: jnp.dtype
@@ -73,6 +73,12 @@ class Linear(nn.Module):
         init = nn.initializers.variance_scaling(self.gain**2, "fan_in", "normal")
         kernel = self.param("kernel", init, (x.shape[-1], self.width), jnp.float32)
         out = matmul(x.astype(self.dtype), kernel.astype(self.dtype))
+        if self.has_variable("params", "lora_a"):  # see `jrm_jax.lora`
+            low, high = (
+                self.get_variable("params", name).astype(self.dtype)
+                for name in ("lora_a", "lora_b")
+            )
+            out = out + matmul(matmul(x.astype(self.dtype), low), high)
         if self.bias:
             bias = self.param("bias", nn.initializers.zeros, (self.width,), jnp.float32)
             out = out + bias.astype(self.dtype)

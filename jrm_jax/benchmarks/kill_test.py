@@ -1,0 +1,199 @@
+"""`kill -9` at random moments of a short run, then compare with a run that nothing disturbed.
+
+    python -m jrm_jax.benchmarks.kill_test [--kills=20] [--out=docs/kill_test.md]
+
+Every start but the last is killed: in its start-up, between steps, or while it saves (it saves
+after every other step). Exit 1 unless every start resumed from the latest complete checkpoint and
+the final parameters, optimizer state and losses equal the undisturbed run's bit for bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+
+SMALL = (
+    "--corpus=60", "--hidden=32", "--layers=2", "--heads=4", "--kv-heads=2", "--head-dim=16",
+    "--mlp=64", "--vision-hidden=32", "--vision-depth=2", "--vision-heads=2", "--vision-mlp=64",
+)  # fmt: skip
+# What is compared was compiled alike; the compiler's own optimisations would take most of the time.
+QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+SAVE_EVERY = 2
+START_UP = 0.15  # share of kills before the first step
+SPAN = 5.0  # seconds after the first step in which the other kills fall
+
+
+def make_command(folder: Path, workdir: Path, steps: int, fields: tuple[str, ...]) -> list[str]:
+    """The run: random weights, Adam, ranking only, no held-out splits."""
+    values = {
+        "backbone.path": folder / "backbone", "backbone.random": True, "backbone.scan_unroll": 1,
+        "data.cache": folder / "world", "data.world.train": 32, "data.world.valid": 0,
+        "data.world.test": 0, "data.world.hard": 0, "batch_size": 4, "total_steps": steps,
+        "eval_interval": steps, "save_interval": SAVE_EVERY, "log_interval": 1,
+        "optimizer.name": "adam",
+    }  # fmt: skip
+    root = Path(__file__).resolve().parents[2]
+    command = [sys.executable, "-m", "jrm_jax.main", f"--workdir={workdir}"]
+    command += [f"--config={root / 'configs' / 'discriminative.py'}"]
+    return command + [f"--config.{k}={v}" for k, v in values.items()] + list(fields)
+
+
+class Start:
+    """One start of the run and what it prints, in the order of time."""
+
+    def __init__(self, command: list[str], folder: Path):
+        compiled = {
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": QUICK,  # and one device
+            "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+        self.lines: list[str] = []
+        self.stepped = threading.Event()
+        self.began = time.monotonic()
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            cwd=Path(__file__).resolve().parents[2], env=os.environ | compiled,
+        )  # fmt: skip
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        for line in self.process.stdout:
+            self.lines.append(line.rstrip())
+            if line.startswith("step "):
+                self.stepped.set()
+        self.stepped.set()  # it has ended
+
+    def end(self) -> int:
+        status = self.process.wait()
+        self._reader.join()
+        return status
+
+    def kill(self, rng: random.Random, start_up: float) -> float:
+        """Kill it at a random moment; returns the seconds it lived."""
+        if rng.random() < START_UP:
+            self.stepped.wait(rng.uniform(0.0, start_up))
+        else:
+            self.stepped.wait()
+            time.sleep(rng.uniform(0.0, SPAN))
+        self.process.kill()
+        self.end()
+        return time.monotonic() - self.began
+
+    def resumed(self) -> int | None:
+        """The step it says it went on from; 0: it says that it had to begin anew."""
+        for line in self.lines:
+            if line.startswith("resuming "):
+                return int(line.rpartition(" ")[2])
+            if line.endswith("from step 0"):
+                return 0
+        return None
+
+    def steps(self) -> int:
+        return max((int(line[5:].split("/")[0]) for line in self.lines if line[:5] == "step "),
+                   default=0)  # fmt: skip
+
+
+def on_disk(workdir: Path) -> tuple[list[int], int]:
+    """(steps of complete checkpoints, number of half-written ones)."""
+    names = [path.name for path in (workdir / "checkpoints").glob("*")]
+    complete = sorted(int(name) for name in names if name.isdecimal())
+    return complete, sum("tmp" in name for name in names)
+
+
+def losses(workdir: Path) -> list[tuple[int, float]]:
+    rows = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    return [(row["step"], row["loss"]) for row in rows if row["split"] == "train"]
+
+
+def run(folder: Path, kills: int, steps: int, seed: int, fields: tuple[str, ...] = ()) -> list[str]:
+    """Lines of a Markdown report. Exits with a message where something is wrong."""
+    from jrm_jax.benchmarks import make_tiny_backbone
+    from jrm_jax.checkpoint import read_arrays
+
+    if not (folder / "backbone").exists():
+        make_tiny_backbone.main([f"--out={folder / 'backbone'}", "--no-weights", *SMALL])
+    rng = random.Random(seed)
+    whole = Start(make_command(folder, folder / "whole", steps, fields), folder)
+    whole.stepped.wait()
+    start_up = time.monotonic() - whole.began
+    if whole.end():
+        sys.exit("the undisturbed run failed:\n" + "\n".join(whole.lines[-20:]))
+    workdir = folder / "killed"
+    command = make_command(folder, workdir, steps, fields)
+    report = [
+        "| start | resumed from | lived, s | last step seen | complete after | half-written |",
+        "|---|---|---|---|---|---|",
+    ]
+    during_saves, wrong = 0, []
+    for number in range(kills + 1):
+        before, _ = on_disk(workdir)
+        start = Start(command, folder)
+        if number < kills:
+            lived = start.kill(rng, start_up)
+        else:
+            status = start.end()
+            lived = time.monotonic() - start.began
+            if status:
+                wrong.append(f"the last start ended with {status}: {start.lines[-1:]}")
+        resumed, (after, half) = start.resumed(), on_disk(workdir)
+        during_saves += bool(half)
+        if resumed is not None and resumed != (before[-1] if before else 0):
+            wrong.append(f"start {number}: resumed from {resumed}, there were {before}")
+        if before and start.steps() and resumed is None:
+            wrong.append(f"start {number} did not say where it resumed from")
+        if number < kills and start.process.returncode != -9:
+            wrong.append(f"start {number} ended by itself: {start.process.returncode}")
+        shown = "killed before" if resumed is None and number else resumed or 0
+        row = (number + 1, shown, f"{lived:.1f}", start.steps(), after[-2:], half)
+        report.append("| " + " | ".join(map(str, row)) + " |")
+        print(report[-1], flush=True)
+    wanted, found = (read_arrays(w, steps) for w in (folder / "whole", workdir))
+    same = wanted.keys() == found.keys() and all(
+        np.array_equal(wanted[name], found[name]) for name in wanted
+    )
+    if not same:
+        wrong.append("final parameters differ")
+    if losses(folder / "whole") != losses(workdir):
+        wrong.append("losses differ")
+    if wrong:
+        sys.exit("\n".join(wrong))
+    verdict = (
+        f"{kills} kills, {during_saves} of them during a save; {len(wanted)} arrays (parameters and"
+        f" optimizer state) and {steps} losses equal the undisturbed run's bit for bit."
+    )
+    print(verdict)
+    return [*report, "", verdict]
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--out", type=Path, help="write the report to this file, too")
+    options = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as folder:
+        report = run(Path(folder), options.kills, options.steps, options.seed)
+    if options.out:
+        command = (
+            f"python -m jrm_jax.benchmarks.kill_test --kills={options.kills} "
+            f"--steps={options.steps} --seed={options.seed}"
+        )
+        title = f"# Kill test\n\n`{command}`, one CPU process:\n\n"
+        options.out.write_text(title + "\n".join(report) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""What the entry point needs besides its flags: names, one-line errors, the allocator."""
+
+import ctypes
+import errno
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from jrm_jax.errors import UserError
+
+REPORTED = (UserError, flags.Error, AttributeError, KeyError, TypeError, OSError)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk's fault, wherever it shows
+
+
+def keep_memory() -> None:
+    """Let glibc keep freed memory. XLA on the CPU asks for its buffers anew at every step; given
+    back to the system in between, each page costs a fault: a quarter of a step's time."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # not glibc
+        return
+    for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**26)):  # MMAP_MAX, TRIM_, TOP_PAD
+        mallopt(option, value)
+
+
+def run_name(config: ConfigDict) -> str:
+    """'joint-qwen3_vl_8b'
+
+    Raises:
+        UserError: the config file is not there, which shows when it is first read.
+    """
+    try:
+        return "-".join(filter(None, (config.name, config.variant)))
+    except OSError as error:
+        raise UserError(f"--config: {one_line(error)}") from error
+
+
+def is_expected(error: BaseException) -> bool:
+    """Whether it is bad input or a full disk, and not a fault of the program."""
+    return isinstance(error, UserError | flags.Error) or (
+        isinstance(error, OSError) and error.errno in _FULL
+    )
+
+
+def one_line(error: BaseException) -> str:
+    """The end of what the flag libraries say: they print reprs, tracebacks and lists of tries."""
+    text = str(error)
+    if isinstance(error, KeyError | AttributeError):
+        while isinstance(error, BaseException) and error.args:
+            error = error.args[0]
+        text = f"--config has no such field: {error}"
+    elif "\nTraceback (" in text or isinstance(error, OSError):
+        text = text.strip().splitlines()[-1].removeprefix("jrm_jax.errors.UserError: ")
+    return " ".join(text.split())

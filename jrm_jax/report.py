@@ -1,0 +1,61 @@
+"""What a run says about itself: its results as a table, numbers in a line, changed settings."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from jrm_jax.metrics import duration
+
+
+def print_results(results: dict[str, Any]) -> None:
+    """The held-out numbers as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    splits = list(dict.fromkeys(k.split("/")[0] for k in results if "/" in k))
+    table = Table(title=f"{results['config']}: held-out numbers of step {results['step']}")
+    table.add_column("split")
+    columns = {
+        "pair_accuracy": ("pair accuracy", "{:.4f}"),
+        "pairs": ("pairs", "{:.0f}"),
+        "ties": ("ties (outside)", "{:.0f}"),
+        "groups": ("groups", "{:.0f}"),
+        "preference": ("preference loss", "{:.4f}"),
+        "language": ("language loss / token", "{:.4f}"),
+    }
+    columns = {n: c for n, c in columns.items() if any(f"{s}/{n}" in results for s in splits)}
+    for title, _ in columns.values():
+        table.add_column(title, justify="right")
+    for split in splits:
+        found = [(results.get(f"{split}/{name}"), form) for name, (_, form) in columns.items()]
+        table.add_row(split, *("-" if v is None else form.format(v) for v, form in found))
+    Console().print(table)
+    print(f"{results['seconds']:.0f} s ({duration(results['seconds'])}) in this last session")
+
+
+def words(values: dict[str, float]) -> str:
+    return "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+
+
+def json_safe(values: dict[str, Any]) -> dict[str, Any]:
+    return {
+        k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()
+    }
+
+
+def difference(before: dict, now: dict) -> str:
+    """'seed: 0 -> 1; loss.margin: 0.0 -> 0.5'."""
+    old, new = _flat(before), _flat(now)
+    changed = [k for k in dict.fromkeys([*old, *new]) if old.get(k) != new.get(k)]
+    return "; ".join(f"{k}: {old.get(k, 'absent')} -> {new.get(k, 'absent')}" for k in changed)
+
+
+def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

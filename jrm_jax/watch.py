@@ -1,0 +1,121 @@
+"""Watching a run from within: requests to stop, signs of life, what hangs, chosen traces."""
+
+from __future__ import annotations
+
+import faulthandler
+import signal
+import sys
+import time
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+import jax
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class StopRequest:
+    """SIGTERM or Ctrl-C asks for a stop after the step; a second one ends the process at once.
+
+    Of several processes each may be told at another time: SIGTERM is then left to JAX, which hears
+    it (and Cloud TPU's notice) and agrees with all of them on the step to stop at.
+    """
+
+    def __init__(self) -> None:
+        self.asked = 0  # the signal
+
+    def __enter__(self) -> StopRequest:
+        self._several = jax.process_count() > 1
+        numbers = (signal.SIGINT,) if self._several else STOP_SIGNALS
+        self._before = {number: signal.signal(number, self._ask) for number in numbers}
+        return self
+
+    def _ask(self, number: int, _: Any) -> None:
+        if self._several:
+            signal.raise_signal(signal.SIGTERM)
+        else:
+            self.asked = number
+        for each in self._before:
+            signal.signal(each, signal.SIG_DFL)
+
+    def at(self, step: int) -> int:
+        """The signal to stop for at this step, or 0. Every process must ask at every step."""
+        if self._several and not self.asked:
+            from jax.experimental import multihost_utils
+
+            if multihost_utils.reached_preemption_sync_point(step):
+                self.asked = signal.SIGTERM
+        return self.asked
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+class Watchdog:
+    """Ends the process, with the stacks of all threads, when `beat` was not called for long.
+
+    A thread of the C library keeps the time, so that it works while the interpreter is stuck in a
+    call; a controller then starts the run again from its last checkpoint. With `every` > 0 a line
+    is printed at the first beat of a step that comes so many seconds after the last line.
+    """
+
+    def __init__(self, silence: float, every: float, say: Callable[[str], None]):
+        self.silence, self.every, self.say = silence, every, say
+        self._line = self._step_began = time.monotonic()
+        self._step: int | None = None
+
+    def __enter__(self) -> Watchdog:
+        self.beat()
+        return self
+
+    def beat(self, step: int | None = None) -> None:
+        """A sign of life; `step`: one that begins now."""
+        if self.silence > 0:
+            # the program's own stderr: what stands in for it may have no file
+            faulthandler.dump_traceback_later(self.silence, exit=True, file=sys.__stderr__)
+        if step is None:
+            return
+        now = time.monotonic()
+        if self._step is None:
+            self._step, self._step_began = step, now
+        elif self.every > 0 and now - self._line >= self.every:
+            each = (now - self._step_began) / max(1, step - self._step)
+            who = f"process {jax.process_index()} of {jax.process_count()}"
+            self.say(f"heartbeat: {who} at step {step}, {each:.3g} s a step")
+            self._line, self._step, self._step_began = now, step, now
+
+    def __exit__(self, *_: Any) -> None:
+        faulthandler.cancel_dump_traceback_later()
+
+
+class Trace:
+    """Profiles of chosen steps, one for each unbroken series of them."""
+
+    def __init__(self, steps: Collection[int], folder: Path):
+        self.steps, self.folder = frozenset(steps), folder
+        self._running = False
+
+    def at(self, step: int, state: Any) -> None:
+        """Before `step` is started; `state` is what the step before has made."""
+        if step in self.steps and not self._running:
+            jax.block_until_ready(state)  # of the steps before nothing is to be seen
+            jax.profiler.start_trace(str(self.folder))
+            self._running = True
+        elif step not in self.steps:
+            self.close(state)
+
+    def close(self, state: Any) -> None:
+        if self._running:
+            jax.block_until_ready(state)
+            jax.profiler.stop_trace()
+            self._running = False
+
+
+def describe_memory(device: Any) -> str:
+    """'memory of TPU v5: 12.30 GB in use, 95.70 GB in all'; '' where the backend tells nothing."""
+    stats = device.memory_stats() or {}
+    names = {"bytes_in_use": "in use", "peak_bytes_in_use": "at its peak", "bytes_limit": "in all"}
+    parts = [f"{stats[n] / 1e9:.2f} GB {words}" for n, words in names.items() if n in stats]
+    return f"memory of {device.device_kind}: {', '.join(parts)}" if parts else ""

