@@ -36,7 +36,7 @@ from jrm_jax.errors import UserError
 from jrm_jax.generate import make_generate
 from jrm_jax.model.backbone import Backbone
 from jrm_jax.sheet import draw_sheet
-from jrm_jax.step import make_score_step
+from jrm_jax.step import make_score_step, make_state_step
 from jrm_jax.trained import Trained, load_trained, scale
 
 Picture = Any  # path, encoded bytes, PIL image, or uint8 array [h, w, 3]
@@ -90,6 +90,7 @@ class RewardModel:
         self._score = jax.jit(
             make_score_step(self._backbone, *self._pixels), compiler_options=self._options
         )
+        self._states: Any = None
         self._generate: dict[tuple, Any] = {}
 
     @classmethod
@@ -122,13 +123,29 @@ class RewardModel:
             UserError: as `score`; names the group.
         """
         mean, deviation = scale(self.card)
-        found: list[Scores | None] = [None] * len(groups)
+        found = []
+        for reward_KR in self.score_encoded(self._encode_all(groups)):
+            normalised_KR = (reward_KR - np.float32(mean)) / np.float32(deviation)
+            found.append(Scores(reward_KR, normalised_KR, self.dimensions))
+        return found
+
+    def score_encoded(self, groups: Sequence[EncodedExample]) -> list[np.ndarray]:
+        """float32 [K, R] each: rewards of groups of any parts, from `encoder.encode_group`."""
+        return self._of_candidates(self._score, groups)
+
+    def reward_states(self, groups: Sequence[EncodedExample]) -> list[np.ndarray]:
+        """float32 [K, D] each: what the reward head reads, the final state of the reward token."""
+        if self._states is None:
+            states = make_state_step(self._backbone, *self._pixels)
+            self._states = jax.jit(states, compiler_options=self._options)
+        return self._of_candidates(self._states, groups)
+
+    def _of_candidates(self, program: Any, groups: Sequence[EncodedExample]) -> list[np.ndarray]:
+        found: list[Any] = [None] * len(groups)
         for indices, batch in self._batches(groups):
-            reward_BKR = np.asarray(self._score(self._params, batch))
+            array_BKX = np.asarray(program(self._params, batch))
             for row, index in enumerate(indices):
-                reward_KR = reward_BKR[row, : len(groups[index][2])]
-                normalised_KR = (reward_KR - np.float32(mean)) / np.float32(deviation)
-                found[index] = Scores(reward_KR, normalised_KR, self.dimensions)
+                found[index] = array_BKX[row, : len(groups[index].candidates)]
         return found
 
     def critique(
@@ -165,7 +182,7 @@ class RewardModel:
             generate = make_generate(self._backbone, *self._pixels, *options, end)
             self._generate[options] = jax.jit(generate, compiler_options=self._options)
         group = Group(instruction, source, candidates)
-        ((_, batch),) = self._batches([group])
+        ((_, batch),) = self._batches(self._encode_all([group]))
         key = jax.random.key(seed)
         ids_BKT = self._generate[options](self._params, batch, key, np.float32(temperature or 1.0))
         rows = np.asarray(ids_BKT)[0, : len(candidates)].tolist()
@@ -179,11 +196,16 @@ class RewardModel:
             return _words(error)
         return None
 
-    def _batches(self, groups: Sequence[Group | tuple]) -> Iterator[tuple[list[int], dict]]:
+    def _encode_all(self, groups: Sequence[Group | tuple]) -> list[EncodedExample]:
+        return [
+            self._encode(Group(*group), f"group {index}: " if len(groups) > 1 else "")
+            for index, group in enumerate(groups)
+        ]
+
+    def _batches(self, groups: Sequence[EncodedExample]) -> Iterator[tuple[list[int], dict]]:
         """(indices of the groups, batch) for groups of one bucket at a time."""
         by_bucket: dict[Bucket, list[tuple[int, EncodedExample]]] = {}
-        for index, group in enumerate(groups):
-            encoded = self._encode(Group(*group), f"group {index}: " if len(groups) > 1 else "")
+        for index, encoded in enumerate(groups):
             by_bucket.setdefault(self._bucket(encoded), []).append((index, encoded))
         for bucket, members in by_bucket.items():
             for start in range(0, len(members), self.batch_size):

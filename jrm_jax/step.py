@@ -207,3 +207,20 @@ def make_score_step(
         return forward(params, batch).reward_BKR
 
     return score_step
+
+
+def make_state_step(
+    backbone: Backbone, mean: tuple, std: tuple
+) -> Callable[[dict, dict], jax.Array]:
+    """state_step(params, batch) -> [B, K, D] float32: final-normed states of the reward tokens."""
+
+    def state_step(params: dict, batch: dict) -> jax.Array:
+        patches_BINF = normalise_patches(batch["patches"], mean, std)
+        hidden_BSD = backbone.apply(
+            {"params": params["backbone"]}, batch, params["reward_embedding"], patches_BINF
+        )
+        prompt, slots = batch["prompt_tokens"].shape[1], batch["candidate_tokens"].shape[2]
+        index_BK1 = batch["reward_index"][:, :, None]
+        return gather_hidden(hidden_BSD, index_BK1, prompt, slots)[:, :, 0].astype(jnp.float32)
+
+    return state_step

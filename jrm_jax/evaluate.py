@@ -1,0 +1,236 @@
+"""Benchmarks out of a model, or out of somebody's predictions: JSON, Markdown, HTML.
+
+    python -m jrm_jax.evaluate --checkpoint=DIR --benchmark=NAME --data=PATH --out=FILE.json
+    python -m jrm_jax.evaluate --benchmark=NAME --data=PATH --predictions=FILE --out=FILE.json
+    python -m jrm_jax.evaluate --compare FIRST.json SECOND.json
+
+Beside FILE.json stand FILE.md, FILE.html and, for a checkpoint, FILE_predictions/ in the layout of
+the benchmark's own scorer. `docs/evaluation.md` tells what each number means.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from jrm_jax.errors import UserError
+from jrm_jax.evaluation import report
+from jrm_jax.evaluation.cases import Issues
+from jrm_jax.evaluation.layouts import LAYOUTS
+
+WORLD = {"test": 512, "hard": 512}
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m jrm_jax.evaluate", description="Benchmark a model, or predictions."
+    )
+    parser.add_argument("--benchmark", choices=tuple(LAYOUTS))
+    parser.add_argument("--data", help="the benchmark's files as downloaded; not for 'world'")
+    parser.add_argument("--checkpoint", help="a run's folder, or an exported one")
+    parser.add_argument("--step", default="best", help="of a run: a number, 'best' or 'latest'")
+    parser.add_argument("--predictions", nargs="+", metavar="FILE",
+                        help="predictions in the official layout, instead of a model")  # fmt: skip
+    parser.add_argument("--out", type=Path, help="JSON file; Markdown and HTML stand beside it")
+    parser.add_argument("--probe", action="store_true", help="sanity of the model as well")
+    parser.add_argument("--tie_threshold", type=float, help="scores no further apart are a tie")
+    parser.add_argument("--tie_from", metavar="RESULT.json",
+                        help="the threshold that another benchmark's result tuned")  # fmt: skip
+    parser.add_argument("--limit", type=int, help="only the first so many cases (world: per split)")
+    parser.add_argument("--name", help="of the model, in the tables; default: its folder")
+    parser.add_argument("--batch_size", type=int, default=8, help="groups at a time")
+    parser.add_argument("--compute_dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--compare", nargs=2, metavar=("FIRST", "SECOND"),
+                        help="paired test between two results")  # fmt: skip
+    args = parser.parse_args(argv)
+    args.step = int(args.step) if args.step.isdecimal() else args.step
+    return args
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """
+    Raises:
+        UserError: options that do not go together.
+    """
+    if not args.benchmark:
+        raise UserError(f"give --benchmark, one of {', '.join(LAYOUTS)} (or --compare)")
+    if bool(args.checkpoint) == bool(args.predictions):
+        raise UserError("give either --checkpoint (a model) or --predictions (files)")
+    if args.probe and not args.checkpoint:
+        raise UserError("--probe looks into a model: give --checkpoint")
+    if args.out is None or args.out.suffix != ".json":
+        raise UserError("give --out=FILE.json")
+    if args.tie_threshold is not None and args.tie_from:
+        raise UserError("give --tie_threshold or --tie_from, not both")
+    layout = LAYOUTS[args.benchmark]
+    needed = args.benchmark != "world" and (layout.needs_data or not args.predictions)
+    if needed and not args.data:
+        raise UserError(f"--benchmark={args.benchmark} needs --data=PATH (its files)")
+    if args.limit is not None and args.limit < 1:
+        raise UserError("--limit must be at least 1")
+
+
+def evaluate(args: argparse.Namespace) -> dict[str, Any]:
+    """Everything the command does; returns what it wrote as JSON.
+
+    Raises:
+        UserError: bad options or bad files; one line that says what to do.
+    """
+    check_args(args)
+    from jrm_jax.evaluation import page, scoring
+
+    layout, issues, threshold = LAYOUTS[args.benchmark], Issues(), _threshold(args)
+    model = _load(args) if args.checkpoint else None
+    benchmark = _read(args, layout, issues, model)
+    if args.limit and args.benchmark != "world":
+        benchmark = benchmark._replace(cases=benchmark.cases[: args.limit])
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    name = args.name or _name(args)
+    if model is not None:
+        judged = scoring.score_cases(model, benchmark.cases, issues)
+        _write_predictions(layout, judged, args.out, name)
+    else:
+        judged = layout.read_predictions(benchmark, args.predictions)
+    if not judged:
+        raise UserError("nothing to measure: no case has a prediction"
+                        + "".join(f"; {kind}: {items[0]}" for kind, items in issues.found.items()))
+
+    def measure(found):
+        return layout.measure(benchmark, found, threshold)
+
+    rules = scoring.baselines(benchmark.cases, measure) if benchmark.cases else {}
+    about = {
+        "model": name,
+        "made": datetime.datetime.now().isoformat(" ", "minutes"),
+        "data": args.data or "the built-in world",
+        "checkpoint": args.checkpoint,
+        "predictions": args.predictions,
+        "tie_threshold": threshold,
+        "limit": args.limit,
+    }
+    result = report.make_result(benchmark, judged, measure(judged), rules, about)
+    if model is not None:
+        result["step"], result["stamp"] = model.card.get("step"), model.card.get("stamp")
+        result["remarks"] += _dimension_remarks(model, benchmark)
+    if args.probe:
+        from jrm_jax.evaluation.probe import probe
+
+        result["probe"] = probe(model, judged)
+    _save(args.out, json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    _save(args.out.with_suffix(".md"), report.markdown(result))
+    _save(args.out.with_suffix(".html"), page.page(result, judged))
+    return result
+
+
+def _threshold(args: argparse.Namespace) -> float:
+    if not args.tie_from:
+        return args.tie_threshold or 0.0
+    other = report.load_result(args.tie_from)
+    if other["benchmark"] == args.benchmark:
+        raise UserError(
+            f"--tie_from={args.tie_from} is a result of {args.benchmark} itself; a threshold must"
+            " come from other data (the published rule, tuned on the test data, is shown anyway)"
+        )
+    found = other["tie_threshold_tuned_here"]
+    if found is None:
+        raise UserError(f"--tie_from={args.tie_from} holds votes without scores: no threshold")
+    return float(found)
+
+
+def _load(args: argparse.Namespace):
+    from jrm_jax.score import RewardModel
+
+    options = {"compute_dtype": args.compute_dtype, "batch_size": args.batch_size}
+    return RewardModel.load(args.checkpoint, args.step, **options)
+
+
+def _read(args: argparse.Namespace, layout, issues: Issues, model: Any):
+    if args.benchmark != "world" or args.data:
+        return layout.read(args.data, issues)
+    from jrm_jax.evaluation.preferences import WORLD_SPLITS, read_world
+
+    config = (model.card.get("config") or {}) if model is not None else {}
+    world = config.get("data", {}).get("world", {})
+    counts = {s: args.limit or world.get(s) or WORLD[s] for s in WORLD_SPLITS}
+    return read_world(counts, world.get("seed", 0), issues)
+
+
+def _name(args: argparse.Namespace) -> str:
+    return Path(args.checkpoint or args.predictions[0]).resolve().name
+
+
+def _write_predictions(layout, judged, out: Path, name: str) -> None:
+    folder = out.with_name(f"{out.stem}_predictions")
+    shutil.rmtree(folder, ignore_errors=True)  # a file of an earlier run would be counted too
+    folder.mkdir()
+    layout.write(judged, folder, name)
+
+
+def _dimension_remarks(model: Any, benchmark) -> list[str]:
+    from jrm_jax.evaluation.scoring import column
+
+    asked = dict.fromkeys(case.dimension for case in benchmark.cases)
+    used = {name: model.dimensions[column(model.dimensions, name)] for name in asked}
+    if all(name == own for name, own in used.items()):
+        return []
+    words = ", ".join(f"{name}: {own}" for name, own in used.items())
+    return [f"The benchmark asks for dimensions; the model's own that answer are {words}."]
+
+
+def _save(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror})") from error
+
+
+def print_result(result: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    rules = list(result["rows"][0]["baselines"]) if result["rows"] else []
+    table = Table(title=f"{result['benchmark']}: {result['model']}")
+    for head in ("", "number"):
+        table.add_column(head, overflow="fold")
+    for head in ("value", "95 % interval", "judged / all", *rules):
+        table.add_column(head, justify="right")
+    for row in result["rows"]:
+        table.add_row(
+            row["section"], row["metric"], report.value(row["value"]), report.interval(row),
+            f"{row['count']} / {row['total']}",
+            *(report.value(row["baselines"][rule]) for rule in rules),
+            style="bold" if row["headline"] else None,
+        )  # fmt: skip
+    console.print(table)
+    for row in result.get("probe", {}).get("rows", ()):
+        console.print(f"{row['name']}: {row['value']}", highlight=False)
+    for kind, found in result["issues"].items():
+        console.print(f"{found['count']} x {kind}; first: {found['items'][0]}", highlight=False)
+    for remark in result["remarks"]:
+        console.print(remark, highlight=False)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    try:
+        if args.compare:
+            found = report.compare(*args.compare)
+            print(report.compare_markdown(found))
+            if args.out:
+                _save(args.out, json.dumps(found, indent=1) + "\n")
+            return
+        result = evaluate(args)
+    except UserError as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
+    print_result(result)
+    print(f"written: {args.out} and beside it .md, .html")
+
+
+if __name__ == "__main__":
+    main()

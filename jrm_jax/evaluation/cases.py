@@ -1,0 +1,172 @@
+"""What every benchmark becomes: cases with candidates, comparisons and people's verdicts.
+
+A case is one prompt with its candidates. What a model says of it is an `Answer`; a `Judged` is a
+case with one answer. `Issues` collects what is odd in the files: counted and listed, never dropped
+in silence.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+from collections import Counter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jrm_jax.data.images import open_image
+from jrm_jax.data.schema import Text
+from jrm_jax.errors import UserError
+
+SHOWN = 10  # examples of one kind of issue in a report; the JSON file lists all
+
+
+class Picture(NamedTuple):
+    """A picture as the benchmark's files name it: a path, or bytes that stand in the file itself.
+
+    like: resize to this picture's size before it is judged (a rule of EditScore's benchmark).
+    """
+
+    name: str
+    data: bytes | None = None
+    like: Picture | None = None
+
+    def read(self) -> bytes:
+        """Encoded bytes.
+
+        Raises:
+            UserError: missing, unreadable, or no picture.
+        """
+        return _read(self)
+
+    @property
+    def key(self) -> tuple:
+        """Equal for equal pictures."""
+        own = hashlib.sha256(self.data).hexdigest() if self.data is not None else self.name
+        return own, self.like.key if self.like else None
+
+
+@functools.lru_cache(maxsize=256)
+def _read(picture: Picture) -> bytes:
+    data = picture.data
+    if data is None:
+        try:
+            data = Path(picture.name).read_bytes()
+        except OSError as error:
+            raise UserError(f"{picture.name}: {error.strerror or error}") from error
+    try:
+        opened = open_image(data)
+    except ValueError as error:
+        raise UserError(f"{picture.name}: {error}") from error
+    if picture.like is None:
+        return data
+    size = open_image(picture.like.read()).size
+    if opened.size == size:
+        return data
+    file = io.BytesIO()
+    opened.resize(size).save(file, "PNG", compress_level=1)
+    return file.getvalue()
+
+
+Part = Text | Picture
+
+
+class Comparison(NamedTuple):
+    """label: 1 = people prefer candidate `first`, -1 = `second`, 0 = a tie."""
+
+    id: str
+    first: int
+    second: int
+    label: int
+
+
+class Case(NamedTuple):
+    """One prompt and its candidates.
+
+    group: what is drawn together in the bootstrap (same prompt, same source picture).
+    section: the benchmark's own split or task; subtask: its finer division ('' = none).
+    dimension: the reward asked for. targets: people's scores per candidate, where there are any.
+    fields: of the row in the benchmark's file, for files that repeat them.
+    """
+
+    id: str
+    group: str
+    section: str
+    subtask: str
+    prompt: tuple[Part, ...]
+    candidates: tuple[tuple[Part, ...], ...]
+    comparisons: tuple[Comparison, ...] = ()
+    dimension: str = "overall"
+    names: tuple[str, ...] = ()
+    targets: tuple[float, ...] | None = None
+    fields: dict[str, Any] = {}  # noqa: RUF012
+
+    @property
+    def pictures(self) -> list[Picture]:
+        parts = [*self.prompt, *(part for parts in self.candidates for part in parts)]
+        return [part for part in parts if isinstance(part, Picture)]
+
+
+class Answer(NamedTuple):
+    """scores: one per candidate, larger is better. votes: {comparison id: verdicts 1, 0, -1}.
+
+    A benchmark uses one of them. A verdict that is none of the allowed answers is 0.
+    """
+
+    scores: tuple[float, ...] | None = None
+    votes: dict[str, list[int]] | None = None
+
+
+class Judged(NamedTuple):
+    case: Case
+    answer: Answer
+
+
+class Issues:
+    """Oddities of the files, by kind."""
+
+    def __init__(self):
+        self.found: dict[str, list[str]] = {}
+
+    def add(self, kind: str, what: Any) -> None:
+        self.found.setdefault(kind, []).append(str(what))
+
+    def report(self) -> dict[str, dict[str, Any]]:
+        kinds = sorted(self.found.items())
+        return {kind: {"count": len(items), "items": items} for kind, items in kinds}
+
+
+class Benchmark(NamedTuple):
+    name: str
+    cases: list[Case]
+    issues: Issues
+    protocol: str  # how the numbers are computed, in a sentence or two
+
+
+def note_duplicates(issues: Issues, ids_and_labels: list[tuple[str, Any]]) -> None:
+    """Ids that occur more than once, and those whose labels contradict each other."""
+    labels: dict[str, set] = {}
+    for name, label in ids_and_labels:
+        labels.setdefault(name, set()).add(label)
+    for name, count in Counter(name for name, _ in ids_and_labels).items():
+        if count > 1:
+            issues.add("id that occurs more than once", f"{name} ({count} times)")
+            if len(labels[name]) > 1:
+                said = ", ".join(sorted(map(str, labels[name])))
+                issues.add("id with contradicting labels", f"{name}: {said}")
+
+
+def missing_pictures(case: Case) -> list[str]:
+    """Why pictures of a case cannot be read; empty where all can."""
+    problems = []
+    for picture in dict.fromkeys(case.pictures):
+        try:
+            picture.read()
+        except UserError as error:
+            problems.append(str(error))
+    return problems
+
+
+def digest(*parts: Any) -> str:
+    """A short name for whatever is equal."""
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]

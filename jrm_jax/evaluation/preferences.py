@@ -1,0 +1,213 @@
+"""A user's own JSON lines (see `jrm_jax.data.schema`), prepared data sets, and the built-in world.
+
+No official layout: predictions are JSON lines {'id', 'scores': [one per candidate]}, or
+{'id', 'scores': {dimension: [..]}}.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from jrm_jax.data.schema import Image, PreferenceExample, from_record, parse_json
+from jrm_jax.errors import UserError
+from jrm_jax.evaluation import files
+from jrm_jax.evaluation.cases import (
+    Answer,
+    Benchmark,
+    Case,
+    Comparison,
+    Issues,
+    Judged,
+    Picture,
+    digest,
+    note_duplicates,
+)
+from jrm_jax.evaluation.metrics import Metric, accuracy, sections, strict, verdicts
+
+PROTOCOL = (
+    "Pair accuracy: share of the pairs people decided in which the preferred candidate scores"
+    " higher (equal scores are wrong). Best of group: the highest score is one that nobody beats;"
+    " counted where people single out fewer than all candidates."
+)
+WORLD_SPLITS = ("test", "hard")
+
+
+def read_jsonl(path: str, issues: Issues) -> Benchmark:
+    """JSON lines with picture paths beside them, or a data set that builders.py prepared.
+
+    Raises:
+        UserError: no such files. A line that is no valid example is an issue, not an error.
+    """
+    folder = Path(path)
+    if folder.is_dir() and (folder / "jrm_jax.json").is_file():
+        from jrm_jax.data.builders import open_dataset
+
+        splits = {name: split for name, split in open_dataset(folder).items() if name != "train"}
+        cases = [
+            case
+            for name, split in splits.items()
+            for record in split
+            for case in _cases(from_record(record), name)
+        ]
+        return _benchmark("jsonl", cases, issues)
+    cases = []
+    for file in files.find(path, (".jsonl", ".json")):
+        for number, row in enumerate(files.read_rows(file), 1):
+            pictures: dict[bytes, Picture] = {}
+
+            def read(name: str, folder=file.parent, pictures=pictures) -> bytes:
+                # the schema keeps bytes; a mark stands for the file, which is read when scored
+                pictures[name.encode()] = Picture(str(folder / name))
+                return name.encode()
+
+            try:
+                example = parse_json(row, read, f"{file}:{number}")
+            except UserError as error:
+                issues.add("line that is no valid example (left out)", error)
+                continue
+            cases += _cases(example, "pairs", pictures)
+    return _benchmark("jsonl", cases, issues)
+
+
+def read_world(counts: dict[str, int], seed: int, issues: Issues) -> Benchmark:
+    """The built-in test and hard splits of a run's seed."""
+    cases = [
+        case
+        for split, count in counts.items()
+        for example in _draw(split, count, seed)
+        for case in _cases(example, split, subtask=example.id.split("-")[2].split(":")[0])
+    ]
+    return _benchmark("world", cases, issues)
+
+
+def _draw(split: str, count: int, seed: int) -> Iterator[PreferenceExample]:
+    from rich.progress import track
+
+    from jrm_jax.data.scenes import make_example
+
+    for index in track(range(count), f"drawing {split}", transient=True):
+        yield make_example(split, index, seed)
+
+
+def _benchmark(name: str, cases: list[Case], issues: Issues) -> Benchmark:
+    seen = [
+        (case.id, tuple((c.id, c.label) for c in case.comparisons))
+        for case in cases
+        if case.dimension == cases[0].dimension
+    ]
+    note_duplicates(issues, seen)
+    return Benchmark(name, cases, issues, PROTOCOL)
+
+
+def _cases(
+    example: PreferenceExample, section: str, pictures: dict | None = None, subtask: str = ""
+) -> Iterator[Case]:
+    """One case per reward dimension that has labels."""
+    kinds = example.id.split(":")[1].split(",") if subtask else ()
+
+    def parts(items) -> tuple:
+        return tuple(
+            (pictures[item.data] if pictures else Picture(example.id, item.data))
+            if isinstance(item, Image)
+            else item
+            for item in items
+        )
+
+    prompt = parts(example.prompt)
+    candidates = tuple(parts(candidate.parts) for candidate in example.candidates)
+    group = digest([p.key if isinstance(p, Picture) else p for p in prompt])
+    for column, dimension in enumerate(example.dimensions):
+        weight = example.weight[..., column]
+        comparisons = tuple(
+            Comparison(f"{i}-{j}", int(i), int(j), int(2 * example.preference[i, j, column] - 1))
+            for i, j in np.argwhere(np.triu(weight) > 0)
+        )
+        if comparisons:
+            yield Case(
+                example.id, group, section, subtask, prompt, candidates, comparisons, dimension,
+                names=tuple(kinds) or tuple(f"candidate {i}" for i in range(len(candidates))),
+            )  # fmt: skip
+
+
+def write(judged: Sequence[Judged], out: Path, model: str) -> None:
+    """predictions.jsonl: {'id', 'scores': {dimension: [..]}}."""
+    lines: dict[str, dict] = {}
+    for case, answer in judged:
+        entry = lines.setdefault(case.id, {"id": case.id, "scores": {}})
+        entry["scores"].setdefault(case.dimension, list(answer.scores))
+    text = "".join(json.dumps(line) + "\n" for line in lines.values())
+    (out / "predictions.jsonl").write_text(text)
+
+
+def read_predictions(benchmark: Benchmark, paths: Sequence[str]) -> list[Judged]:
+    """
+    Raises:
+        UserError: lines of another shape.
+    """
+    known = sections(benchmark.cases, lambda case: case.id)
+    found: dict[str, list[Judged]] = {}
+    for path in (file for given in paths for file in files.find(given, (".jsonl",))):
+        for number, row in enumerate(files.read_rows(path), 1):
+            where = f"{path}:{number}"
+            name = str(files.field(row, "id", where))
+            scores = files.field(row, "scores", where, (list, dict))
+            if name not in known:
+                benchmark.issues.add("prediction for an id that is not in the benchmark", name)
+                continue
+            if name in found:
+                benchmark.issues.add("second prediction for an id (the first counts)", name)
+                continue
+            found[name] = []
+            for case in known[name]:
+                own = scores.get(case.dimension) if isinstance(scores, dict) else scores
+                if own is None:
+                    continue
+                if len(own) != len(case.candidates):
+                    raise UserError(
+                        f"{where}: {len(own)} scores for {len(case.candidates)} candidates"
+                    )
+                found[name].append(Judged(case, Answer(tuple(float(s) for s in own))))
+    return [one for items in found.values() for one in items]
+
+
+def measure(benchmark: Benchmark, judged: Sequence[Judged], threshold: float) -> list[Metric]:
+    """Per split and dimension: pairs, whole groups, and pairs by kind of instruction."""
+    metrics = []
+    wanted = sections(benchmark.cases, lambda case: (case.section, case.dimension))
+    found = sections(judged, lambda one: (one.case.section, one.case.dimension))
+    main = benchmark.cases[0].dimension if benchmark.cases else ""
+    for (section, dimension), cases in wanted.items():
+        items = found.get((section, dimension), [])
+        name = section if dimension == main else f"{section} ({dimension})"
+        said = verdicts(items)
+        decided, ties = strict(said), sum(not v.comparison.label for v in said)
+        total = sum(bool(c.label) for case in cases for c in case.comparisons)
+        metrics.append(
+            accuracy(name, "pair accuracy", decided, total=total, headline=dimension == main,
+                     note=f"{ties} ties of people left out")
+        )  # fmt: skip
+        if dimension != main:
+            continue
+        metrics.append(_best(name, items))
+        for kind, inside in sections(decided, lambda v: v.judged.case.subtask).items():
+            metrics.append(accuracy(f"{name} / {kind}", "pair accuracy", inside))
+    return metrics
+
+
+def _best(section: str, items: Sequence[Judged]) -> Metric:
+    values, groups, ids = [], [], []
+    for case, answer in items:
+        beaten = {c.second if c.label > 0 else c.first for c in case.comparisons if c.label}
+        places = range(len(case.candidates))
+        if not beaten or len(beaten) == len(case.candidates):
+            continue
+        top = max(answer.scores)
+        first = [i for i in places if answer.scores[i] == top]
+        values.append(sum(i not in beaten for i in first) / len(first))
+        groups.append(case.group)
+        ids.append(case.id)
+    return Metric(section, "best of group", values, groups, ids)

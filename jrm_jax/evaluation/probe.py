@@ -1,0 +1,212 @@
+"""Sanity of a model: what its reward reacts to, and how sure it is. Only calibration reads labels.
+
+Letters: K candidates, D width of the reward token's state.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import PIL.Image
+
+from jrm_jax.evaluation.cases import Case, Judged, Picture, missing_pictures
+from jrm_jax.evaluation.metrics import strict, verdicts
+from jrm_jax.evaluation.scoring import CHUNK, Change, column, encode_case, pixel_distance
+from jrm_jax.evaluation.statistics import bootstrap, calibration, effective_rank, spearman
+
+CASES = 128  # the first so many of the benchmark
+CRITIQUES = 24  # cases whose critiques are written out
+MAX_TOKENS = 96
+
+
+def _resized(width: float, height: float) -> Change:
+    def change(picture: PIL.Image.Image) -> PIL.Image.Image:
+        size = max(1, round(picture.width * width)), max(1, round(picture.height * height))
+        return picture.resize(size, PIL.Image.Resampling.BICUBIC)
+
+    return change
+
+
+# name: what is done to every picture of a case
+CHANGES: dict[str, Change] = {
+    "half the resolution": _resized(0.5, 0.5),
+    "three quarters of the resolution": _resized(0.75, 0.75),
+    "one and a half times the resolution": _resized(1.5, 1.5),
+    "stretched by a quarter": _resized(1.25, 1.0),
+}
+
+
+def probe(model: Any, judged: Sequence[Judged], count: int = CASES) -> dict[str, Any]:
+    """Rows {'name', 'value', 'meaning'}, the numbers behind them, and the calibration."""
+    chosen = _choose(judged, count)
+    numbers: dict[str, Any] = {"cases": len(chosen)}
+    rows: list[dict[str, str]] = []
+
+    def tell(name: str, words: str, meaning: str) -> None:
+        rows.append({"name": name, "value": words, "meaning": meaning})
+
+    if chosen:
+        cases = [one.case for one in chosen]
+        base = _rewards(model, cases)
+        spread = float(np.std(np.concatenate(base)))
+        _tell_rank(model, cases, numbers, tell)
+        _tell_pixels(chosen, base, numbers, tell)
+        _tell_changes(model, cases, base, spread, numbers, tell)
+        _tell_swap(model, cases, base, numbers, tell)
+        _tell_critiques(model, chosen, base, numbers, tell)
+    found = _calibrate(judged)
+    if found["count"]:
+        tell(
+            "calibration error",
+            f"{found['error']:.3f} ({found['count']} pairs)",
+            "mean gap between the predicted and the observed chance that people prefer the model's"
+            " choice; 0 is perfect",
+        )
+        tell("Brier score", f"{found['brier']:.3f}", "mean squared error of that chance; always one"
+             " half gives 0.25")  # fmt: skip
+    numbers["calibration"] = found if found["count"] else None
+    about = (
+        f"The first {len(chosen)} cases whose pictures can be read; calibration: all decided pairs."
+    )
+    return {"about": about, "rows": rows, **numbers}
+
+
+def _choose(judged: Sequence[Judged], count: int) -> list[Judged]:
+    found: dict[Any, Judged] = {}
+    for one in judged:
+        if len(found) == count:
+            break
+        key = one.case.section, one.case.id, one.case.group
+        if key not in found and one.case.pictures and not missing_pictures(one.case):
+            found[key] = one
+    return list(found.values())
+
+
+def _encoded(model: Any, cases: Sequence[Case], change: Change | None = None):
+    for start in range(0, len(cases), CHUNK):
+        yield [encode_case(model, case, change) for case in cases[start : start + CHUNK]]
+
+
+def _rewards(model: Any, cases: Sequence[Case], change: Change | None = None) -> list[np.ndarray]:
+    parts = _encoded(model, cases, change)
+    found = [reward for part in parts for reward in model.score_encoded(part)]
+    return [
+        reward_KR[:, column(model.dimensions, case.dimension)]
+        for reward_KR, case in zip(found, cases, strict=True)
+    ]
+
+
+def _tell_rank(model, cases, numbers, tell: Callable) -> None:
+    parts = [state for part in _encoded(model, cases) for state in model.reward_states(part)]
+    states_ND = np.concatenate(parts)
+    within_ND = np.concatenate([state_KD - state_KD.mean(0) for state_KD in parts])
+    rank, within = effective_rank(states_ND), effective_rank(within_ND)
+    numbers["effective_rank"], numbers["effective_rank_within_groups"] = rank, within
+    limit = min(states_ND.shape)
+    tell("effective rank of the reward token's states", f"{rank:.1f} of {limit}",
+         f"exponential of the entropy of the singular values, over {len(states_ND)} candidates;"
+         " near 1: the model says the same of everything")  # fmt: skip
+    tell("the same within groups", f"{within:.1f} of {limit}",
+         "each group's mean taken out: what tells candidates of one prompt apart")  # fmt: skip
+
+
+def _tell_pixels(chosen: Sequence[Judged], base, numbers, tell: Callable) -> None:
+    agree, groups, scores, distances = [], [], [], []
+    for (case, _), reward_K in zip(chosen, base, strict=True):
+        distance_K = np.asarray(pixel_distance(case))
+        scores += (reward_K - reward_K.mean()).tolist()
+        distances += (distance_K - distance_K.mean()).tolist()
+        for i in range(len(reward_K)):
+            for j in range(i):
+                gap = distance_K[i] - distance_K[j]
+                if gap and reward_K[i] != reward_K[j]:
+                    agree.append(float((reward_K[i] > reward_K[j]) == (gap < 0)))
+                    groups.append(case.group)
+    if not agree:
+        return
+    share = bootstrap(np.asarray(agree), groups)
+    rho = spearman(np.asarray(scores), np.asarray(distances))
+    numbers["pixel_agreement"], numbers["pixel_spearman"] = share.value, rho
+    tell("agrees with 'fewest changed pixels'",
+         f"{share.value:.3f} ({share.low:.3f} to {share.high:.3f}; {len(agree)} pairs)",
+         "near 1 or 0: it measures how much has changed, not whether that is right")  # fmt: skip
+    tell("Spearman of reward and changed pixels", f"{rho:+.3f}", "within prompts")
+
+
+def _tell_changes(model, cases, base, spread: float, numbers, tell: Callable) -> None:
+    numbers["drift"] = {}
+    for name, change in CHANGES.items():
+        other = _rewards(model, cases, change)
+        drift = float(np.mean(np.abs(np.concatenate(other) - np.concatenate(base))))
+        flipped, pairs = _flips(base, other)
+        share = drift / spread if spread else math.nan
+        numbers["drift"][name] = {"drift": share, "flips": flipped, "pairs": pairs}
+        tell(f"score drift, {name}",
+             f"{share:.3f} of the scores' spread; {flipped:.3f} of {pairs} pairs turn",
+             "all pictures of a case are changed alike, so the order should stay")  # fmt: skip
+
+
+def _flips(base: Sequence[np.ndarray], other: Sequence[np.ndarray]) -> tuple[float, int]:
+    turned = pairs = 0
+    for one_K, two_K in zip(base, other, strict=True):
+        for i in range(len(one_K)):
+            for j in range(i):
+                pairs += 1
+                turned += np.sign(one_K[i] - one_K[j]) != np.sign(two_K[i] - two_K[j])
+    return (turned / pairs if pairs else math.nan), pairs
+
+
+def _tell_swap(model, cases, base, numbers, tell: Callable) -> None:
+    other = _rewards(model, [case._replace(candidates=case.candidates[::-1]) for case in cases])
+    other = [reward_K[::-1] for reward_K in other]
+    largest = float(np.max(np.abs(np.concatenate(other) - np.concatenate(base))))
+    flipped, pairs = _flips(base, other)
+    numbers["swap"] = {"largest": largest, "flips": flipped, "pairs": pairs}
+    tell("candidates in reverse order", f"{largest:.1e}; {flipped:.3f} of {pairs} pairs turn",
+         "largest change of a score; more than rounding is a fault of the program")  # fmt: skip
+
+
+def _tell_critiques(model, chosen: Sequence[Judged], base, numbers, tell: Callable) -> None:
+    lengths, rewards, groups = [], [], []
+    for one, reward_K in list(zip(chosen, base, strict=True))[:CRITIQUES]:
+        case = one.case
+        simple = all(len(parts) == 1 and isinstance(parts[0], Picture) for parts in case.candidates)
+        if not simple:
+            continue
+        texts = [part.text for part in case.prompt if not isinstance(part, Picture)]
+        sources = [part.read() for part in case.prompt if isinstance(part, Picture)]
+        said = model.critique_tokens(
+            "\n".join(texts), sources, [parts[0].read() for parts in case.candidates],
+            max_tokens=MAX_TOKENS,
+        )  # fmt: skip
+        lengths += [float(len(ids)) for ids in said]
+        rewards += reward_K.tolist()
+        groups += [case.group] * len(said)
+    if not lengths:
+        return
+    values = np.stack([lengths, rewards], axis=1)
+    found = bootstrap(values, groups, lambda v: spearman(v[:, 0], v[:, 1]), draws=500)
+    numbers["critique_length"] = {
+        "mean": float(np.mean(lengths)),
+        "spearman": found.value if math.isfinite(found.value) else None,
+        "cut": int(sum(length >= MAX_TOKENS for length in lengths)),
+    }
+    words = (
+        f"{found.value:+.3f} ({found.low:+.3f} to {found.high:+.3f})"
+        if math.isfinite(found.value)
+        else "all of one length"
+    )
+    tell("Spearman of critique length and reward", words,
+         f"{len(lengths)} critiques of {np.mean(lengths):.1f} tokens on average; far from 0:"
+         " one of them follows the other")  # fmt: skip
+
+
+def _calibrate(judged: Sequence[Judged]) -> dict[str, Any]:
+    decided = [v for v in strict(verdicts(judged)) if v.gap is not None]
+    gap_N = np.array([v.gap for v in decided])
+    chance_N = 1 / (1 + np.exp(-np.abs(gap_N)))
+    right_N = np.array([0.5 if v.gap == 0 else v.right for v in decided])
+    return calibration(chance_N, right_N)

@@ -1,0 +1,159 @@
+"""Scores of cases: from a trained model, and from rules that any model must beat."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import PIL.Image
+
+from jrm_jax.data.images import open_image
+from jrm_jax.data.schema import Candidate, Image, Text
+from jrm_jax.errors import UserError
+from jrm_jax.evaluation.cases import Answer, Case, Issues, Judged, Part, Picture, missing_pictures
+from jrm_jax.evaluation.metrics import Metric, point_value
+
+CHUNK = 64  # cases encoded at a time
+SIDE = 64  # pixel distance: pictures are compared at this size
+RANDOM_DRAWS = 20
+UNSCORED = "case with a picture that cannot be read (not scored)"
+# the model's own names for what a benchmark asks; without any of them its first dimension answers
+ALIASES = {
+    "prompt_following": ("prompt_following", "instruction_following", "following"),
+    "consistency": ("consistency", "preservation"),
+}
+
+Change = Callable[[PIL.Image.Image], PIL.Image.Image]
+
+
+def column(dimensions: Sequence[str], wanted: str) -> int:
+    """Which of the model's reward dimensions answers for `wanted`."""
+    for name in ALIASES.get(wanted, (wanted,)):
+        if name in dimensions:
+            return list(dimensions).index(name)
+    return 0
+
+
+def encode_case(model: Any, case: Case, change: Change | None = None):
+    """The case's parts, each picture changed by `change`, as the model's encoder wants them."""
+
+    def part(item: Part) -> Text | Image:
+        if isinstance(item, Text):
+            return item
+        data = item.read()
+        if change is not None:
+            file = io.BytesIO()
+            change(open_image(data)).save(file, "PNG", compress_level=1)
+            data = file.getvalue()
+        return Image(data)
+
+    empty = (Text(" "),)  # an answer without content is judged as such
+    prompt = [part(item) for item in case.prompt] or empty
+    candidates = [
+        Candidate(tuple(part(item) for item in parts) or empty) for parts in case.candidates
+    ]
+    return model.encoder.encode_group(prompt, candidates)
+
+
+def score_cases(model: Any, cases: Sequence[Case], issues: Issues) -> list[Judged]:
+    """Cases whose pictures can be read, in order; equal cases are scored once.
+
+    Raises:
+        UserError: the files hold no prompts or answers (labels only).
+    """
+    from rich.progress import track
+
+    if cases and not any(parts for case in cases for parts in case.candidates):
+        raise UserError(
+            "these files hold labels but no prompts or answers: build the benchmark with its"
+            " pictures, or give --predictions"
+        )
+    readable: dict[Any, Case] = {}
+    for case in cases:
+        key = _key(case)
+        if key in readable:
+            continue
+        problems = missing_pictures(case)
+        for problem in problems:
+            issues.add(UNSCORED, f"{case.id}: {problem}")
+        if not problems:
+            readable[key] = case
+    rewards: dict[Any, np.ndarray] = {}
+    keys = list(readable)
+    for start in track(range(0, len(keys), CHUNK), "scoring", transient=True):
+        chunk = keys[start : start + CHUNK]
+        encoded = [encode_case(model, readable[key]) for key in chunk]
+        rewards |= dict(zip(chunk, model.score_encoded(encoded), strict=True))
+    judged = []
+    for case in cases:
+        if _key(case) in rewards:
+            own_K = rewards[_key(case)][:, column(model.dimensions, case.dimension)]
+            if not np.isfinite(own_K).all():
+                raise UserError(f"{case.id}: the model gives a score that is not finite")
+            judged.append(Judged(case, Answer(tuple(own_K.tolist()))))
+    return judged
+
+
+def _key(case: Case) -> Any:
+    def one(parts: Iterable[Part]) -> tuple:
+        return tuple(part.key if isinstance(part, Picture) else part.text for part in parts)
+
+    return one(case.prompt), tuple(map(one, case.candidates))
+
+
+# Rules that any model must beat
+
+
+def pixel_distance(case: Case) -> tuple[float, ...]:
+    """Mean absolute difference (0 to 1) of each candidate's first picture from the prompt's first.
+
+    0 where there is none to compare.
+    """
+    source = next((part for part in case.prompt if isinstance(part, Picture)), None)
+    found = []
+    for parts in case.candidates:
+        own = next((part for part in parts if isinstance(part, Picture)), None)
+        same = source is None or own is None
+        found.append(0.0 if same else float(np.abs(_small(own) - _small(source)).mean()))
+    return tuple(found)
+
+
+def _small(picture: Picture) -> np.ndarray:
+    opened = open_image(picture.read()).resize((SIDE, SIDE), PIL.Image.Resampling.BOX)
+    return np.asarray(opened, np.float32) / 255
+
+
+def baselines(cases: Sequence[Case], measure: Callable[[list[Judged]], list[Metric]]) -> dict:
+    """{rule: {(section, metric): value}}; pixel distance only where pictures can be read."""
+
+    def values(score: Callable[[Case], tuple[float, ...]]) -> dict:
+        found = measure([Judged(case, Answer(score(case))) for case in cases])
+        return {(metric.section, metric.name): point_value(metric) for metric in found}
+
+    def first(case: Case) -> tuple[float, ...]:
+        return tuple(-float(i) for i in range(len(case.candidates)))
+
+    rng = np.random.default_rng(0)
+    draws = [
+        values(lambda case: tuple(rng.random(len(case.candidates)).tolist()))
+        for _ in range(RANDOM_DRAWS)
+    ]
+    rules = {
+        "random": {key: float(np.mean([draw[key] for draw in draws])) for key in draws[0]},
+        "always the first": values(first),
+    }
+    distances = {}
+    for case in cases:
+        if not case.pictures or _key(case) in distances:
+            continue
+        if not missing_pictures(case):
+            distances[_key(case)] = tuple(-distance for distance in pixel_distance(case))
+    if distances:
+        judged = [
+            Judged(case, Answer(distances[_key(case)])) for case in cases if _key(case) in distances
+        ]
+        found = measure(judged)
+        rules["fewest changed pixels"] = {(m.section, m.name): point_value(m) for m in found}
+    return rules
