@@ -73,7 +73,7 @@ def get_config(arg: str | None = None):
     if config.variant == "tiny":
         config.sizes = (16,)
         config.cells = ((HEADLINE, EVERY, 1.0, 1),)
-        config.train.update({"total_steps": 2, "batch_size": 2})
+        config.train.update({"total_steps": 2, "batch_size": 2, "backbone": {"scan_unroll": 1}})
         config.train.eval_interval = config.train.save_interval = config.train.keep_interval = 2
         config.world.update({"valid": 4, "test": 4, "hard": 8})
         config.measure.update({"batch_size": 4, "max_tokens": 4, "critiques": 1, "contests": 1})

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+from jrm_jax import optim
 from jrm_jax.data.builders import WORLD_VERSION
 from jrm_jax.errors import UserError
 
@@ -91,8 +92,9 @@ def plan(config: ConfigDict) -> list[Cell]:
 def changes(config: ConfigDict, cell: Cell) -> dict[str, Any]:
     """What a cell's training config has instead of the base's fields."""
     arm = ARMS[cell.arm]
+    shared = optim.flatten(config.train.to_dict())
     return {
-        **config.train,
+        **{path.replace("/", "."): value for path, value in shared.items()},
         **{f"data.world.{name}": value for name, value in config.world.items()},
         "data.world.train": cell.size,
         "total_steps": config.train.total_steps * arm.steps,

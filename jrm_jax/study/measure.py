@@ -81,14 +81,14 @@ class Model:
         def jit(program):
             return jax.jit(program, compiler_options=options)
 
-        probe = make_probe(backbone, *pixels)
-        self.probe = jit(lambda params, batch: probe(params, batch, batch["patches"]))
-        self.score_step = jit(make_score_step(backbone, *pixels))
-        self.attack_step = jit(make_attack(probe, settings.attack_radius, settings.attack_steps))
-        end = self.encoder.tokenizer.end_id
-        self.generate = jit(
-            make_generate(backbone, *pixels, settings.max_tokens, False, end)
-        )
+        probe, end = make_probe(backbone, *pixels), self.encoder.tokenizer.end_id
+        self._programs = {
+            "score": jit(make_score_step(backbone, *pixels)),
+            "probe": jit(lambda params, batch: probe(params, batch, batch["patches"])),
+            "attack": jit(make_attack(probe, settings.attack_radius, settings.attack_steps)),
+            "generate": jit(make_generate(backbone, *pixels, settings.max_tokens, False, end)),
+        }
+        self._compiled: dict[str, Any] = {}
 
     def _open_world(self, trained: Trained) -> None:
         counts = {s: self.world[s] for s in ("train", *SPLITS) if self.world[s]}
@@ -107,6 +107,17 @@ class Model:
             [*self.sizes.values()], language=False, merge=trained.config.vision.merge,
             candidate_cuts=(), round_to=8,
         )  # fmt: skip
+
+    def call(self, name: str, *arguments: Any) -> Any:
+        """Run one of the programs; there is one bucket, hence one compilation of each."""
+        if name not in self._compiled:
+            self._compiled[name] = self._programs[name].lower(*arguments).compile()
+        return self._compiled[name](*arguments)
+
+    def flops(self, name: str) -> float:
+        """Of a batch, as the compiler counts them."""
+        found = self._compiled[name].cost_analysis()
+        return float((found[0] if isinstance(found, list) else found)["flops"])
 
     # Batches
 
@@ -137,20 +148,20 @@ class Model:
         """Per group present, per candidate present; None where a judge's answer has no score."""
         if self.judge:
             return [[read_score(words) for words in group] for group in self.say(batch)]
-        reward_BK = np.asarray(self.score_step(self.params, batch))[..., 0].astype(float)
+        reward_BK = np.asarray(self.call("score", self.params, batch))[..., 0].astype(float)
         return [[round(r, 6) for r in row] for row in _present(batch, reward_BK)]
 
     def say(self, batch: dict) -> list[list[str]]:
         """The critiques that the model writes."""
-        ids_BKT = self._generate(batch)
         return [
             [self.encoder.tokenizer.decode(ids) for ids in group]
-            for group in _present(batch, ids_BKT)
+            for group in _present(batch, self.tokens(batch))
         ]
 
-    def _generate(self, batch: dict) -> np.ndarray:
-        found = self.generate(self.params, batch, jax.random.key(0), np.float32(1.0))
-        return np.asarray(found)
+    def tokens(self, batch: dict) -> np.ndarray:
+        """int32 [B, K, T], see `generate.make_generate`; the likeliest ones."""
+        key = jax.random.key(0)
+        return np.asarray(self.call("generate", self.params, batch, key, np.float32(1.0)))
 
 
 def _present(batch: dict, values_BKX: np.ndarray) -> list[list[Any]]:
@@ -194,7 +205,7 @@ def measure_ranks(model: Model) -> dict[str, dict[str, Any]]:
         params = load_trained(model.workdir, step).params
         states = []
         for batch in model.batches("test"):
-            state_BKD = np.asarray(model.probe(params, batch)[1])
+            state_BKD = np.asarray(model.call("probe", params, batch)[1])
             states += [state for group in _present(batch, state_BKD) for state in group]
         states_ND = np.asarray(states, np.float64)
         singular = np.linalg.svd(states_ND - states_ND.mean(0), compute_uv=False)
@@ -217,7 +228,7 @@ def measure_attack(model: Model) -> dict[str, Any] | None:
         visual_BX = batch["candidate_visual"].reshape(len(batch["patches"]), -1)
         rows_BX = np.where(visual_BX < 0, -1, visual_BX // per_image)
         own_BI = np.stack([(rows_BX == i).any(1) for i in range(images)], 1).astype(np.float32)
-        clean_BK, pushed_BK = model.attack_step(model.params, batch, own_BI)
+        clean_BK, pushed_BK = model.call("attack", model.params, batch, own_BI)
         before += _present(batch, np.asarray(clean_BK, float).round(6))
         after += _present(batch, np.asarray(pushed_BK, float).round(6))
     return {"before": before, "after": after}
@@ -231,25 +242,21 @@ def measure_cost(model: Model) -> dict[str, Any]:
     """
     (batch,) = list(model.batches("test", 1))
     groups = len(batch["candidate_mask"])
-
-    def flops(program, *arguments) -> float:
-        found = program.lower(*arguments).compile().cost_analysis()
-        return float((found[0] if isinstance(found, list) else found)["flops"])
-
-    total = flops(model.score_step, model.params, batch)
     cost: dict[str, Any] = {"groups_per_batch": groups, "bucket": dataclasses.asdict(model.bucket)}
+
+    def score(batch):
+        return jax.block_until_ready(model.call("score", model.params, batch))
+
+    run = model.tokens if model.judge else score
+    score(batch)
+    total = model.flops("score")
     if model.judge:
-        key, one = jax.random.key(0), np.float32(1.0)
-        ids_BKT = model._generate(batch)
+        ids_BKT = model.tokens(batch)
         ended = ids_BKT == model.encoder.tokenizer.end_id
         lengths = np.where(ended.any(-1), ended.argmax(-1) + 1, ids_BKT.shape[-1])
-        steps = int(lengths[batch["candidate_mask"] > 0].max()) - 1
-        once = flops(model.generate, model.params, batch, key, one) - total
-        total += once * steps
-        cost["tokens"] = float(lengths[batch["candidate_mask"] > 0].mean())
-    run = model._generate if model.judge else (
-        lambda batch: jax.block_until_ready(model.score_step(model.params, batch))
-    )
+        lengths = lengths[batch["candidate_mask"] > 0]
+        total += (model.flops("generate") - total) * (int(lengths.max()) - 1)
+        cost["tokens"] = float(lengths.mean())
     taken = []
     for _ in range(TIMED + 1):
         began = time.perf_counter()
