@@ -44,7 +44,7 @@ def page(config: ConfigDict, found: Mapping[Cell, Mapping[str, Any]]) -> str:
 def disagreements(config: ConfigDict, results: Mapping[str, Mapping[str, Any]]) -> list[int]:
     """Groups that have critiques, those whose accuracies spread most over the arms first."""
     pairs = analysis.load_pairs("hard", config.world.hard, config.world.seed)
-    kept = min(len(result["critiques"]) for result in results.values())
+    kept = min(len(r["critiques"]) or config.measure.critiques for r in results.values())
     right_AN = np.stack([analysis.correct(pairs, r["scores/hard"]) for r in results.values()])
     spread = {}
     for group in np.unique(pairs.group[pairs.group < kept]):
@@ -69,18 +69,13 @@ def _group(config: ConfigDict, results: Mapping[str, Mapping[str, Any]], index: 
                 place = 1 + sum(s is not None and s > scores[k] for s in scores)
                 shown = f"{scores[k]:+.2f} (place {place})"
             lines.append(f"<b>{arm}</b> {shown}")
-            if _speaks(arm):
+            if result["critiques"]:
                 lines.append(f"<span class=faint>{_text(result['critiques'][index][k])}</span>")
         figures.append(_figure(candidate.parts[0], "<br>".join(lines)))
     return (
         f"<div class=case><p><b>{_text(words.text)}</b> <span class=faint>{_text(example.id)}"
         f"</span></p><div class=row>{''.join(figures)}</div></div>"
     )
-
-
-def _speaks(arm: str) -> bool:
-    """Whether an arm has learnt to write critiques."""
-    return bool(ARMS[arm].scaled.startswith("loss.language"))
 
 
 def _figure(picture: Image, caption: str) -> str:

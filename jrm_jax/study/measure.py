@@ -303,7 +303,10 @@ def measure(workdir: Path, settings: ConfigDict, judge: bool) -> dict[str, Any]:
     tell("many attempts at one instruction")
     contests = measure_contests(model)
     tell("critiques")
-    critiques = [row for b in model.batches("hard", settings.critiques) for row in model.say(b)]
+    critiques = []
+    if model.card["config"]["loss"]["language_weight"]:  # it has learnt to write some
+        wanted = model.batches("hard", settings.critiques)
+        critiques = [row for batch in wanted for row in model.say(batch)]
     tell("rank of the representation")
     ranks = measure_ranks(model)
     tell("attack on the pixels")

@@ -216,8 +216,7 @@ def longer(config: ConfigDict, found: Found, full: int) -> list[dict[str, Any]]:
     and what both have on `hard` then."""
     pairs = analysis.load_pairs("hard", config.world.hard, config.world.seed)
     rows = []
-    shares = [arm for arm in ARMS.values() if arm.changes == ARMS[BASELINE].changes]
-    names = [name for name, arm in ARMS.items() if arm in shares]
+    names = [name for name, arm in ARMS.items() if arm.changes == ARMS[BASELINE].changes]
     planned = {c.seed for c in cells.plan(config) if ARMS[c.arm].until}
     for seed in sorted(planned):
         goal = found.get(Cell(TREATED, full, 1.0, seed))
