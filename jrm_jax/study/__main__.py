@@ -37,6 +37,11 @@ def main() -> None:
             print(path)
     except (UserError, flags.Error) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
+    except (AttributeError, KeyError) as error:
+        if flags.FLAGS.is_parsed():
+            raise
+        # what the config library raises for a field that is not there
+        sys.exit(f"error: --config has no such field: {error.args[0] if error.args else error}")
 
 
 if __name__ == "__main__":
