@@ -120,7 +120,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     if args.probe:
         from jrm_jax.evaluation.probe import probe
 
-        result["probe"] = probe(model, judged)
+        result["probe"] = report.plain(probe(model, judged))
     _save(args.out, json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     _save(args.out.with_suffix(".md"), report.markdown(result))
     _save(args.out.with_suffix(".html"), page.page(result, judged))
@@ -190,24 +190,31 @@ def _save(path: Path, text: str) -> None:
 
 
 def print_result(result: dict[str, Any]) -> None:
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
     console = Console()
     rules = list(result["rows"][0]["baselines"]) if result["rows"] else []
-    table = Table(title=f"{result['benchmark']}: {result['model']}")
-    for head in ("", "number"):
-        table.add_column(head, overflow="fold")
-    for head in ("value", "95 % interval", "judged / all", *rules):
-        table.add_column(head, justify="right")
+    table = Table(title=f"{result['benchmark']}: {result['model']}", box=box.SIMPLE, padding=(0, 1))
+    table.add_column("", overflow="fold")
+    for head in ("value", "95 % interval", "judged/all", *(rule.split()[-1] for rule in rules)):
+        table.add_column(head, justify="right", no_wrap=True)
+
+    def short(number: float | None) -> str:
+        return "-" if number is None else f"{number:.3f}"
+
     for row in result["rows"]:
+        low, high = short(row["low"]), short(row["high"])
         table.add_row(
-            row["section"], row["metric"], report.value(row["value"]), report.interval(row),
-            f"{row['count']} / {row['total']}",
-            *(report.value(row["baselines"][rule]) for rule in rules),
+            f"{row['section']}: {row['metric']}", short(row["value"]),
+            f"{low}..{high}" if row["low"] is not None else "-", f"{row['count']}/{row['total']}",
+            *(short(row["baselines"][rule]) for rule in rules),
             style="bold" if row["headline"] else None,
         )  # fmt: skip
     console.print(table)
+    if rules:
+        console.print(f"Last columns: {', '.join(rules)}; rules that need no model.")
     for row in result.get("probe", {}).get("rows", ()):
         console.print(f"{row['name']}: {row['value']}", highlight=False)
     for kind, found in result["issues"].items():

@@ -16,6 +16,7 @@ Letters: K candidates, R reward dimensions, B groups.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import io
 import json
 import math
@@ -87,10 +88,10 @@ class RewardModel:
             reward_token_id=self.encoder.tokenizer.reward_id,
         )
         self._pixels = (processor.mean, processor.std)
-        self._score = jax.jit(
-            make_score_step(self._backbone, *self._pixels), compiler_options=self._options
+        self._score, self._states = (
+            jax.jit(make(self._backbone, *self._pixels), compiler_options=self._options)
+            for make in (make_score_step, make_state_step)
         )
-        self._states: Any = None
         self._generate: dict[tuple, Any] = {}
 
     @classmethod
@@ -122,31 +123,30 @@ class RewardModel:
         Raises:
             UserError: as `score`; names the group.
         """
-        mean, deviation = scale(self.card)
-        found = []
-        for reward_KR in self.score_encoded(self._encode_all(groups)):
-            normalised_KR = (reward_KR - np.float32(mean)) / np.float32(deviation)
-            found.append(Scores(reward_KR, normalised_KR, self.dimensions))
-        return found
+        mean, deviation = map(np.float32, scale(self.card))
+        found = self._of_candidates(self._score, self._batches(self._encode_all(groups)))
+        return [Scores(r_KR, (r_KR - mean) / deviation, self.dimensions) for r_KR in found]
 
-    def score_encoded(self, groups: Sequence[EncodedExample]) -> list[np.ndarray]:
-        """float32 [K, R] each: rewards of groups of any parts, from `encoder.encode_group`."""
-        return self._of_candidates(self._score, groups)
+    def score_encoded(
+        self, groups: Sequence[EncodedExample], one_bucket: bool = False
+    ) -> list[np.ndarray]:
+        """float32 [K, R] each, of many groups of any parts; a bucket compiles once.
+
+        one_bucket: all go into one that holds them all: more padding, a single compilation.
+        """
+        return self._of_candidates(self._score, self._batches(groups, True, one_bucket))
 
     def reward_states(self, groups: Sequence[EncodedExample]) -> list[np.ndarray]:
         """float32 [K, D] each: what the reward head reads, the final state of the reward token."""
-        if self._states is None:
-            states = make_state_step(self._backbone, *self._pixels)
-            self._states = jax.jit(states, compiler_options=self._options)
-        return self._of_candidates(self._states, groups)
+        return self._of_candidates(self._states, self._batches(groups, True, True))
 
-    def _of_candidates(self, program: Any, groups: Sequence[EncodedExample]) -> list[np.ndarray]:
-        found: list[Any] = [None] * len(groups)
-        for indices, batch in self._batches(groups):
+    def _of_candidates(self, program: Any, batches: Iterator) -> list[np.ndarray]:
+        found: dict[int, np.ndarray] = {}
+        for indices, batch in batches:
             array_BKX = np.asarray(program(self._params, batch))
             for row, index in enumerate(indices):
-                found[index] = array_BKX[row, : len(groups[index].candidates)]
-        return found
+                found[index] = array_BKX[row, : int(batch["candidate_mask"][row].sum())]
+        return [found[index] for index in sorted(found)]
 
     def critique(
         self,
@@ -197,20 +197,25 @@ class RewardModel:
         return None
 
     def _encode_all(self, groups: Sequence[Group | tuple]) -> list[EncodedExample]:
-        return [
-            self._encode(Group(*group), f"group {index}: " if len(groups) > 1 else "")
-            for index, group in enumerate(groups)
-        ]
+        names = [f"group {i}: " if len(groups) > 1 else "" for i in range(len(groups))]
+        return [self._encode(Group(*g), name) for g, name in zip(groups, names, strict=True)]
 
-    def _batches(self, groups: Sequence[EncodedExample]) -> Iterator[tuple[list[int], dict]]:
+    def _batches(
+        self, groups: Sequence[EncodedExample], full: bool = False, one_bucket: bool = False
+    ) -> Iterator[tuple[list[int], dict]]:
         """(indices of the groups, batch) for groups of one bucket at a time."""
         by_bucket: dict[Bucket, list[tuple[int, EncodedExample]]] = {}
         for index, encoded in enumerate(groups):
             by_bucket.setdefault(self._bucket(encoded), []).append((index, encoded))
+        if one_bucket and by_bucket:
+            sizes = zip(*map(dataclasses.astuple, by_bucket), strict=True)
+            members = [member for part in by_bucket.values() for member in part]
+            by_bucket = {Bucket(*map(max, sizes)): members}
         for bucket, members in by_bucket.items():
             for start in range(0, len(members), self.batch_size):
                 part = members[start : start + self.batch_size]
-                fillers = [None] * (_step(len(part)) - len(part))
+                slots = self.batch_size if full else _step(len(part))
+                fillers = [None] * (slots - len(part))
                 rows = [encoded for _, encoded in part] + fillers
                 yield [i for i, _ in part], assemble_batch(rows, bucket, self.encoder)
 

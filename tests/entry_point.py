@@ -141,7 +141,7 @@ def stopped(runner, finished):
         printed.append(line)
         if line.startswith(f"step 2/{STEPS}"):
             process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) is not None
+    assert process.wait(timeout=180) is not None
     return workdir, process.returncode, "".join(printed), process.stderr.read()
 
 

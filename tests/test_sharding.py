@@ -334,7 +334,7 @@ def test_two_hosts_supply_their_own_rows(tmp_path):
         for i in range(2)
     ]
     try:
-        outputs = [host.communicate(timeout=60)[0] for host in hosts]
+        outputs = [host.communicate(timeout=180)[0] for host in hosts]
     finally:
         for host in hosts:
             host.kill()

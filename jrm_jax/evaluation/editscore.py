@@ -183,11 +183,12 @@ def measure(benchmark: Benchmark, judged: Sequence[Judged], threshold: float) ->
         names = sorted({*wanted, *tasks})
         complete = len(names) == TASKS
         note = "" if complete else f"over {len(names)} subtasks; the benchmark has {TASKS}"
-        metrics.append(
-            _average(dimension, "Average", items, names, official=True, headline=True, note=note)
-        )
         total = len(totals.get(dimension, items))
-        metrics.append(accuracy(dimension, "accuracy over all pairs", items, total=total))
+        more = {"official": True, "headline": True, "note": note, "total": total}
+        metrics.append(_average(dimension, "Average", items, names, **more))
+        metrics.append(
+            accuracy(dimension, "accuracy over all pairs", items, total=total, headline=True)
+        )
         for category, members in CATEGORIES.items():
             inside = [item for item in items if item.judged.case.subtask in members]
             if inside:

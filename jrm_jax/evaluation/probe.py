@@ -92,7 +92,7 @@ def _encoded(model: Any, cases: Sequence[Case], change: Change | None = None):
 
 def _rewards(model: Any, cases: Sequence[Case], change: Change | None = None) -> list[np.ndarray]:
     parts = _encoded(model, cases, change)
-    found = [reward for part in parts for reward in model.score_encoded(part)]
+    found = [reward for part in parts for reward in model.score_encoded(part, one_bucket=True)]
     return [
         reward_KR[:, column(model.dimensions, case.dimension)]
         for reward_KR, case in zip(found, cases, strict=True)

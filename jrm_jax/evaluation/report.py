@@ -117,6 +117,17 @@ def published(benchmark: str) -> dict[str, Any] | None:
     return next(tables, None)
 
 
+def plain(value: Any) -> Any:
+    """The same in JSON types; what is not a finite number becomes None."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, float | np.floating):
+        return float(value) if math.isfinite(value) else None
+    return value
+
+
 # Two results
 
 
@@ -159,9 +170,7 @@ def compare(first_path: str, second_path: str) -> dict[str, Any]:
             "first": float(np.mean([one[key][1] for key in common])),
             "second": float(np.mean([other[key][1] for key in common])),
         }
-        shown = {k: None if isinstance(v, float) and math.isnan(v) else v
-                 for k, v in test._asdict().items()}  # fmt: skip
-        rows.append({"metric": name, **pair, **shown, **left})
+        rows.append({"metric": name, **pair, **plain(test._asdict()), **left})
     if not rows:
         raise UserError(f"{first_path} and {second_path} share no judgement")
     return {"benchmark": first["benchmark"], "first": first_path, "second": second_path,

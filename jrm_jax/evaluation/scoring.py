@@ -15,7 +15,7 @@ from jrm_jax.errors import UserError
 from jrm_jax.evaluation.cases import Answer, Case, Issues, Judged, Part, Picture, missing_pictures
 from jrm_jax.evaluation.metrics import Metric, point_value
 
-CHUNK = 64  # cases encoded at a time
+CHUNK = 128  # cases encoded at a time
 SIDE = 64  # pixel distance: pictures are compared at this size
 RANDOM_DRAWS = 20
 UNSCORED = "case with a picture that cannot be read (not scored)"

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats
 
-DRAWS = 2000
+DRAWS = 1000
 Statistic = Callable[[np.ndarray], float]
 
 

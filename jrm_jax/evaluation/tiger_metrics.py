@@ -39,7 +39,7 @@ def measure(benchmark: Benchmark, judged: Sequence[Judged], threshold: float) ->
         decided = strict(verdicts(items))
         metrics.append(accuracy(name, "pair accuracy, people's ties left out", decided))
     if everything and all(one.answer.scores and "order" in one.case.fields for one in everything):
-        metrics += _published(everything, parts)
+        metrics += _published(everything, parts, totals)
     return metrics
 
 
@@ -63,7 +63,9 @@ def _right(one: Judged, threshold: float) -> bool:
 # The published rule, number by number
 
 
-def _published(items: Sequence[Judged], parts: Sequence[str]) -> list[Metric]:
+def _published(
+    items: Sequence[Judged], parts: Sequence[str], totals: dict[str, int]
+) -> list[Metric]:
     metrics, rights = [], []
     for name in parts:
         members = [one for one in items if one.case.section == name]
@@ -80,13 +82,13 @@ def _published(items: Sequence[Judged], parts: Sequence[str]) -> list[Metric]:
         rights += hits
         metrics.append(
             _of_groups(name, "strict accuracy, published rule", members, hits, official=True,
-                       note=note)
+                       total=totals[name], note=note)
         )  # fmt: skip
     ordered = [one for name in parts for one in items if one.case.section == name]
     labels, gaps, groups, ids = _pairs(ordered)
     overall = [
         _of_groups("Overall", "strict accuracy, published rule", ordered, rights, official=True,
-                   note=TUNED),
+                   total=totals["Overall"], note=TUNED),
         Metric("Overall", "pair accuracy, published rule", np.stack([labels, gaps], axis=1), groups,
                ids, _tuned, official=True, note=TUNED),
     ]  # fmt: skip
