@@ -259,8 +259,9 @@ def test_the_page_shows_what_is_missing(again):
     done = _run(*arguments, "--report")
     assert done.returncode == 0, done.stderr
     text = (folder / "study.md").read_text()
-    assert "missing" in text and f"| {CELL} |" in text
-    assert "to the last one: yes" in text and "does not hold" not in text
+    assert "that decide it" not in text and "a cell is missing" in text
+    assert f"| {CELL} |" in text
+    assert "not planned" in text and "to the last one: yes" in text and "does not hold" not in text
     for name in ("numbers.json", "ranks.png", "best_of_n.png"):
         assert (folder / "study" / name).stat().st_size > 500
     before = (folder / "study.md").read_bytes(), (folder / "study" / "numbers.json").read_bytes()

@@ -15,33 +15,41 @@ from jrm_jax.study.cells import ARMS
 from jrm_jax.study.numbers import collect
 
 MISSING = "missing"
+NOTES = "notes.md"
 YES = {True: "yes", False: "**no**", None: MISSING}
 Numbers = Mapping[str, Any]
 
 
 def write(config: ConfigDict) -> list[Path]:
-    """OUT.md, OUT/numbers.json, the figures and OUT/examples.html; returns what was written."""
+    """OUT.md, OUT/numbers.json, the figures and OUT/examples.html; returns what was written.
+
+    OUT/notes.md, where there is one, is written by hand and becomes part of OUT.md.
+    """
     found = cells.load_cells(config)
     numbers = collect(config, found)
     out = Path(config.out)
     drawn = figures.draw(numbers, out)
-    page = out.with_suffix(".md")
-    page.write_text(markdown(config, numbers, [path.stem for path in drawn]))
     (out / "numbers.json").write_text(json.dumps(numbers, indent=1) + "\n")
-    written = [page, out / "numbers.json", *drawn]
+    written = [out / "numbers.json", *drawn]
     html = examples.page(config, found)
     if html:
         (out / "examples.html").write_text(html)
         written.append(out / "examples.html")
-    return written
+    notes = out / NOTES
+    said = notes.read_text() if notes.is_file() else ""
+    page = out.with_suffix(".md")
+    page.write_text(markdown(config, numbers, [path.stem for path in written], said))
+    return [page, *written]
 
 
-def markdown(config: ConfigDict, numbers: Numbers, drawn: Sequence[str]) -> str:
-    """The whole text; the figures named in `drawn` are shown."""
+def markdown(
+    config: ConfigDict, numbers: Numbers, shown: Sequence[str], notes: str = ""
+) -> str:
+    """The whole text, with the figures and examples named in `shown`; `notes` by a person."""
     folder = Path(config.out).name
 
     def figure(name: str, words: str) -> list[str]:
-        return [f"![{words}]({folder}/{name}.png)", ""] if name in drawn else []
+        return [f"![{words}]({folder}/{name}.png)", ""] if name in shown else []
 
     variant = f":{config.variant}" if config.variant else ""
     parts = [
@@ -49,10 +57,17 @@ def markdown(config: ConfigDict, numbers: Numbers, drawn: Sequence[str]) -> str:
         "",
         f"Made by `python -m jrm_jax.study --config=configs/study.py{variant}` from the cells in "
         f"`{folder}/cells/`; add `--report` to make this page, `{folder}/numbers.json` and the "
-        "figures again from the cells alone. Do not edit it: it is overwritten.",
+        f"figures again from the cells alone. It is overwritten: words of your own belong into "
+        f"`{folder}/{NOTES}`, which is read into it.",
         "",
         *_claim(config, numbers),
+        *([notes.strip(), ""] if notes else []),
         *_arms(numbers),
+        *(
+            [f"[Groups where the arms disagree, in pictures]({folder}/examples.html)", ""]
+            if "examples" in shown
+            else []
+        ),
         *_axes(config, numbers),
         *figure("sizes", "accuracy by number of groups"),
         *figure("weights", "accuracy by weight of the language loss"),
@@ -92,6 +107,14 @@ def points(row: Mapping[str, Any] | None) -> str:
     value, low, high = (100 * row[key] for key in ("value", "low", "high"))
     seeds = f"{row['seeds']} seed{'s' * (row['seeds'] != 1)}"
     return f"{value:+.1f} ({low:+.1f} to {high:+.1f}), {seeds}"
+
+
+def _absent(numbers: Numbers, arm: str) -> str:
+    """Why an arm has no numbers: still to be run, not needed, or not in this design."""
+    for words, names in ((MISSING, "missing"), ("not needed", "unneeded")):
+        if any(name.startswith(f"{arm}-n") for name in numbers["budget"][names]):
+            return words
+    return "not planned"
 
 
 def number(value: float | None, form: str = ".3f") -> str:
@@ -136,7 +159,7 @@ def _arms(numbers: Numbers) -> list[str]:
     rows = []
     for name, arm in ARMS.items():
         found = numbers["arms"][name]
-        cells_of = [MISSING] * 5
+        cells_of = [_absent(numbers, name)] * 5
         if found:
             own = found["gain"]["hard"]
             cells_of = [
@@ -221,7 +244,7 @@ def _measures(config: ConfigDict, numbers: Numbers) -> list[str]:
     counts = [n for n in (1, 2, 4, 8, 16) if n <= config.measure.attempts]
     for name, found in numbers["arms"].items():
         if not found:
-            rows.append((name, *[MISSING] * (5 + len(counts))))
+            rows.append((name, *[_absent(numbers, name)] * (5 + len(counts))))
             continue
         attack, rank = found["attack"], found["rank"]
         last = rank[max(rank, key=int)]["effective_rank"] if rank else None
@@ -250,7 +273,7 @@ def _costs(numbers: Numbers) -> list[str]:
     rows = []
     for name, found in numbers["arms"].items():
         if not found:
-            rows.append((name, *[MISSING] * 3))
+            rows.append((name, *[_absent(numbers, name)] * 3))
             continue
         flops = " / ".join(f"{f:,.1f}" for f in sorted(set(found["flops"])))
         took = f"{1000 * found['seconds']:.1f} ms"
