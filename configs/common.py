@@ -60,6 +60,7 @@ def base() -> ConfigDict:
     config.total_steps = 640
     config.eval_interval = 160  # steps between evaluations on `valid`
     config.save_interval = 160  # steps between checkpoints
+    config.keep_interval = 0  # checkpoints at multiples of so many steps are all kept; 0: none
     config.log_interval = 10
     config.best_metric = "auto"  # of `valid`; auto: pair_accuracy, or -language without ranking
     config.trainable = (".*",)  # patterns of the parameters that learn; the others are frozen
@@ -86,7 +87,7 @@ def base() -> ConfigDict:
     config.data.mixture = ()  # ((path, times seen per epoch), ...), instead of `path`
     config.data.cache = "runs/data"  # where the built-in world is drawn
     config.data.world = ConfigDict()
-    config.data.world.kind = "edits"  # or descriptions, for pretraining
+    config.data.world.kind = "edits"  # see builders.prepare_world
     config.data.world.seed = 0
     config.data.world.train = 10_240
     config.data.world.valid = 256
@@ -111,6 +112,7 @@ def base() -> ConfigDict:
     config.loss.margin = 0.0
     config.loss.centering_weight = 0.01
     config.loss.score_line = True  # False: critiques' last lines, which state scores, are masked
+    config.loss.facts_weight = 0.0  # of what critiques say, as facts (built-in world of kind facts)
     config.loss.chunk = 0  # critique positions per group at a time; 0: all
 
     config.optimizer = ConfigDict()

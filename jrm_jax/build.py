@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from jrm_jax import heads, lora, optim, sharding
 from jrm_jax.data import builders, plan
 from jrm_jax.data.encode import Encoder, make_encoder
+from jrm_jax.data.facts import COUNT as FACTS
 from jrm_jax.data.pipeline import BatchIterator, make_iterator, repeat_prompt
 from jrm_jax.data.sizes import Sizes, as_example, measure
 from jrm_jax.data.template import Template, protocol_stamp
@@ -76,6 +77,7 @@ def make_run_encoder(config: ConfigDict, backbone: BackboneConfig) -> Encoder:
         language=bool(config.loss.language_weight),
         score_line=config.loss.score_line,
         positions=config.backbone.positions,
+        facts=FACTS if config.loss.get("facts_weight") else 0,
     )
 
 
@@ -244,11 +246,14 @@ def lora_scale(config: ConfigDict) -> float | None:
 
 
 def abstract_params(
-    config: ConfigDict, backbone: BackboneConfig, dimensions: int
+    config: ConfigDict, backbone: BackboneConfig, dimensions: int, facts: int = 0
 ) -> dict[str, Any]:
-    """Shapes of all parameters of a run: the backbone, adapters, the reward head and its token."""
+    """Shapes of all parameters of a run: the backbone, adapters, the reward head and its token, and
+    a head for `facts` facts where there are any."""
     width = backbone.text.hidden
+    head = jax.eval_shape(lambda: heads.init_facts_head(width, facts))
     whole = {
+        **({"facts_head": head} if facts else {}),
         **weights.abstract_params(backbone),
         "reward_head": {"kernel": jax.ShapeDtypeStruct((width, dimensions), jnp.float32)},
         "reward_embedding": jax.ShapeDtypeStruct((width,), jnp.float32),
@@ -271,7 +276,7 @@ def init_state(
     frozen_dtype = DTYPES[config.backbone.compute_dtype]
     width, dimensions = backbone.text.hidden, len(encoder.dimensions)
     key = jax.random.key(config.seed)
-    whole = abstract_params(config, backbone, dimensions)
+    whole = abstract_params(config, backbone, dimensions, encoder.facts)
     patterns = trainable_patterns(config)
     trainable_paths = set(optim.flatten(optim.split_params(whole, patterns)[0]))
     shardings = sharding.param_shardings(whole, mesh)
@@ -305,6 +310,11 @@ def init_state(
         lambda table: table[row].astype(jnp.float32), out_shardings=shardings["reward_embedding"]
     )(params["backbone"]["embed"]["embedding"])
     params = {**params, "reward_head": head, "reward_embedding": embedding}
+    if encoder.facts:
+        params["facts_head"] = jax.jit(
+            lambda: heads.init_facts_head(width, encoder.facts),
+            out_shardings=shardings["facts_head"],
+        )()
     params = _with_adapters(config, params, shardings, jax.random.fold_in(key, 3))
     trainable, frozen = optim.split_params(params, patterns)
     optimizer, schedule = make_optimizer(config, trainable)
@@ -335,6 +345,7 @@ def make_steps(config: ConfigDict, backbone: Backbone, data: Data, optimizer, st
         config.loss.centering_weight,
         config.loss.chunk,
         config.loss.first_weight,
+        config.loss.facts_weight,
     )
     processor = data.encoder.processor
     forward = make_forward(

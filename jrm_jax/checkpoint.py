@@ -142,8 +142,13 @@ class Checkpoints:
 
 
 @contextlib.contextmanager
-def open_checkpoints(folder: Path, say: Callable[[str], None] = print) -> Iterator[Checkpoints]:
-    """The checkpoints in `folder`, which is made if need be; half-written ones are ignored."""
+def open_checkpoints(
+    folder: Path, say: Callable[[str], None] = print, keep_interval: int = 0
+) -> Iterator[Checkpoints]:
+    """The checkpoints in `folder`, which is made if need be; half-written ones are ignored.
+
+    `keep_interval`: those at multiples of so many steps are kept too; 0: none.
+    """
     _quieten()
     with distributed.leader_first("checkpoints"):
         if distributed.is_leader():
@@ -156,6 +161,7 @@ def open_checkpoints(folder: Path, say: Callable[[str], None] = print) -> Iterat
                 policies.BestN(
                     get_metric_fn=_read_rank, n=1, keep_checkpoints_without_metrics=False
                 ),
+                *([policies.EveryNSteps(keep_interval)] if keep_interval else []),
             ]
         ),
     )

@@ -1,7 +1,9 @@
-"""The two functional heads: a reward for each candidate, and critique tokens. Pure: jax only.
+"""The functional heads: a reward for each candidate, critique tokens, and (for the study of joint
+training alone) facts. Pure: jax only.
 
 Letters: B groups, K candidates, R reward dimensions, P prompt slots, C candidate slots,
-S = P + K*C packed slots, T critique targets per candidate, X = K*T, D hidden width, W vocabulary.
+S = P + K*C packed slots, T critique targets per candidate, X = K*T, D hidden width, W vocabulary,
+F facts.
 """
 
 import jax
@@ -22,6 +24,22 @@ def apply_reward_head(params: dict, hidden_BKD: jax.Array) -> jax.Array:
     return jnp.dot(
         hidden_BKD.astype(jnp.float32), kernel_DR, precision=jax.lax.Precision.HIGHEST
     )
+
+
+def init_facts_head(width: int, facts: int) -> dict:
+    """{'kernel': [D, F], 'bias': [F]}, float32: every fact begins unlikely (one in fifty)."""
+    return {
+        "kernel": jnp.zeros((width, facts), jnp.float32),
+        "bias": jnp.full((facts,), -3.9, jnp.float32),
+    }
+
+
+def apply_facts_head(params: dict, hidden_BKD: jax.Array) -> jax.Array:
+    """[B, K, F] float32: a logit per fact, from the final-normed state of the reward token."""
+    logits_BKF = jnp.dot(
+        hidden_BKD, params["kernel"].astype(hidden_BKD.dtype), preferred_element_type=jnp.float32
+    )
+    return logits_BKF + params["bias"].astype(jnp.float32)
 
 
 def gather_hidden(

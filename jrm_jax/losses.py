@@ -60,6 +60,13 @@ def centering_loss(reward_BKR: jax.Array, mask_BK: jax.Array) -> Term:
     return Term(jnp.sum(square_BK * mask_BK), jnp.sum(mask_BK))
 
 
+def facts_loss(logits_BKF: jax.Array, facts_BKF: jax.Array, mask_BK: jax.Array) -> Term:
+    """Logistic loss of every fact, stated or not, of the candidates present; divided by the number
+    of facts stated, as a critique's loss is by its tokens."""
+    nll_BKF = jax.nn.softplus(logits_BKF) - facts_BKF * logits_BKF
+    return Term(jnp.sum(nll_BKF * mask_BK[..., None]), jnp.sum(facts_BKF))
+
+
 def pair_counts(
     reward_BKR: jax.Array, preference_BKKR: jax.Array, weight_BKKR: jax.Array
 ) -> PairCounts:
@@ -75,7 +82,8 @@ def pair_counts(
 
 def term_weights(batch: dict) -> dict[str, jax.Array]:
     """The global weight of every term, from the batch alone, before any forward pass."""
-    return {
+    facts = {"facts": jnp.sum(batch["facts"])} if "facts" in batch else {}
+    return facts | {
         "preference": jnp.sum(_upper(batch["preference_weight"])),
         "centering": jnp.sum(batch["candidate_mask"] * (batch["example_index"] >= 0)[:, None]),
         "language": jnp.sum(batch["critique_weights"]),

@@ -15,12 +15,19 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jrm_jax.heads import apply_reward_head, critique_nll, gather_hidden, language_kernel
+from jrm_jax.heads import (
+    apply_facts_head,
+    apply_reward_head,
+    critique_nll,
+    gather_hidden,
+    language_kernel,
+)
 from jrm_jax.lora import scale_adapters
 from jrm_jax.losses import (
     Term,
     centering_loss,
     combine,
+    facts_loss,
     pair_counts,
     preference_loss,
     term_weights,
@@ -51,6 +58,7 @@ class LossConfig(NamedTuple):
     centering_weight: float = 0.0
     chunk: int = 0
     first_weight: float = 1.0
+    facts_weight: float = 0.0
 
 
 class Outputs(NamedTuple):
@@ -87,6 +95,9 @@ def make_forward(
             if loss.centering_weight:
                 present_BK = batch["candidate_mask"] * (batch["example_index"] >= 0)[:, None]
                 terms["centering"] = centering_loss(reward_BKR, present_BK)
+            if loss.facts_weight:
+                logits_BKF = apply_facts_head(params["facts_head"], hidden_BKD)
+                terms["facts"] = facts_loss(logits_BKF, batch["facts"], batch["candidate_mask"])
         if loss.language_weight and batch["critique_targets"].shape[-1]:
             hidden_BKTD = gather_hidden(hidden_BSD, batch["critique_index"], prompt, slots)
             groups, width = hidden_BKTD.shape[0], hidden_BKTD.shape[-1]
@@ -133,6 +144,7 @@ def make_train_step(
         "preference": loss.preference_weight,
         "centering": loss.centering_weight,
         "language": loss.language_weight,
+        "facts": loss.facts_weight,
     }
 
     def gradients(trainable: dict, frozen: dict, batch: dict, weights: dict):

@@ -52,7 +52,8 @@ def run(config: ConfigDict, workdir: Path) -> int:
             print_results(json.loads((workdir / RESULTS).read_text()))
         return 0
     stop = StopRequest()
-    with stop, open_checkpoints(workdir / "checkpoints", say) as checkpoints:
+    kept = config.get("keep_interval", 0)
+    with stop, open_checkpoints(workdir / "checkpoints", say, kept) as checkpoints:
         training = _Run(config, workdir, checkpoints, stop, leader)
         if leader:  # only now: a config that cannot start may be corrected
             _write(workdir / CONFIG, text)

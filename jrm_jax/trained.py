@@ -5,6 +5,7 @@ Both give the same `Trained`: parameters, encoder and the protocol they were tra
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -63,7 +64,7 @@ def _load_run(workdir: Path, step: int | str) -> Trained:
     architecture = load_config(folder)
     encoder = build.make_run_encoder(config, architecture)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    whole = build.abstract_params(config, architecture, len(encoder.dimensions))
+    whole = build.abstract_params(config, architecture, len(encoder.dimensions), encoder.facts)
     whole = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=here), whole
     )
@@ -74,6 +75,8 @@ def _load_run(workdir: Path, step: int | str) -> Trained:
     params = optim.merge_params(trainable, frozen)
     if (scale := build.lora_scale(config)) is not None:
         params = lora.merge_adapters(params, scale)
+    params.pop("facts_head", None)  # of training alone, as the facts are
+    encoder = dataclasses.replace(encoder, facts=0)
     results = workdir / "results.json"
     card = {
         "stamp": meta["stamp"],

@@ -18,6 +18,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from jrm_jax.errors import UserError
+from jrm_jax.heads import init_facts_head
 from jrm_jax.model.config import BackboneConfig, TextConfig, VisionConfig
 from jrm_jax.model.tensors import abstract_params, flatten
 from jrm_jax.sharding import (
@@ -84,6 +85,7 @@ def abstract(family: str) -> dict:
     return abstract_params(config_of(family)) | {
         "reward_head": {"kernel": jax.ShapeDtypeStruct((64, 3), jnp.float32)},
         "reward_embedding": jax.ShapeDtypeStruct((64,), jnp.float32),
+        "facts_head": jax.eval_shape(lambda: init_facts_head(64, 7)),
     }
 
 

@@ -150,7 +150,7 @@ def _world_record(task: tuple[str, str, int, int]) -> dict:
         # `valid` takes its own range of indices
         example = describe.make_description(index + (split == "valid") * 10**7, seed, kind)
     else:
-        example = scenes.make_example(split, index, seed)
+        example = scenes.make_example(split, index, seed, kind=kind)
     return to_record(example)
 
 
@@ -161,8 +161,8 @@ def prepare_world(
 
     Args:
         counts: examples per split.
-        kind: 'edits' (preferences and critiques), or one of `describe.KINDS` (pretraining; only
-            train and valid).
+        kind: one of `scenes.KINDS_OF_EXAMPLE` (preferences and critiques), or of `describe.KINDS`
+            (pretraining; only train and valid).
     """
     # Before the bar's thread starts: while this import runs, rich cannot import its own parts.
     import tensorflow_datasets  # noqa: F401
@@ -246,7 +246,7 @@ def _split_off(examples: list, fraction: float) -> dict[str, list]:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    from jrm_jax.data import describe
+    from jrm_jax.data import describe, scenes
 
     parser = argparse.ArgumentParser(
         prog="python -m jrm_jax.data.builders", description=__doc__.splitlines()[0]
@@ -267,7 +267,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     world = commands.add_parser("world", help="the built-in world")
     world.add_argument("--out", type=Path, required=True, help="the data set's parent folder")
     world.add_argument("--seed", type=int, default=0)
-    world.add_argument("--kind", choices=("edits", *describe.KINDS), default="edits")
+    kinds = (*scenes.KINDS_OF_EXAMPLE, *describe.KINDS)
+    world.add_argument("--kind", choices=kinds, default="edits")
     for split, count in (("train", 16384), ("valid", 512), ("test", 1024), ("hard", 1024)):
         world.add_argument(f"--{split}", type=int, default=count)
     return parser.parse_args(argv)
@@ -277,9 +278,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     try:
         if args.command == "world":
-            names = ("train", "valid") if args.kind != "edits" else (
-                "train", "valid", "test", "hard"
-            )
+            from jrm_jax.data import scenes
+
+            names = ("train", "valid")
+            if args.kind in scenes.KINDS_OF_EXAMPLE:
+                names += ("test", "hard")
             counts = {split: getattr(args, split) for split in names}
             print(prepare_world(args.out, counts, args.seed, args.kind))
             return 0

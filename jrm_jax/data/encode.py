@@ -42,6 +42,7 @@ class EncodedExample(NamedTuple):
     images: list[tuple[np.ndarray, ImageTables]]  # patches [n, F] uint8, merge-block major
     preference: np.ndarray  # [K, K, R] float32
     weight: np.ndarray  # [K, K, R] float32
+    facts: np.ndarray | None = None  # [K, F] float32, where the encoder is asked for facts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Encoder:
     language: feed critiques and their targets.
     score_line: let the loss see score lines; else they are fed but masked.
     positions: 'mrope', or '1d' (see `model.rope.mrope_positions`).
+    facts: how many facts of a candidate are fed (the built-in world's `facts.COUNT`); 0: none.
     """
 
     tokenizer: Tokenizer
@@ -62,6 +64,7 @@ class Encoder:
     language: bool = True
     score_line: bool = True
     positions: str = "mrope"
+    facts: int = 0
 
     def __post_init__(self):
         mine, theirs = self.processor, self.vision
@@ -116,12 +119,25 @@ class Encoder:
 
         Raises:
             ValueError: a picture that cannot be decoded.
-            UserError: a reward dimension the example does not have.
+            UserError: a reward dimension, or facts, that the example does not have.
         """
         columns = _columns(self.dimensions, example.dimensions)
         return self.encode_group(example.prompt, example.candidates)._replace(
-            preference=example.preference[..., columns], weight=example.weight[..., columns]
+            preference=example.preference[..., columns],
+            weight=example.weight[..., columns],
+            facts=self._facts(example.candidates) if self.facts else None,
         )
+
+    def _facts(self, candidates: Sequence[Candidate]) -> np.ndarray:
+        facts_KF = np.zeros((len(candidates), self.facts), np.float32)
+        for row, candidate in zip(facts_KF, candidates, strict=True):
+            if candidate.facts is None:
+                raise UserError(
+                    "config.loss.facts_weight needs facts, which this data set has not: "
+                    "use --config.data.world.kind=facts"
+                )
+            row[list(candidate.facts)] = 1
+        return facts_KF
 
     def encode_group(
         self, prompt: Sequence[Part], candidates: Sequence[Candidate]
@@ -210,6 +226,7 @@ def make_encoder(
     language: bool = True,
     score_line: bool = True,
     positions: str = "mrope",
+    facts: int = 0,
 ) -> Encoder:
     """Encoder of a Hugging Face folder.
 
@@ -231,4 +248,5 @@ def make_encoder(
         language,
         score_line,
         positions,
+        facts,
     )

@@ -26,6 +26,7 @@ N, P, C, T are those of the batch's bucket.
     critique_weights     [B,K,T]    float32  0 = padding, masked or absent
     preference           [B,K,K,R]  float32  1: i preferred to j, 1/2: tie
     preference_weight    [B,K,K,R]  float32  0 = diagonal, unlabelled or absent
+    facts                [B,K,X]    float32  where config.loss.facts_weight > 0; X = facts.COUNT
     example_index        [B]        int32    global example id, -1 = filler row (all weights 0)
 
 T = 0 where the language loss is off: then no critique token is fed either, C ends at <|reward|>.
@@ -103,6 +104,8 @@ def assemble_batch(
         batch["candidate_mask"][b, :count] = 1
         batch["preference"][b, :count, :count] = group.preference
         batch["preference_weight"][b, :count, :count] = group.weight
+        if "facts" in batch:
+            batch["facts"][b, :count] = group.facts
         batch["example_index"][b] = b if example_index is None else example_index[b]
     return batch
 
@@ -133,6 +136,8 @@ def _empty_batch(groups: int, bucket: Bucket, encoder: Encoder) -> Batch:
         "preference_weight": np.zeros((B, K, K, R), float32),
         "example_index": np.full(B, -1, int32),
     }
+    if encoder.facts:
+        batch["facts"] = np.zeros((B, K, encoder.facts), float32)
     if encoder.vision.family == "qwen2_5_vl":
         batch["window_segments"] = np.zeros((B, I, N), int32)
     else:

@@ -9,11 +9,12 @@ seed gives one data set on every machine, and any example can be made on its own
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
 
 import numpy as np
 
-from jrm_jax.data import world_text
+from jrm_jax.data import facts, world_text
 from jrm_jax.data.draw import PIXELS, draw, encode_png, encode_scene
 from jrm_jax.data.schema import Candidate, Image, PreferenceExample, Text
 from jrm_jax.data.world import (
@@ -49,6 +50,9 @@ CANDIDATE_KINDS = (
     "over-edited",
     "degraded",
 )
+# 'edits': critiques of the candidates; 'shuffled': those of `train` belong to other examples;
+# 'facts': as 'edits', with what the critiques say as facts too.
+KINDS_OF_EXAMPLE = ("edits", "shuffled", "facts")
 COMPOUND_SHARE = 0.2  # of the instructions
 PERFECT_SHARE = 0.8  # of the groups that have a perfect candidate
 # How often each flaw is drawn, and how often a failed edit is over-edited or degraded as well:
@@ -89,7 +93,7 @@ class Group:
         return "compound" if len(self.edits) > 1 else self.edits[0].kind
 
 
-def make_group(split: str, index: int, seed: int) -> Group:
+def make_group(split: str, index: int, seed: int | str) -> Group:
     """Scenes, instruction and candidates of one example, without pictures."""
     return _make_group(split, random.Random(f"{seed}/{split}/{index}"))
 
@@ -141,13 +145,21 @@ def _sample_edits(
 
 
 def _sample_attempts(
-    rng: random.Random, source: Scene, target: Scene, edits: tuple[Edit, ...], pool: Pool
+    rng: random.Random,
+    source: Scene,
+    target: Scene,
+    edits: tuple[Edit, ...],
+    pool: Pool,
+    count: int = 0,
 ) -> tuple[Attempt, ...] | None:
-    """K candidates with distinct pictures, shuffled; None where too few can be made."""
-    count = rng.choices((2, 3, 4), (15, 20, 65))[0]
+    """K candidates with distinct pictures, shuffled; None where too few can be made.
+
+    `count`: so many; 0: two to four.
+    """
+    count = count or rng.choices((2, 3, 4), (15, 20, 65))[0]
     kinds = ["perfect"] if rng.random() < PERFECT_SHARE else []
     found: dict[object, Attempt] = {}
-    for _ in range(40):
+    for _ in range(max(40, 10 * count)):
         if len(found) == count:
             break
         if len(found) < len(kinds):
@@ -255,14 +267,52 @@ def group_critiques(group: Group) -> tuple[str, ...]:
     )
 
 
-def make_example(split: str, index: int, seed: int, pixels: int = PIXELS) -> PreferenceExample:
-    """One preference example of the world; R = 3 dimensions, all pairs labelled, ties as halves."""
+def group_facts(group: Group) -> tuple[tuple[int, ...], ...]:
+    """What each critique says, as facts: indices into `facts.FACTS`."""
+    return tuple(
+        facts.facts_of(group.source, a.scene, group.edits, a.gold, a.quality)
+        for a in group.attempts
+    )
+
+
+def borrowed_critiques(split: str, index: int, seed: int, count: int) -> tuple[str, ...]:
+    """Critiques of another group of `count` candidates, drawn by the same rule: they tell nothing
+    of the example at `index`."""
+    for attempt in itertools.count():
+        group = make_group(split, attempt, f"{seed}/borrowed/{index}")
+        if len(group.attempts) == count:
+            return group_critiques(group)
+
+
+def make_contest(split: str, index: int, seed: int, count: int) -> Group:
+    """The instruction of an example with `count` attempts at it, drawn as its own are."""
+    group = make_group(split, index, seed)
+    rng, attempts = random.Random(f"{seed}/contest/{split}/{index}"), None
+    while attempts is None:
+        attempts = _sample_attempts(
+            rng, group.source, group.target, group.edits, pool_of(split), count
+        )
+    return dataclasses.replace(group, attempts=attempts)
+
+
+def make_example(
+    split: str, index: int, seed: int, pixels: int = PIXELS, kind: str = "edits"
+) -> PreferenceExample:
+    """One preference example of the world; R = 3 dimensions, all pairs labelled, ties as halves.
+
+    Args:
+        kind: one of KINDS_OF_EXAMPLE.
+    """
     rng = random.Random(f"{seed}/{split}/{index}")
     group = _make_group(split, rng)
+    critiques = group_critiques(group)
+    if kind == "shuffled" and split == "train":
+        critiques = borrowed_critiques(split, index, seed, len(critiques))
+    stated = group_facts(group) if kind == "facts" else (None,) * len(critiques)
     candidates, scores_KR = [], []
-    for attempt, words in zip(group.attempts, group_critiques(group), strict=True):
+    for attempt, words, said in zip(group.attempts, critiques, stated, strict=True):
         picture = encode_scene(attempt.scene, attempt.quality, rng, pixels)
-        candidates.append(Candidate((Image(picture),), words, score_line=True))
+        candidates.append(Candidate((Image(picture),), words, score_line=True, facts=said))
         gold = attempt.gold
         scores_KR.append((gold.overall, gold.following, gold.preservation))
     scores = np.asarray(scores_KR, np.int32)

@@ -57,11 +57,13 @@ class Candidate:
     """One answer. `critique` is about this candidate alone.
 
     `score_line`: the critique's last line states scores, and can be left out of the loss.
+    `facts`: of the built-in world, see `facts.FACTS`; None where they are not given.
     """
 
     parts: tuple[Part, ...]
     critique: str | None = None
     score_line: bool = False
+    facts: tuple[int, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -319,7 +321,10 @@ def to_record(example: PreferenceExample) -> dict[str, Any]:
 
     record = {
         "prompt": parts(example.prompt),
-        "candidates": [[parts(c.parts), c.critique, c.score_line] for c in example.candidates],
+        "candidates": [
+            [parts(c.parts), c.critique, c.score_line, *([] if c.facts is None else [c.facts])]
+            for c in example.candidates
+        ],
         "preference": example.preference.tolist(),
         "weight": example.weight.tolist(),
         "dimensions": list(example.dimensions),
@@ -342,8 +347,8 @@ def from_record(record: Mapping[str, Any]) -> PreferenceExample:
         id=name.decode() if isinstance(name, bytes) else str(name),
         prompt=parts(fields["prompt"]),
         candidates=tuple(
-            Candidate(parts(items), critique, bool(score_line))
-            for items, critique, score_line in fields["candidates"]
+            Candidate(parts(items), critique, bool(score_line), *map(tuple, stated))
+            for items, critique, score_line, *stated in fields["candidates"]
         ),
         preference=np.asarray(fields["preference"], np.float32),
         weight=np.asarray(fields["weight"], np.float32),

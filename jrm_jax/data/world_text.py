@@ -131,12 +131,12 @@ def critique(source: Scene, candidate: Scene, edits, gold: Gold, quality: str | 
         outcomes = [_shorten(outcome) for outcome in outcomes]
     first, *rest = outcomes
     extras = [_extra(source, change, pair) for change, pair in gold.extras.items()]
-    verdict = _verdict(source, candidate, gold, quality)
-    if extras and len(edits) > 1 and verdict != "Too much":
-        verdict += " and more"
-    if quality and quality.capitalize() != verdict:
-        verdict += f", {quality}"
-    text = f"{verdict}: {first}."
+    says = verdict(source, candidate, gold, quality)
+    if extras and len(edits) > 1 and says != "Too much":
+        says += " and more"
+    if quality and quality.capitalize() != says:
+        says += f", {quality}"
+    text = f"{says}: {first}."
     text += "".join(f" {sentence(clause)}" for clause in rest)
     if extras and len(edits) == 1:
         more = " and more" if len(extras) > 1 else ""  # one mistake is spelled out
@@ -157,7 +157,8 @@ def score_line(gold: Gold) -> str:
     return f"following {NUMBERS[gold.following]} preservation {NUMBERS[gold.preservation]}"
 
 
-def _verdict(source: Scene, candidate: Scene, gold: Gold, quality: str | None) -> str:
+def verdict(source: Scene, candidate: Scene, gold: Gold, quality: str | None) -> str:
+    """The first words of a critique: 'Correct', 'Too much', 'Wrong colour', 'Noisy'."""
     credits = gold.credits.values()
     if min(credits) == 10:
         if gold.extras:

@@ -1,0 +1,93 @@
+"""The study of joint training: which runs, what is measured, and what counts as a gain.
+
+    python -m jrm_jax.study --config=configs/study.py
+
+trains and measures what is missing, then writes `docs/study.md`, its figures and its page. All runs
+start from `configs/joint.py` and differ from it by what `jrm_jax/study/cells.py` lists for an arm.
+
+    --config=configs/study.py:tiny          a few steps, for the test that makes a cell again
+    --config=configs/study.py:large         more data and steps, for a GPU
+"""
+
+from ml_collections import ConfigDict
+
+from configs.common import TINY, parse_arg
+
+HEADLINE = ("discriminative", "joint")
+CONTROLS = ("joint_shuffled", "regression", "joint_masked", "generative")
+LONGER = ("discriminative_x2", "discriminative_x4")
+EVERY = 0  # stands for the largest size
+
+
+def get_config(arg: str | None = None):
+    parsed = parse_arg(arg, ("tiny", "large"))
+    config = ConfigDict()
+    config.name, config.variant = "study", parsed["variant"]
+    config.out = "docs/study"  # cells, figures and page; the text beside it, as OUT.md
+    config.workdir = "runs/study"
+    config.sizes = (1600, 3200, 6400)  # training groups
+
+    # (arms, groups, weight of the language or facts loss, seeds), the most telling first: seeds
+    # run in the outer loop, arms in the inner one, and what stands in an earlier row is not
+    # repeated.
+    config.cells = (
+        (HEADLINE, EVERY, 1.0, 2),
+        (CONTROLS, EVERY, 1.0, 2),
+        (HEADLINE, EVERY, 1.0, 5),
+        (LONGER, EVERY, 1.0, 2),
+        (HEADLINE, 1600, 1.0, 2),
+        (("joint",), EVERY, 0.3, 2),
+        (("joint",), EVERY, 3.0, 2),
+        (HEADLINE, 3200, 1.0, 2),
+    )
+
+    # Fields of the training config that every cell has.
+    config.train = ConfigDict()
+    config.train.total_steps = 400
+    config.train.batch_size = 16
+    config.train.eval_interval = 100
+    config.train.save_interval = 100
+    config.train.keep_interval = 100  # for the rank of the representation over training
+    config.train.backbone = ConfigDict({"path": TINY, "scan_unroll": 0})
+    config.world = ConfigDict({"seed": 0, "valid": 256, "test": 512, "hard": 1024})
+
+    # What is measured of a trained cell. A change here makes every cell anew.
+    config.measure = ConfigDict()
+    config.measure.batch_size = 16  # groups
+    config.measure.max_tokens = 64  # of a generated critique
+    config.measure.critiques = 48  # groups of `hard` whose critiques are kept
+    config.measure.contests = 64  # instructions of `test` with many attempts, for best-of-n
+    config.measure.attempts = 16
+    config.measure.attack_groups = 128  # of `hard`
+    config.measure.attack_radius = 2.0  # largest change of a pixel, of 255
+    config.measure.attack_steps = 5
+    config.measure.spectrum = 48  # singular values kept
+
+    # Fixed before the first cell was run. The thresholds are in points of pair accuracy on `hard`.
+    config.verdict = ConfigDict()
+    config.verdict.gain = 3.0  # joint over discriminative: at least this ...
+    config.verdict.confidence = 0.95  # ... and its interval above zero
+    config.verdict.null = 1.0  # shuffled critiques: a gain below this, or an interval over zero
+    config.verdict.draws = 2000  # of the bootstrap
+    config.verdict.pairs = 4000  # of `hard`, at least
+
+    if config.variant == "tiny":
+        config.sizes = (16,)
+        config.cells = ((HEADLINE, EVERY, 1.0, 1),)
+        config.train.update({"total_steps": 2, "batch_size": 2, "backbone": {"scan_unroll": 1}})
+        config.train.eval_interval = config.train.save_interval = config.train.keep_interval = 2
+        config.world.update({"valid": 4, "test": 4, "hard": 8})
+        config.measure.update({"batch_size": 4, "max_tokens": 4, "critiques": 1, "contests": 1})
+        config.measure.update({"attempts": 8, "attack_groups": 4, "attack_steps": 1})
+        config.verdict.pairs = 10
+    if config.variant == "large":
+        config.out, config.workdir = "docs/study_large", "runs/study_large"
+        config.sizes = (6400, 25_600, 102_400)
+        config.cells = tuple(
+            (arms, {1600: 6400, 3200: 25_600}.get(size, size), weight, max(3, seeds))
+            for arms, size, weight, seeds in config.cells
+        )
+        config.train.update({"total_steps": 3200, "batch_size": 32})
+        config.train.eval_interval = config.train.save_interval = 400
+        config.train.keep_interval = 800
+    return config

@@ -1,0 +1,48 @@
+"""Does joint training help, and why? One command runs what is missing and writes the page.
+
+    python -m jrm_jax.study --config=configs/study.py                all of it; go on where it was
+    python -m jrm_jax.study --config=configs/study.py --minutes=60   so much of it, then the page
+    python -m jrm_jax.study --config=configs/study.py --report       the page alone, from the cells
+    python -m jrm_jax.study --config=configs/study.py --cell=NAME    one cell, also if it is there
+"""
+
+from __future__ import annotations
+
+import sys
+
+from absl import flags
+from ml_collections import config_flags
+
+from jrm_jax.errors import UserError
+
+_CONFIG = config_flags.DEFINE_config_file("config", "configs/study.py", lock_config=True)
+_MINUTES = flags.DEFINE_float("minutes", 0.0, "Stop after so many; 0: when all is done.")
+_REPORT = flags.DEFINE_bool("report", False, "Only write the page, from the cells there are.")
+_CELL = flags.DEFINE_string("cell", "", "Make this cell (again), and nothing else.")
+_KEEP = flags.DEFINE_bool("keep", False, "Keep the folders of the runs after measuring them.")
+
+
+def main() -> None:
+    try:
+        flags.FLAGS(sys.argv)
+        from jrm_jax.study import report, runner
+
+        config = _CONFIG.value
+        if _CELL.value:
+            runner.make_cell(config, runner.find_cell(config, _CELL.value), keep=_KEEP.value)
+            return
+        if not _REPORT.value:
+            runner.run(config, minutes=_MINUTES.value, keep=_KEEP.value)
+        for path in report.write(config):
+            print(path)
+    except (UserError, flags.Error) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
+    except (AttributeError, KeyError) as error:
+        if flags.FLAGS.is_parsed():
+            raise
+        # what the config library raises for a field that is not there
+        sys.exit(f"error: --config has no such field: {error.args[0] if error.args else error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+"""The cells of the study: arms as changes of the training config, in the order they are run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from jrm_jax import optim
+from jrm_jax.data.builders import WORLD_VERSION
+from jrm_jax.errors import UserError
+
+BASE = "configs/joint.py"
+VERSION = 1  # raise it when `measure.py` measures something else
+LANGUAGE, FACTS = "loss.language_weight", "loss.facts_weight"
+
+
+class Arm(NamedTuple):
+    """words: what it is. changes: fields of the training config. scaled: the field that the weight
+    axis sets, '' for none. steps: times those of the others. judge: its score is read from the
+    critique that it writes. until: the arm whose accuracy on `valid` it is to reach."""
+
+    words: str
+    changes: Mapping[str, Any]
+    scaled: str = ""
+    steps: int = 1
+    judge: bool = False
+    until: str = ""
+
+
+_ALONE = {LANGUAGE: 0.0}
+ARMS = {
+    "discriminative": Arm("preference loss alone", _ALONE),
+    "joint": Arm("preference and critique losses", {}, LANGUAGE),
+    "joint_masked": Arm(
+        "joint, the critique's score line masked", {"loss.score_line": False}, LANGUAGE
+    ),
+    "joint_shuffled": Arm(
+        "joint, critiques of other examples", {"data.world.kind": "shuffled"}, LANGUAGE
+    ),
+    "regression": Arm(
+        "preference loss and the critique's facts, no language",
+        {**_ALONE, "data.world.kind": "facts"},
+        FACTS,
+    ),
+    "generative": Arm(
+        "critique loss alone; the score is read from the critique it writes",
+        {"loss.preference_weight": 0.0, "loss.centering_weight": 0.0},
+        LANGUAGE,
+        judge=True,
+    ),
+    "discriminative_x2": Arm("discriminative, twice the steps", _ALONE, "", 2, until="joint"),
+    "discriminative_x4": Arm("discriminative, four times the steps", _ALONE, "", 4, until="joint"),
+}
+
+
+class Cell(NamedTuple):
+    arm: str
+    size: int
+    weight: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm}-n{self.size}-w{self.weight:g}-s{self.seed}"
+
+
+def plan(config: ConfigDict) -> list[Cell]:
+    """Every cell once, in the order of the config's table.
+
+    Raises:
+        UserError: an arm that does not exist.
+    """
+    cells = []
+    for arms, size, weight, seeds in config.cells:
+        unknown = [arm for arm in arms if arm not in ARMS]
+        if unknown:
+            raise UserError(f"config.cells: no arm {unknown[0]!r}; there are {', '.join(ARMS)}")
+        cells += [
+            Cell(arm, size or max(config.sizes), weight if ARMS[arm].scaled else 1.0, seed)
+            for seed in range(seeds)
+            for arm in arms
+        ]
+    return list(dict.fromkeys(cells))
+
+
+def changes(config: ConfigDict, cell: Cell) -> dict[str, Any]:
+    """What a cell's training config has instead of the base's fields."""
+    arm = ARMS[cell.arm]
+    shared = optim.flatten(config.train.to_dict())
+    return {
+        **{path.replace("/", "."): value for path, value in shared.items()},
+        **{f"data.world.{name}": value for name, value in config.world.items()},
+        "data.world.train": cell.size,
+        "total_steps": config.train.total_steps * arm.steps,
+        "seed": cell.seed,
+        **arm.changes,
+        **({arm.scaled: cell.weight} if arm.scaled else {}),
+    }
+
+
+def training_config(config: ConfigDict, cell: Cell) -> ConfigDict:
+    from configs import joint
+
+    base = joint.get_config()
+    base.update_from_flattened_dict(changes(config, cell))
+    return base
+
+
+def fingerprint(config: ConfigDict, cell: Cell) -> str:
+    """Of everything a cell's numbers depend on: its config, the measures, the world, the weights it
+    starts from."""
+    settings = training_config(config, cell).to_dict()
+    settings["backbone"]["path"] = backbone_digest(settings["backbone"]["path"])
+    for name in ("cache", "workers", "prefetch"):
+        settings["data"].pop(name)
+    content = [settings, config.measure.to_dict(), WORLD_VERSION, VERSION]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def backbone_digest(folder: str) -> str:
+    """Of a folder's weights, tokenizer and config."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(folder).glob("*.json")) + sorted(Path(folder).glob("*.safetensors")):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+# Results on disk
+
+
+def path_of(config: ConfigDict, cell: Cell) -> Path:
+    return Path(config.out) / "cells" / f"{cell.name}.json"
+
+
+def load_cells(config: ConfigDict) -> dict[Cell, dict[str, Any]]:
+    """The results there are, of cells whose fingerprint is still the config's."""
+    found = {}
+    for cell in plan(config):
+        path = path_of(config, cell)
+        if path.is_file():
+            result = json.loads(path.read_text())
+            if result["fingerprint"] == fingerprint(config, cell):
+                found[cell] = result
+    return found
+
+
+def save_cell(config: ConfigDict, cell: Cell, result: Mapping[str, Any]) -> None:
+    """One field a line, so that changes can be read."""
+    path = path_of(config, cell)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fields = (f'"{key}": {json.dumps(v, separators=(",", ":"))}' for key, v in result.items())
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("{\n" + ",\n".join(fields) + "\n}\n")
+    temporary.replace(path)
+
+
+def unneeded(cell: Cell, found: Mapping[Cell, Mapping[str, Any]]) -> str:
+    """Why a longer run need not be made: '' where it must, or where that is not known yet.
+
+    A longer run is needed while no shorter one of its seed has reached the other arm's accuracy on
+    `valid`.
+    """
+    arm = ARMS[cell.arm]
+    goal = found.get(cell._replace(arm=arm.until)) if arm.until else None
+    if goal is None:
+        return ""
+    for other, result in found.items():
+        shorter = ARMS[other.arm].steps < arm.steps and ARMS[other.arm].changes == arm.changes
+        if shorter and other[1:] == cell[1:] and result["valid"] >= goal["valid"]:
+            return f"{other.name} has reached {arm.until}'s {goal['valid']:.4f} on valid"
+    return ""
+
+
+def estimate(cell: Cell, found: Mapping[Cell, Mapping[str, Any]]) -> float | None:
+    """Seconds, from measured cells of its arm, else from the slowest others; None at first."""
+
+    def seconds(others: list[Cell], pick) -> float:
+        rates = [found[c]["seconds"]["train"] / ARMS[c.arm].steps for c in others]
+        rest = [found[c]["seconds"]["measure"] for c in others]
+        return pick(rates) * ARMS[cell.arm].steps + pick(rest)
+
+    same = [c for c in found if c.arm == cell.arm]
+    return seconds(same, statistics.median) if same else seconds([*found], max) if found else None
