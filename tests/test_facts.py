@@ -54,7 +54,7 @@ def test_facts_are_equal_exactly_where_critiques_are():
                 assert list(indices) == sorted(set(indices)) and indices[-1] < facts.COUNT
                 seen |= set(indices)
     assert len(facts_of) > 2000
-    assert len(seen) > 0.95 * facts.COUNT  # hardly any that is never true
+    assert len(seen) > 0.9 * facts.COUNT  # few that are never true
 
 
 def test_borrowed_critiques_are_of_the_same_kind_but_of_another_example():

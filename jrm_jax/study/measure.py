@@ -286,11 +286,12 @@ def machine() -> dict[str, Any]:
 def curve(workdir: Path) -> list[list[float]]:
     """(step, pair accuracy on valid) during training; a judge has none there."""
     rows = (json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines())
-    return [
-        [row["step"], round(row["pair_accuracy"], 6)]
+    found = {
+        row["step"]: round(row["pair_accuracy"], 6)
         for row in rows
         if row["split"] == "valid" and row.get("pair_accuracy") is not None
-    ]
+    }
+    return [list(point) for point in found.items()]
 
 
 def measure(workdir: Path, settings: ConfigDict, judge: bool) -> dict[str, Any]:
