@@ -14,6 +14,7 @@ from typing import NamedTuple
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "s32": 32, "u32": 32,
          "s64": 64, "u64": 64, "bf16": 16, "f16": 16, "f32": 32, "f64": 64}  # fmt: skip
+_SCATTERING = "all-reduce-scatter"  # a TPU's fusion of a sum and the choice of the own part of it
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .*)?\{$")
 _OPERATION = re.compile(r"^(?:ROOT )?%?([\w.\-]+) = (.*)$")
 _NAME = re.compile(r"(?:^|[\s)}])([a-z][a-z\-]*)\(")
@@ -54,20 +55,23 @@ def read_collectives(program: str, devices: int, slices: int = 1) -> Collectives
     computations, entry = _parse(program)
     # A TPU may run one collective beside several products: it then stands in each of their
     # fusions, with the same channel, and counts once.
-    channels: dict[tuple, tuple[int, str, str]] = {}
+    channels: dict[tuple, tuple[int, str, str, str]] = {}
     for name, times in _runs(computations, entry).items():
         for place, (operation, line) in enumerate(computations[name]):
             if operation.removesuffix("-start") in KINDS and times:
                 channel = _CHANNEL.search(line)
                 key = (operation, channel[1]) if channel else (name, place)
-                channels[key] = max(channels.get(key, (0, "", "")), (times, operation, line))
+                run = (times, operation, line, name)
+                channels[key] = max(channels.get(key, (0, "", "", "")), run)
     found: tuple[dict, dict] = ({}, {})
-    for times, operation, line in channels.values():
+    for times, operation, line, name in channels.values():
         kind = operation.removesuffix("-start")
         group = _first_group(line, devices)
+        sent = _sent(kind, line, operation, len(group))
+        if name.startswith(_SCATTERING) and kind == "all-reduce":
+            kind, sent = "reduce-scatter", sent // 2
         here = found[len({member * slices // devices for member in group}) > 1]
         old = here.get(kind, Traffic(0, 0))
-        sent = _sent(kind, line, operation, len(group))
         here[kind] = Traffic(old.count + times, old.bytes + times * sent)
     return Collectives(*found)
 

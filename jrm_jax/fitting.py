@@ -271,6 +271,7 @@ def table(case: Case, reports: list[Report]) -> str:
     row("pairs/s/chip at most", lambda r: f"{r.pairs / r.bound / r.chips:.3g}")
     row("attention", lambda r: f"splash x {n}" if (n := len(r.compiled.attention)) else "xla")
     row("compile", lambda r: f"{r.compiled.seconds:.0f} s")
+    row("  of a processor", lambda r: f"{r.compiled.processor_seconds:.0f} s")
     width = max(len(name) for name, _ in rows) + 2
     columns = [max(len(values[i]) for _, values in rows) + 3 for i in range(len(reports))]
     lines += [

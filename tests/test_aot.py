@@ -5,7 +5,6 @@ What needs libtpu (requirements-tpu.txt) is skipped where it is not installed.
 
 import importlib.util
 import json
-import math
 import os
 import re
 import subprocess
@@ -16,16 +15,12 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import pytest
-from entry_point import make_small_backbone
-from jax.extend.core import jaxprs_in_params
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
+from aot_case import one_device, small_case, traced
 
 from configs import joint
-from jrm_jax import build, compiling, fitting, flops, sharding
+from configs.common import TINY
+from jrm_jax import build, compiling, fitting, sharding
 from jrm_jax.chips import CHIPS, Topology, parse_topology
-from jrm_jax.collectives import Traffic, read_collectives
-from jrm_jax.data.plan import Bucket
 from jrm_jax.errors import UserError
 from jrm_jax.model import weights
 from jrm_jax.model.published import PARAMETERS, PUBLISHED, check_variant
@@ -43,9 +38,9 @@ def test_published_architectures_have_the_published_number_of_parameters(variant
     assert sum(leaf.size for leaf in jax.tree.leaves(tree)) == PARAMETERS[variant]
 
 
-def test_a_folder_that_is_not_its_variant_is_refused(folder):
+def test_a_folder_that_is_not_its_variant_is_refused():
     config = joint.get_config("qwen3_vl_8b")
-    config.backbone.path = str(folder)
+    config.backbone.path = TINY
     with pytest.raises(UserError, match=r"config.json is no qwen3_vl_8b: .*text.layers is \d+, "
                                         r"published 36"):  # fmt: skip
         build.load_backbone_config(config)
@@ -86,219 +81,11 @@ def test_chips_are_what_their_makers_table_says():
     assert CHIPS["v6e"].network_bandwidth * 8 * 256 == pytest.approx(25.6e12)
 
 
-# ---- FLOPs
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return make_small_backbone(tmp_path_factory.mktemp("aot") / "small")
-
-
-def tiny_case(folder: Path):
-    """(config, architecture, bucket) of a small backbone, unrolled, in float32."""
-    config = joint.get_config()
-    config.backbone.path = str(folder)
-    config.batch_size, config.mesh.data, config.mesh.fsdp = 1, 1, 1
-    backbone = build.load_backbone_config(config)
-    return config, backbone, compiling.make_bucket(backbone, 16, 24, 24, 2, 3, 8)
-
-
-def one_device() -> jax.sharding.Mesh:
-    return sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
-
-
-def products(jaxpr) -> int:
-    """FLOPs of every dot_general of a program, loops counted as often as they run."""
-    total = 0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            (contract, _), _ = equation.params["dimension_numbers"]
-            left = equation.invars[0].aval.shape
-            inner = math.prod(left[axis] for axis in contract)
-            total += 2 * inner * equation.outvars[0].aval.size
-        times = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
-        for inside in jaxprs_in_params(equation.params):
-            total += times * products(inside)
-    return total
-
-
-def traced(config, backbone, bucket, remat="none"):
-    """The train step's program, with shapes for arrays."""
-    config.remat = remat
-    mesh = one_device()
-    encoder = compiling.stand_in_encoder(config, backbone)
-    module = build.make_backbone(config, backbone, mesh, encoder.tokenizer.reward_id)
-    state, (optimizer, _) = build.abstract_state(config, backbone, mesh)
-    data = SimpleNamespace(encoder=encoder)
-    step, evaluate = build.make_steps(config, module, data, optimizer, state)
-    batch = compiling.abstract_batch(config, backbone, bucket, mesh)
-    return step, evaluate, state, batch
-
-
-def test_forward_flops_are_those_of_the_program(folder):
-    config, backbone, bucket = tiny_case(folder)
-    _, evaluate, state, batch = traced(config, backbone, bucket)
-    found = products(evaluate.trace(state.trainable, state.frozen, batch).jaxpr)
-    ours = sum(sum(part) for part in flops.forward_flops(backbone, bucket, causal=False).values())
-    small = 2 * bucket.candidates * backbone.text.hidden  # the reward head
-    table = 2 * bucket.images * bucket.patches * 4 * backbone.vision.hidden  # resampled positions
-    prompt = bucket.candidates * bucket.candidate * bucket.prompt  # pairs, of all P + C keys
-    assert prompt > 0
-    assert found == ours + small + table
-
-
-def test_forward_flops_by_hand():
-    """Qwen3-VL-8B, three pictures of 512 visual tokens: the sum written out."""
-    backbone = PUBLISHED["qwen3_vl_8b"]
-    bucket = compiling.make_bucket(backbone, 512, 256, 640, 2, 3, 128)
-    assert bucket == Bucket(2, 3, 2048, 768, 1280, 640)
-    parts = flops.forward_flops(backbone, bucket)
-    slots = 768 + 2 * 1280
-    layer = 4096 * 4096 * 2 + 4096 * 1024 * 2 + 3 * 4096 * 12288
-    assert parts["layers"].linear == 2 * slots * 36 * layer
-    seen = 768 * 769 // 2 + 2 * (1280 * 768 + 1280 * 1281 // 2)
-    assert parts["layers"].attention == 4 * seen * 4096 * 36
-    assert parts["blocks"].linear == 2 * 3 * 2048 * 27 * (4 * 1152**2 + 2 * 1152 * 4304)
-    assert parts["language_head"].linear == 2 * 2 * 640 * 4096 * 151936
-
-
-def test_train_flops_follow_what_is_trained_and_recomputed(folder):
-    config, backbone, bucket = tiny_case(folder)
-
-    def count(trainable=(".*",), remat="none", chunk=0):
-        config.trainable = trainable
-        state, _ = build.abstract_state(config, backbone, one_device())
-        return flops.train_flops(backbone, bucket, state.trainable, state.frozen, remat, chunk)
-
-    parts = flops.forward_flops(backbone, bucket)
-    forward = sum(sum(part) for part in parts.values())
-    whole = count()
-    # all of it three times, but the pixels need no gradient
-    assert whole.model == 3 * forward - parts["patches"].linear and whole.again == 0
-    stacks = sum(sum(parts[name]) for name in ("blocks", "layers"))
-    assert count(remat="full").again == stacks
-    assert count(remat="full").model == whole.model
-    assert 0 < count(remat="dots").again < stacks
-    assert count(chunk=8).again == parts["language_head"].linear
-    head = count(("reward_head",), remat="full")
-    assert head == (forward, 0)  # nothing before the head is trained: one forward pass
-    decoder = count(("decoder", "reward_"), remat="full")
-    assert decoder.again == sum(parts["layers"])
-    tower = sum(sum(parts[name]) for name in ("patches", "blocks", "mergers"))
-    head_inputs = 2 * parts["language_head"].linear
-    assert decoder.model == tower + 3 * sum(parts["layers"]) + head_inputs
-
-
-@pytest.mark.parametrize("remat", ["none", "full"])
-def test_train_flops_are_those_of_the_program(folder, remat):
-    config, backbone, bucket = tiny_case(folder)
-    config.optimizer.name = "adam"
-    step, _, state, batch = traced(config, backbone, bucket, remat)
-    found = products(step.trace(state, batch).jaxpr)
-    ours = flops.train_flops(backbone, bucket, state.trainable, state.frozen, remat, 0)
-    parts = flops.forward_flops(backbone, bucket)
-    rectangles = flops.forward_flops(backbone, bucket, causal=False)
-    extra = sum(rectangles[n].attention - parts[n].attention for n in parts)
-    extra *= 4 if remat == "full" else 3
-    assert found == pytest.approx(ours.model + ours.again + extra, rel=0.01)
-
-
-def test_forward_flops_are_those_that_xla_counts(folder):
-    config, backbone, bucket = tiny_case(folder)
-    _, evaluate, state, batch = traced(config, backbone, bucket)
-    counted = evaluate.lower(state.trainable, state.frozen, batch).compile().cost_analysis()
-    ours = sum(sum(part) for part in flops.forward_flops(backbone, bucket, causal=False).values())
-    # XLA also counts what is no product: norms, softmax, rotations
-    assert ours < counted["flops"] < 1.35 * ours
-
-
-# ---- collectives
-
-
-def test_collectives_of_a_compiled_program():
-    """Eight devices, a loop of three: a gather per turn, a sum and a permutation outside."""
-    mesh = sharding.make_mesh(2, 4, 1)
-
-    def program(x, kernels):
-        def turn(x, kernel):
-            whole = jax.lax.all_gather(kernel, "fsdp", tiled=True)
-            return jnp.tanh(x @ whole), None
-
-        x, _ = jax.lax.scan(turn, x, kernels)
-        x = jax.lax.ppermute(x, "data", [(0, 1), (1, 0)])
-        return jax.lax.psum(x, "fsdp"), jax.lax.psum_scatter(x, "fsdp", tiled=True)
-
-    mapped = jax.shard_map(
-        program,
-        mesh=mesh,
-        in_specs=(P(("data", "fsdp")), P(None, "fsdp")),
-        out_specs=(P("data"), P(("data", "fsdp"))),
-        check_vma=False,
-    )
-    x = jax.ShapeDtypeStruct((64, 32), jnp.float32, sharding=NamedSharding(mesh, P()))
-    kernels = jax.ShapeDtypeStruct((3, 32, 32), jnp.float32, sharding=NamedSharding(mesh, P()))
-    text = jax.jit(mapped).lower(x, kernels).compile().as_text()
-    found = read_collectives(text, 8)
-    kernel, rows = 32 * 32 * 4, 8 * 32 * 4  # bytes
-    assert found.network == {}
-    assert found.links["all-gather"] == Traffic(3, 3 * kernel * 3 // 4)
-    assert found.links["all-reduce"] == Traffic(1, 2 * rows * 3 // 4)
-    assert found.links["reduce-scatter"] == Traffic(1, rows * 3 // 4)
-    assert found.links["collective-permute"] == Traffic(1, rows)
-    # the first four devices one slice, the others another: only the exchange crosses
-    apart = read_collectives(text, 8, slices=2)
-    assert set(apart.network) == {"collective-permute"}
-    assert set(apart.links) == {"all-gather", "all-reduce", "reduce-scatter"}
-
-
-TPU_TEXT = """HloModule m
-
-%add (a: f32[], b: f32[]) -> f32[] {
-  ROOT %r = f32[] add(%a, %b)
-}
-
-%start (p: bf16[64,8]) -> bf16[512,8] {
-  ROOT %g.1 = bf16[512,8]{1,0:T(8,128)(2,1)} all-gather(%p), channel_id=5, replica_groups=mesh['axis_0'=8,'axis_1'=2] {'axis_0'}, dimensions={0}
-}
-
-%done (p.2: bf16[64,8]) -> bf16[512,8] {
-  ROOT %g.2 = bf16[512,8]{1,0:T(8,128)(2,1)} all-gather(%p.2), channel_id=5, replica_groups=mesh['axis_0'=8,'axis_1'=2] {'axis_0'}, dimensions={0}
-}
-
-%cond (c: (s32[], bf16[64,8])) -> pred[] {
-  %limit = s32[]{:T(128)} constant(7)
-  %at = s32[]{:T(128)} get-tuple-element(%c), index=0
-  ROOT %lt = pred[]{:T(512)} compare(%at, %limit), direction=LT
-}
-
-%body (b.1: (s32[], bf16[64,8])) -> (s32[], bf16[64,8]) {
-  %f.1 = bf16[512,8]{1,0} fusion(%x), kind=kCustom, calls=%start
-  %f.2 = bf16[512,8]{1,0} fusion(%x), kind=kCustom, calls=%done
-  ROOT %t = (s32[], bf16[64,8]) tuple(%i, %x)
-}
-
-ENTRY %main (p0: bf16[64,8]) -> f32[4] {
-  %w = (s32[]{:T(128)}, bf16[64,8]) while(%t0), condition=%cond, body=%body
-  %s = (f32[4]{0:T(128)}, f32[2]{0:T(128)}) all-reduce(%y, %z), channel_id=9, replica_groups=[8,2]<=[2,8]T(1,0), to_apply=%add
-  ROOT %o = f32[4] get-tuple-element(%s), index=0
-}
-"""  # noqa: E501
-
-
-def test_collectives_of_a_tpu_program():
-    """A gather spread over two fusions counts once, as often as the loop's condition says."""
-    found = read_collectives(TPU_TEXT, 16, slices=2)
-    # axis_0 strides over both slices, and so do pairs (i, i + 8)
-    assert found.network["all-gather"] == Traffic(7, 7 * 512 * 8 * 2 * 7 // 8)
-    assert found.network["all-reduce"] == Traffic(1, 2 * 24 // 2)
-    assert found.links == {}
-
-
 # ---- what the steps hold
 
 
-def test_bytes_per_device_are_those_of_the_shards(folder):
-    config, backbone, _ = tiny_case(folder)
+def test_bytes_per_device_are_those_of_the_shards():
+    config, backbone, _ = small_case()
     config.mesh.data, config.mesh.fsdp = 2, 4
     config.batch_size = 8
     mesh = build.make_mesh(config, backbone)
@@ -316,9 +103,9 @@ def test_bytes_per_device_are_those_of_the_shards(folder):
     assert compiling.bytes_per_device(state) == held
 
 
-def test_abstract_state_is_what_training_starts_from(folder):
-    config, backbone, _ = tiny_case(folder)
-    config.trainable = ("decoder", "reward_")
+def test_abstract_state_is_what_training_starts_from():
+    config, backbone, _ = small_case()
+    config.trainable, config.backbone.random = ("decoder", "reward_"), True
     mesh = one_device()
     tokenizer = SimpleNamespace(end_id=3, reward_id=5)
     encoder = SimpleNamespace(dimensions=("overall",), tokenizer=tokenizer)

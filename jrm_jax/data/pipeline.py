@@ -47,6 +47,7 @@ from jrm_jax.errors import UserError
 
 __all__ = [
     "Batch", "BatchIterator", "EncodedExample", "Encoder", "HostBatch", "assemble_batch",
+    "empty_batch",
     "make_encoder", "make_iterator", "repeat_prompt",
 ]  # fmt: skip
 
