@@ -133,8 +133,9 @@ def base() -> ConfigDict:
     config.head.scale = 1.0  # spread of the rewards before training
 
     config.mesh = ConfigDict()
-    config.mesh.data = 1
-    config.mesh.fsdp = -1  # -1: all devices that are left
+    # -1: all devices that are left. Both: fsdp within a slice as far as it divides the kernels
+    config.mesh.data = -1
+    config.mesh.fsdp = -1
     config.mesh.tensor = 1
     return config
 
@@ -144,6 +145,7 @@ def real_backbone(config: ConfigDict, variant: str) -> ConfigDict:
     config.variant = variant
     config.backbone.path = ""  # must be given: a local Hugging Face folder
     config.backbone.compute_dtype = "bfloat16"
+    config.backbone.scan_unroll = 1  # one layer is compiled, not all: minutes, and memory
     config.remat = "full"
     config.batch_size = 64
     config.total_steps = 10_000

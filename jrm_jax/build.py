@@ -23,7 +23,7 @@ from jrm_jax.data.pipeline import BatchIterator, make_iterator, repeat_prompt
 from jrm_jax.data.sizes import Sizes, as_example, measure
 from jrm_jax.data.template import Template, protocol_stamp
 from jrm_jax.errors import UserError
-from jrm_jax.model import weights
+from jrm_jax.model import published, weights
 from jrm_jax.model.backbone import Backbone, init_backbone
 from jrm_jax.model.config import BackboneConfig, load_config
 from jrm_jax.step import LossConfig, TrainState, make_eval_step, make_forward, make_train_step
@@ -172,10 +172,20 @@ def place(config: ConfigDict, batch: dict, mesh: jax.sharding.Mesh) -> dict:
     return sharding.place_batch(batch, mesh)
 
 
-def make_mesh(config: ConfigDict, backbone: BackboneConfig) -> jax.sharding.Mesh:
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+def make_mesh(
+    config: ConfigDict,
+    backbone: BackboneConfig,
+    devices: Sequence[Any] | None = None,
+    check_batch: bool = True,
+) -> jax.sharding.Mesh:
+    """The mesh of a run; `devices` are this machine's unless given."""
+    given = {} if devices is None else {"devices": devices}
+    sizes = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    sizes = sharding.fill_sizes(sizes, weights.abstract_params(backbone), **given)
+    mesh = sharding.make_mesh(*sizes, **given)
     sharding.check_mesh(backbone, mesh)
-    sharding.check_batch_size(config.batch_size, mesh, config.accumulation)
+    if check_batch:
+        sharding.check_batch_size(config.batch_size, mesh, config.accumulation)
     return mesh
 
 
@@ -193,7 +203,8 @@ def make_backbone(
         remat=config.remat,
         attention=config.backbone.attention,
         scan_unroll=config.backbone.scan_unroll or True,
-        hidden_sharding=sharding.batch_sharding(mesh) if mesh.size > 1 else None,
+        # one device needs no constraint, but attention must know one that is not this machine's
+        hidden_sharding=None if sharding.is_this_device(mesh) else sharding.batch_sharding(mesh),
         reward_token_id=reward_token_id,
     )
 
@@ -336,6 +347,20 @@ def _with_adapters(config: ConfigDict, params: dict, shardings: dict, key: jax.A
     return optim.merge_params(adapters, params)
 
 
+def abstract_state(
+    config: ConfigDict, backbone: BackboneConfig, mesh: jax.sharding.Mesh
+) -> tuple[TrainState, Any]:
+    """What `init_state` returns, as shapes with shardings: nothing is read or allocated."""
+    whole = abstract_params(config, backbone, len(config.data.dimensions))
+    trainable, frozen = optim.split_params(whole, trainable_patterns(config))
+    frozen_dtype = DTYPES[config.backbone.compute_dtype]
+    frozen = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, frozen_dtype), frozen)
+    optimizer, schedule = make_optimizer(config, trainable)
+    opt_state = jax.eval_shape(optimizer.init, trainable)
+    state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), trainable, frozen, opt_state)
+    return sharding.placed(state, sharding.state_shardings(state, mesh)), (optimizer, schedule)
+
+
 def make_steps(config: ConfigDict, backbone: Backbone, data: Data, optimizer, state: TrainState):
     """(train_step, eval_step), jitted; the training state is donated."""
     loss = LossConfig(
@@ -367,4 +392,8 @@ def make_steps(config: ConfigDict, backbone: Backbone, data: Data, optimizer, st
 
 
 def load_backbone_config(config: ConfigDict) -> BackboneConfig:
-    return load_config(backbone_folder(config))
+    """The architecture of the run's folder, which must be the published one of its variant."""
+    folder = backbone_folder(config)
+    found = load_config(folder)
+    published.check_variant(config.get("variant", ""), found, str(folder))
+    return found

@@ -25,6 +25,7 @@ from jrm_jax.model.config import BackboneConfig
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
+LARGE = 2**20  # elements of a parameter that must not be held whole by every device
 CONSTANTS = 16  # elements of an optimizer state that is no moment, at most
 
 _BLOCK = r"backbone/vision/blocks_\d+"
@@ -107,8 +108,7 @@ def make_mesh(
     if free:
         sizes[free[0]] = len(devices) // fixed
     shape = tuple(sizes.values())
-    on_tpu = devices[0].platform == "tpu"
-    slices = len({getattr(device, "slice_index", 0) for device in devices}) if on_tpu else 1
+    slices = _slices(devices)
     if slices > 1:
         if shape[0] % slices:
             raise UserError(
@@ -123,6 +123,31 @@ def make_mesh(
     else:
         grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def fill_sizes(
+    sizes: tuple[int, int, int], params: Mapping[str, Any], devices: Sequence[Any] | None = None
+) -> tuple[int, int, int]:
+    """`sizes` (data, fsdp, tensor) with a number for `data` where it and `fsdp` both are -1.
+
+    `fsdp` then takes the devices of a slice that `tensor` leaves, as far as it divides every large
+    parameter of `params`; `data` takes the rest and crosses slices. 256 devices split no kernel of
+    a tower that is 1152 wide, and each would hold all of it: 128 do, twice.
+    """
+    data, fsdp, tensor = sizes
+    if (data, fsdp) != (-1, -1):
+        return sizes
+    devices = jax.devices() if devices is None else devices
+    slices = _slices(devices)
+    rest = len(devices) // slices // max(tensor, 1)
+    if tensor < 1 or rest * slices * tensor != len(devices):
+        return 1, -1, tensor  # `make_mesh` says what is wrong
+    lengths = [
+        leaf.shape[dims.index("fsdp")]
+        for path, leaf in _leaves(params)
+        if leaf.size >= LARGE and "fsdp" in (dims := rule(path) or ())
+    ]
+    return rest // math.gcd(rest, *lengths) * slices, -1, tensor
 
 
 def check_mesh(config: BackboneConfig, mesh: Mesh) -> None:
@@ -162,6 +187,20 @@ def rule(path: str) -> tuple[str | None, ...] | None:
     if dims is None or name not in LORA:
         return dims
     return (*dims[:-1], None) if name == LORA[0] else (*dims[:-2], None, dims[-1])
+
+
+def _leaves(tree: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    return [
+        ("/".join(key.key for key in keys), leaf)
+        for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    ]
+
+
+def _slices(devices: Sequence[Any]) -> int:
+    """TPU slices among the devices; other platforms have none, and None counts as the only one."""
+    if devices[0].platform != "tpu":
+        return 1
+    return len({getattr(device, "slice_index", None) or 0 for device in devices})
 
 
 def param_shardings(tree: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
@@ -234,6 +273,20 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
         frozen=param_shardings(state.frozen, mesh),
         opt_state=optimizer_shardings(state.opt_state, state.trainable, mesh),
     )
+
+
+def placed(tree: Any, shardings: Any) -> Any:
+    """jax.ShapeDtypeStruct per leaf, with its sharding."""
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        tree,
+        shardings,
+    )
+
+
+def is_this_device(mesh: Mesh) -> bool:
+    """One device, of the platform that this process computes on."""
+    return mesh.size == 1 and mesh.devices.flat[0].platform == jax.default_backend()
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -48,6 +48,7 @@ from jrm_jax.errors import UserError
 
 __all__ = [
     "Batch", "BatchIterator", "EncodedExample", "Encoder", "HostBatch", "assemble_batch",
+    "empty_batch",
     "make_encoder", "make_iterator", "repeat_prompt",
 ]  # fmt: skip
 
@@ -69,7 +70,7 @@ def assemble_batch(
     Raises:
         UserError: a group does not fit.
     """
-    batch = _empty_batch(len(encoded), bucket, encoder)
+    batch = empty_batch(len(encoded), bucket, encoder)
     slots = bucket.patches // encoder.processor.merge**2
     tables_of = {
         "patch_positions": "positions",
@@ -110,7 +111,7 @@ def assemble_batch(
     return batch
 
 
-def _empty_batch(groups: int, bucket: Bucket, encoder: Encoder) -> Batch:
+def empty_batch(groups: int, bucket: Bucket, encoder: Encoder) -> Batch:
     """All padding: what a filler row looks like."""
     B, K, I, N = groups, bucket.candidates, bucket.images, bucket.patches
     P, C, T, R = bucket.prompt, bucket.candidate, bucket.critique, len(encoder.dimensions)

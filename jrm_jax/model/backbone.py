@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jrm_jax.model.config import BackboneConfig
 from jrm_jax.model.decoder import Cache, Decoder, Generated, Layout, constrain, gather_visual
@@ -25,17 +25,26 @@ EMBEDDING_SPREAD = 0.1
 
 
 class Embed(nn.Module):
-    """Token embedding table."""
+    """Token embedding table.
+
+    Its width is split over `fsdp`, like the batch. The looked-up rows are pinned to that split
+    first: one exchange among the devices of `fsdp` then turns it into a split of rows. Left to
+    itself, the compiler copies the rows of all devices to all devices on the way back.
+    """
 
     vocab: int
     width: int
+    mesh: Mesh | None = None
 
     @nn.compact
     def __call__(self, tokens: Array) -> Array:
         init = nn.initializers.normal(EMBEDDING_SPREAD)
         table = self.param("embedding", init, (self.vocab, self.width), jnp.float32)
         # an id outside the table gives NaN, which stops the run, instead of a wrong row
-        return jnp.take(table, tokens, axis=0, mode="fill", fill_value=jnp.nan)
+        rows = jnp.take(table, tokens, axis=0, mode="fill", fill_value=jnp.nan)
+        if self.mesh is None or self.width % self.mesh.shape["fsdp"]:
+            return rows
+        return constrain(rows, NamedSharding(self.mesh, PartitionSpec("data", None, "fsdp")))
 
 
 class Backbone(nn.Module):
@@ -63,7 +72,7 @@ class Backbone(nn.Module):
         config = self.config
         mesh = None if self.hidden_sharding is None else self.hidden_sharding.mesh
         shared = (self.dtype, self.remat, self.attention, self.scan_unroll)
-        self.embed = Embed(config.text.vocab, config.text.hidden)
+        self.embed = Embed(config.text.vocab, config.text.hidden, mesh)
         self.vision = VisionTower(config.vision, *shared, mesh)
         self.decoder = Decoder(config.text, config.taps, *shared, self.hidden_sharding)
 
@@ -145,6 +154,7 @@ class Backbone(nn.Module):
         positions_B3S = jnp.concatenate([inputs["prompt_positions"], own_B3KC], axis=2)
 
         hidden = self.embed(tokens_BS)
+        hidden = constrain(hidden, self.hidden_sharding)
         if self.reward_token_id >= 0:
             is_reward = (tokens_BS == self.reward_token_id)[..., None]
             hidden = jnp.where(is_reward, reward_embedding_D.astype(hidden.dtype), hidden)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jrm_jax.model.attention import attention
+from jrm_jax.model.attention import BATCH_AXES, attention
 from jrm_jax.model.config import VisionConfig, vision_segments
 from jrm_jax.model.layers import Linear, RMSNorm, matmul, stack
 from jrm_jax.model.rope import Rotary, apply_rotary, vision_rotary
@@ -100,6 +101,7 @@ class VisionBlock(nn.Module):
         hidden_bNd = hidden_bNd + attend(x, segments_bN, rotary)
         x = _norm(self.vision, self.dtype, "norm2")(hidden_bNd)
         hidden_bNd = hidden_bNd + VisionMLP(self.vision, self.dtype, name="mlp")(x)
+        hidden_bNd = _pin(hidden_bNd, self.mesh, BATCH_AXES)
         return hidden_bNd, hidden_bNd if self.collect else None
 
 
@@ -127,12 +129,15 @@ class PositionTable(nn.Module):
     """Learned square table, resampled to each image's grid by four taps per patch (Qwen3-VL)."""
 
     vision: VisionConfig
+    mesh: Mesh | None = None
 
     @nn.compact
     def __call__(self, index_bN4: Array, weight_bN4: Array) -> Array:
         shape = (self.vision.num_positions, self.vision.hidden)
         # As large as the patches it is added to: what a random start has to tell places by.
         table = self.param("embedding", nn.initializers.normal(0.5), shape, jnp.float32)
+        # a split table would be looked up for the rows of all devices; whole, it is small
+        table = _pin(table, self.mesh)
         taps_bN4d = jnp.take(table, index_bN4, axis=0).astype(jnp.float32)
         return jnp.einsum("bnk,bnkd->bnd", weight_bN4, taps_bN4d)
 
@@ -173,10 +178,11 @@ class VisionTower(nn.Module):
         vision = self.vision
         hidden = PatchEmbed(vision, self.dtype, name="patch_embed")(inputs.patches)
         if vision.family == "qwen3_vl":
-            table = PositionTable(vision, name="position")
+            table = PositionTable(vision, self.mesh, name="position")
             hidden = hidden + table(inputs.position_index, inputs.position_weight).astype(
                 self.dtype
             )
+        hidden = _pin(hidden, self.mesh, BATCH_AXES)
         rotary = vision_rotary(inputs.positions, vision.hidden // vision.heads)
         segment_ids = {"full": inputs.segments, "window": inputs.windows}
         deepstack, blocks = [], []
@@ -194,6 +200,13 @@ class VisionTower(nn.Module):
             deepstack=jnp.stack(deepstack) if deepstack else None,
             blocks=jnp.concatenate(blocks) if collect else None,
         )
+
+
+def _pin(array: Array, mesh: Mesh | None, rows: tuple[str, ...] | None = None) -> Array:
+    """Pin the leading axis to mesh axes, or the whole array to every device."""
+    if mesh is None:
+        return array
+    return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, PartitionSpec(rows)))
 
 
 def normalise_patches(patches_u8: Array, mean3: Array, std3: Array) -> Array:

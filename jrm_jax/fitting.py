@@ -1,0 +1,290 @@
+"""Compiled steps become a table: what they hold, send and compute, and how fast they could be.
+
+Every bound is a lower one: a step cannot be faster than its products at the chip's peak, than one
+pass over what it must read and write, or than its collectives at the full speed of all links. What
+overlaps in reality is assumed to overlap here, so the largest of them is the bound.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from jrm_jax import build, compiling, sharding
+from jrm_jax.chips import GIB, Chip, Topology
+from jrm_jax.collectives import Collectives, Traffic, read_collectives
+from jrm_jax.data.plan import Bucket
+from jrm_jax.errors import UserError
+from jrm_jax.flops import StepFlops, score_flops, train_flops
+from jrm_jax.model.config import BackboneConfig
+from jrm_jax.model.layers import REMAT
+
+CHEAPEST_FIRST = ("none", "dots", "full")  # what the backward pass computes again
+assert set(CHEAPEST_FIRST) == set(REMAT)
+_LARGEST = 64  # groups per place of the mesh that the search tries, at most
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One config, topology and set of sizes."""
+
+    config: ConfigDict
+    backbone: BackboneConfig
+    topology: Topology
+    devices: tuple[Any, ...]
+    visual: int
+    text: int
+    critique: int
+    candidates: int
+    images: int
+
+    def bucket(self, which: str) -> Bucket:
+        language = which == "train" and bool(self.config.loss.language_weight)
+        critique = self.critique if language else 0
+        return compiling.make_bucket(
+            self.backbone, self.visual, self.text, critique, self.candidates, self.images,
+            self.config.data.round_to,
+        )  # fmt: skip
+
+    def mesh(self, check_batch: bool = True) -> Any:
+        return build.make_mesh(self.config, self.backbone, self.devices, check_batch)
+
+    def compile(self, which: str) -> compiling.Compiled:
+        step = {"train": compiling.compile_train, "score": compiling.compile_score}[which]
+        return step(self.config, self.backbone, self.bucket(which), self.mesh())
+
+    def flops(self, which: str) -> StepFlops:
+        """Of one group."""
+        bucket = self.bucket(which)
+        if which == "score":
+            return score_flops(self.backbone, bucket)
+        state, _ = build.abstract_state(self.config, self.backbone, self.mesh())
+        return train_flops(
+            self.backbone, bucket, state.trainable, state.frozen, self.config.remat,
+            self.config.loss.chunk,
+        )  # fmt: skip
+
+    def with_(self, batch_size: int, remat: str) -> Case:
+        config = self.config.copy_and_resolve_references()
+        with config.unlocked():
+            config.batch_size, config.remat = batch_size, remat
+        return dataclasses.replace(self, config=config)
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """One compiled step. FLOPs of the whole step; bytes and seconds of a device."""
+
+    which: str
+    compiled: compiling.Compiled
+    collectives: Collectives
+    flops: StepFlops
+    bounds: dict[str, float]
+    pairs: int
+    chips: int
+    peak_flops: float
+
+    @property
+    def bound(self) -> float:
+        return max(self.bounds.values())
+
+    @property
+    def utilisation(self) -> float:
+        """Model FLOPs over what the chips could do in that time."""
+        return self.flops.model / (self.chips * self.peak_flops * self.bound)
+
+    def numbers(self) -> dict[str, Any]:
+        """For a JSON file."""
+        kept = dataclasses.asdict(self.compiled)
+        del kept["program"]
+        sent = {
+            where: {kind: traffic._asdict() for kind, traffic in each.items()}
+            for where, each in self.collectives._asdict().items()
+        }
+        return {
+            **kept,
+            "collectives": sent,
+            "model_flops": self.flops.model,
+            "recomputed_flops": self.flops.again,
+            "model_flops_per_pair": self.flops.model / self.pairs,
+            "bounds_seconds": self.bounds,
+            "step_seconds_at_least": self.bound,
+            "model_flops_utilisation_at_most": self.utilisation,
+            "pairs_per_second_per_chip_at_most": self.pairs / self.bound / self.chips,
+        }
+
+
+def report(case: Case, which: str) -> Report:
+    """Compile a step and count. Raises compiling.OutOfMemory."""
+    compiled = case.compile(which)
+    topology, groups = case.topology, case.config.batch_size
+    collectives = read_collectives(compiled.program, len(case.devices), topology.slices)
+    flops = StepFlops(*(groups * each for each in case.flops(which)))
+    return Report(
+        which=which,
+        compiled=compiled,
+        collectives=collectives,
+        flops=flops,
+        bounds=bounds(case, which, compiled, collectives, flops),
+        pairs=groups * math.comb(case.candidates, 2),
+        chips=topology.chips,
+        peak_flops=topology.chip.flops,
+    )
+
+
+def bounds(
+    case: Case, which: str, compiled: compiling.Compiled, sent: Collectives, flops: StepFlops
+) -> dict[str, float]:
+    """Seconds that a step takes at least, by what limits it."""
+    chip: Chip = case.topology.chip
+    per_chip = len(case.devices) / case.topology.chips
+    weights = sum(
+        math.prod(leaf.shape)
+        for leaf in jax.tree.leaves(build.abstract_params(case.config, case.backbone, 1))
+    )
+    width = build.DTYPES[case.config.backbone.compute_dtype].dtype.itemsize
+    passes = 1 if which == "score" else 2 + (case.config.remat == "full")
+    gathered = passes * weights * width / case.mesh().shape["tensor"]
+    # the state is read and written once; the gathered weights are read in every pass
+    kept = compiled.params + compiled.optimizer
+    moved = gathered + kept * (1 if which == "score" else 2)
+    network = sum(traffic.bytes for traffic in sent.network.values())
+    return {
+        "compute": sum(flops) / case.topology.chips / chip.flops,
+        "memory": per_chip * moved / chip.memory_bandwidth,
+        "links": per_chip * sum(t.bytes for t in sent.links.values()) / chip.link_bandwidth,
+        "network": per_chip * network / chip.network_bandwidth,
+    }
+
+
+def find(case: Case, say: Callable[[str], None]) -> Case:
+    """The largest batch that fits with the most remat, then the least remat at that batch.
+
+    Batches double, from one group per place of the mesh and microbatch.
+
+    Raises:
+        UserError: not even one group per place fits.
+    """
+    mesh = case.mesh(check_batch=False)
+    step = math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES) * case.config.accumulation
+    best = None
+    for groups in (2**n for n in range(_LARGEST.bit_length())):
+        tried = case.with_(groups * step, CHEAPEST_FIRST[-1])
+        failure = _try(tried, say)
+        if failure:
+            if best is None:
+                raise UserError(failure)
+            break
+        best = tried
+    for remat in CHEAPEST_FIRST[:-1]:
+        tried = case.with_(best.config.batch_size, remat)
+        if not _try(tried, say):
+            return tried
+    return best
+
+
+def _try(case: Case, say: Callable[[str], None]) -> str:
+    """'' where the train step fits, else what `advice` says."""
+    words = f"batch_size {case.config.batch_size}, remat {case.config.remat}"
+    try:
+        compiled = case.compile("train")
+    except compiling.OutOfMemory as error:
+        say(f"{words}: does not fit{_by_how_much(error)}")
+        return advice(case, "train", error)
+    say(f"{words}: fits, {_gib(compiled.peak)} at the peak ({compiled.seconds:.0f} s)")
+    return ""
+
+
+def _by_how_much(error: compiling.OutOfMemory) -> str:
+    if error.needed is None or error.available is None:
+        return ""
+    over = error.needed - error.available
+    return f": {_gib(error.needed)} of {_gib(error.available)}, {_gib(over)} too much"
+
+
+def advice(case: Case, which: str, error: compiling.OutOfMemory) -> str:
+    """One line: by how much a step does not fit, and what would help, the cheapest first."""
+    config = case.config
+    mesh = case.mesh()
+    places = math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES)
+    hints = []
+    if which == "train" and config.remat != CHEAPEST_FIRST[-1]:
+        hints.append(f"--config.remat={CHEAPEST_FIRST[-1]}")
+    if config.batch_size > places * config.accumulation:
+        half = config.batch_size // 2
+        hints.append(f"--config.batch_size={half}")
+        if which == "train":
+            hints.append(f"--config.accumulation={config.accumulation * 2}")
+    elif math.gcd(case.backbone.text.kv_heads, case.backbone.vision.heads) > mesh.shape["tensor"]:
+        wider = mesh.shape["tensor"] * 2
+        hints.append(f"--config.mesh.tensor={wider} with a batch of {places // 2} groups")
+    if which == "train" and tuple(config.trainable) == (".*",):
+        hints.append("--config.lora.rank=16 or fewer patterns in --config.trainable (docs/pods.md)")
+    hints.append("fewer tokens, or more chips")
+    return (
+        f"the {which} step of {config.get('variant') or 'this backbone'} does not fit on "
+        f"{case.topology.name}{_by_how_much(error)}. Try {', or '.join(hints)}"
+    )
+
+
+def table(case: Case, reports: list[Report]) -> str:
+    """The reports side by side, in lines of text."""
+    chip, mesh = case.topology.chip, case.mesh()
+    sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    slices = f"{case.topology.slices} slices of " if case.topology.slices > 1 else ""
+    bucket = case.bucket("train")
+    lines = [
+        f"{case.config.get('variant') or case.config.backbone.path} on {slices}"
+        f"{case.topology.name}: {case.topology.chips} chips, {sizes}",
+        f"{case.config.batch_size} groups a step: {bucket.prompt} + {case.candidates} candidates x "
+        f"{bucket.candidate} slots, critiques of {bucket.critique}, {case.images} pictures of "
+        f"{case.visual} visual tokens; remat {case.config.remat}",
+        "",
+    ]
+    rows = [("", [each.which for each in reports])]
+
+    def row(name: str, value: Callable[[Report], str]) -> None:
+        rows.append((name, [value(each) for each in reports]))
+
+    row("parameters / device", lambda r: _gib(r.compiled.params))
+    row("optimizer state / device", lambda r: _gib(r.compiled.optimizer))
+    row("batch / device", lambda r: _gib(r.compiled.batch))
+    row("activations / device", lambda r: _gib(r.compiled.activations))
+    memory = chip.memory / len(case.devices) * case.topology.chips
+    row("peak / device", lambda r: f"{_gib(r.compiled.peak)} of {memory / GIB:.0f}")
+    row("FLOPs / step", lambda r: f"{r.flops.model:.3g}")
+    row("  computed again", lambda r: f"{r.flops.again:.3g}")
+    row("FLOPs / pair", lambda r: f"{r.flops.model / r.pairs:.3g}")
+    for where in Collectives._fields:
+        kinds = {kind for each in reports for kind in getattr(each.collectives, where)}
+        for kind in sorted(kinds):
+            row(f"{kind}, {where}", lambda r, w=where, k=kind: _traffic(r.collectives, w, k))
+    for name in reports[0].bounds:
+        row(f"{name} bound", lambda r, n=name: f"{r.bounds[n] * 1e3:.1f} ms")
+    row("step at least", lambda r: f"{r.bound * 1e3:.1f} ms ({max(r.bounds, key=r.bounds.get)})")
+    row("MFU at most", lambda r: f"{r.utilisation:.2f}")
+    row("pairs/s/chip at most", lambda r: f"{r.pairs / r.bound / r.chips:.3g}")
+    row("attention", lambda r: f"splash x {n}" if (n := len(r.compiled.attention)) else "xla")
+    row("compile", lambda r: f"{r.compiled.seconds:.0f} s")
+    row("  of a processor", lambda r: f"{r.compiled.processor_seconds:.0f} s")
+    width = max(len(name) for name, _ in rows) + 2
+    columns = [max(len(values[i]) for _, values in rows) + 3 for i in range(len(reports))]
+    lines += [
+        name.ljust(width) + "".join(v.rjust(w) for v, w in zip(values, columns, strict=True))
+        for name, values in rows
+    ]
+    return "\n".join(lines)
+
+
+def _gib(count: float) -> str:
+    return f"{count / GIB:.2f} GiB"
+
+
+def _traffic(collectives: Collectives, where: str, kind: str) -> str:
+    sent: Traffic | None = getattr(collectives, where).get(kind)
+    return "-" if sent is None else f"{sent.count} x, {_gib(sent.bytes)}"

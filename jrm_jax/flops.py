@@ -1,0 +1,126 @@
+"""FLOPs of a step, counted from shapes: the matrix products, two per multiply-add.
+
+Counted at a bucket's static sizes, padding included. Causal attention counts the visible keys
+only, as splash skips the others; window layers count whole images, as they run masked.
+The compiler's own count is no use here: it sees the body of a scan once and no kernel at all.
+
+Letters: K candidates, I images, N patch slots, P prompt slots, C candidate slots, T critique
+targets of a candidate, S = P + K*C.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from jrm_jax.data.plan import Bucket
+from jrm_jax.model.config import BackboneConfig
+from jrm_jax.optim import flatten
+
+
+class Part(NamedTuple):
+    """Forward FLOPs of a group: products with weights, and attention's two products."""
+
+    linear: int
+    attention: int
+
+
+class StepFlops(NamedTuple):
+    """FLOPs of a group: what the step is for, and what remat and chunking compute again."""
+
+    model: int
+    again: int
+
+
+# Parts in the order of the forward pass: their kernels, and all parameters for whose gradient
+# something must pass back through the part.
+_KERNELS = {
+    "patches": r"backbone/vision/patch_embed/kernel",
+    "blocks": r"backbone/vision/blocks_\d+/.*kernel",
+    "mergers": r"backbone/vision/(merger|deepstack_\d+)/.*kernel",
+    "layers": r"backbone/decoder/.*kernel",
+    "language_head": r"language_head/kernel",
+}
+_REACHED = {
+    "patches": r"backbone/vision/(patch_embed|position)/.*",
+    "blocks": r"backbone/vision/blocks_.*",
+    "mergers": r"backbone/vision/(merger|deepstack_).*",
+    "layers": r"(backbone/decoder/.*|backbone/embed/.*|reward_embedding)",
+    "language_head": r"language_head/.*",
+}
+_REMAT = ("blocks", "layers")  # the stacks that `config.remat` is about
+
+
+def forward_flops(backbone: BackboneConfig, bucket: Bucket, causal: bool = True) -> dict[str, Part]:
+    """FLOPs of one group by part; `causal=False` counts attention's whole rectangles."""
+    vision, text = backbone.vision, backbone.text
+    K, I, N = bucket.candidates, bucket.images, bucket.patches
+    P, C, T = bucket.prompt, bucket.candidate, bucket.critique
+    S, d, D = P + K * C, vision.hidden, text.hidden
+    matrices = 2 if backbone.family == "qwen3_vl" else 3
+    block = 4 * d * d + matrices * d * vision.mlp
+    merger = (vision.merge**2 * d) * (vision.merge**2 * d + D)
+    tokens = I * N // vision.merge**2
+    heads, groups = text.heads * text.head_dim, text.kv_heads * text.head_dim
+    layer = 2 * D * heads + 2 * D * groups + 3 * D * text.mlp
+
+    def pairs(length: int) -> int:
+        return length * (length + 1) // 2 if causal else length * length
+
+    seen = pairs(P) + K * (C * P + pairs(C))
+    return {
+        "patches": Part(2 * I * N * vision.features * d, 0),
+        "blocks": Part(2 * I * N * vision.depth * block, 4 * I * N * N * d * vision.depth),
+        "mergers": Part(2 * tokens * merger * (1 + backbone.taps), 0),
+        "layers": Part(2 * S * text.layers * layer, 4 * seen * heads * text.layers),
+        "language_head": Part(2 * K * T * D * text.vocab, 0),
+    }
+
+
+def score_flops(backbone: BackboneConfig, bucket: Bucket) -> StepFlops:
+    """Of a group in the score step."""
+    return StepFlops(sum(map(sum, forward_flops(backbone, bucket).values())), 0)
+
+
+def train_flops(
+    backbone: BackboneConfig,
+    bucket: Bucket,
+    trainable: Mapping[str, Any],
+    frozen: Mapping[str, Any],
+    remat: str,
+    chunk: int,
+) -> StepFlops:
+    """Of a group in the train step.
+
+    A frozen kernel needs no gradient, and a part needs none for its input where nothing before it
+    is trained. A tied head counts as its embedding table.
+    """
+    parts = forward_flops(backbone, bucket)
+    sizes = {True: _sizes(trainable), False: _sizes(frozen)}
+    model = again = 0
+    before = False  # is anything up to here trained?
+    for name, (linear, attention) in parts.items():
+        kernels = _KERNELS[name]
+        if name == "language_head" and backbone.text.tie_embeddings:
+            kernels = r"backbone/embed/embedding"
+        own, rest = (_total(sizes[kind], kernels) for kind in (True, False))
+        here = any(re.fullmatch(_REACHED[name], path) for path in sizes[True])
+        share = own / max(1, own + rest)
+        inputs = before or (here and name != "patches")
+        model += linear + attention + int(share * linear) + inputs * (linear + 2 * attention)
+        before = before or here
+        if before:  # else nothing is kept, or made again, for a backward pass
+            if name in _REMAT:
+                again += {"none": 0, "dots": attention, "full": linear + attention}[remat]
+            elif name == "language_head" and 0 < chunk < bucket.candidates * bucket.critique:
+                again += linear
+    return StepFlops(model, again)
+
+
+def _sizes(tree: Mapping[str, Any]) -> dict[str, int]:
+    return {path: leaf.size for path, leaf in flatten(tree).items()}
+
+
+def _total(sizes: Mapping[str, int], pattern: str) -> int:
+    return sum(size for path, size in sizes.items() if re.fullmatch(pattern, path))
