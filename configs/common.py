@@ -57,9 +57,9 @@ def base() -> ConfigDict:
     config.seed = 0
     config.batch_size = 16  # groups per step, all hosts together
     config.accumulation = 1  # microbatches per step
-    config.total_steps = 640
-    config.eval_interval = 160  # steps between evaluations on `valid`
-    config.save_interval = 160  # steps between checkpoints
+    config.total_steps = 700
+    config.eval_interval = 140  # steps between evaluations on `valid`
+    config.save_interval = 140  # steps between checkpoints
     config.keep_interval = 0  # checkpoints at multiples of so many steps are all kept; 0: none
     config.log_interval = 10
     config.best_metric = "auto"  # of `valid`; auto: pair_accuracy, or -language without ranking
@@ -89,7 +89,7 @@ def base() -> ConfigDict:
     config.data.world = ConfigDict()
     config.data.world.kind = "edits"  # see builders.prepare_world
     config.data.world.seed = 0
-    config.data.world.train = 10_240
+    config.data.world.train = 11_200
     config.data.world.valid = 256
     config.data.world.test = 512
     config.data.world.hard = 512
@@ -106,7 +106,7 @@ def base() -> ConfigDict:
     config.data.prefetch = 4
 
     config.loss = ConfigDict()
-    config.loss.preference_weight = 1.0
+    config.loss.preference_weight = 3.0
     config.loss.language_weight = 1.0
     config.loss.first_weight = 4.0  # of the token that the reward token predicts; others have 1
     config.loss.margin = 0.0
@@ -166,6 +166,7 @@ def real_backbone(config: ConfigDict, variant: str) -> ConfigDict:
     config.data.visual_cuts = (128, 256)
     config.data.round_to = 128
     config.data.workers = 8
+    config.loss.preference_weight = 1.0
     config.loss.language_weight = 0.5 if config.loss.language_weight else 0.0
     config.loss.chunk = 512
     config.loss.first_weight = 1.0
