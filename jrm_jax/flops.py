@@ -98,6 +98,14 @@ def train_flops(
     """
     parts = forward_flops(backbone, bucket)
     sizes = {True: _sizes(trainable), False: _sizes(frozen)}
+    vision, text = backbone.vision, backbone.text
+    slots = bucket.prompt + bucket.candidates * bucket.candidate
+    patches = bucket.images * bucket.patches
+    # the last product of a layer makes its output, for which no gradient asks
+    last = {
+        "blocks": 2 * patches * vision.depth * vision.hidden * vision.mlp,
+        "layers": 2 * slots * text.layers * text.hidden * text.mlp,
+    }
     model = again = 0
     before = False  # is anything up to here trained?
     for name, (linear, attention) in parts.items():
@@ -112,7 +120,8 @@ def train_flops(
         before = before or here
         if before:  # else nothing is kept, or made again, for a backward pass
             if name in _REMAT:
-                again += {"none": 0, "dots": attention, "full": linear + attention}[remat]
+                layers = linear + attention - last[name]
+                again += {"none": 0, "dots": attention, "full": layers}[remat]
             elif name == "language_head" and 0 < chunk < bucket.candidates * bucket.critique:
                 again += linear
     return StepFlops(model, again)
