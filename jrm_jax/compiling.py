@@ -7,6 +7,7 @@ Letters: see `data/pipeline.py`.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import os
 import re
 import time
@@ -72,7 +73,7 @@ def describe_devices(topology: Topology) -> list[Any]:
         found = topologies.get_topology_desc(topology.name, platform="tpu", **options).devices
     except Exception as error:
         text = " ".join(str(error).split())
-        if "libtpu" in text.lower():
+        if importlib.util.find_spec("libtpu") is None:
             raise UserError(
                 "compiling for a TPU needs libtpu: pip install -r requirements-tpu.txt"
             ) from error
@@ -135,6 +136,7 @@ def stand_in_encoder(config: ConfigDict, backbone: BackboneConfig) -> Any:
         tokenizer=SimpleNamespace(pad_id=0, reward_id=min(UNUSED_TOKEN, backbone.text.vocab - 1)),
         vision=backbone.vision,
         dimensions=tuple(config.data.dimensions),
+        facts=0,
     )
 
 

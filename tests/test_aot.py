@@ -108,7 +108,7 @@ def test_abstract_state_is_what_training_starts_from():
     config.trainable, config.backbone.random = ("decoder", "reward_"), True
     mesh = one_device()
     tokenizer = SimpleNamespace(end_id=3, reward_id=5)
-    encoder = SimpleNamespace(dimensions=("overall",), tokenizer=tokenizer)
+    encoder = SimpleNamespace(dimensions=("overall",), tokenizer=tokenizer, facts=0)
     real, _ = build.init_state(config, backbone, mesh, encoder)
     ours, _ = build.abstract_state(config, backbone, mesh)
     described = [
