@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -203,6 +204,7 @@ def _run(*arguments):
     return subprocess.run(
         [sys.executable, "-m", "jrm_jax.study", *arguments],
         capture_output=True, text=True, cwd=ROOT, timeout=500,
+        env={**os.environ, "XLA_FLAGS": ""},  # one device, as the file that it is compared with
     )  # fmt: skip
 
 
