@@ -214,12 +214,15 @@ def _compile(step: Any, arguments: tuple, params: int, optimizer: int, batch: in
 
 
 def attention_kernels(module: str) -> tuple[str, ...]:
-    """Mosaic kernels called by a lowered module, each once: 'name [rows, heads, slots, width]'."""
+    """Mosaic kernels called by a lowered module, each once: 'name [rows, heads, slots, width]'.
+
+    A device with one row has no axis for it.
+    """
     calls = re.findall(r'@tpu_custom_call\(.*kernel_name = "([^"]+)".* : \((.*)\) -> ', module)
     found = []
     for name, operands in calls:
-        # the widest operands are queries, keys and values; the masks' tables have fewer dimensions
-        shapes = re.findall(r"tensor<((?:\d+x){4})b?f\d+>", operands)
+        # the first operands after the integer tables of the mask are the queries
+        shapes = re.findall(r"tensor<((?:\d+x){3,4})b?f\d+>", operands)
         shape = shapes[0].rstrip("x").replace("x", ", ") if shapes else ""
         found.append(f"{name} [{shape}]")
     return tuple(dict.fromkeys(found))
