@@ -24,9 +24,9 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.asked = 0  # the signal
+        self._several = jax.process_count() > 1
 
     def __enter__(self) -> StopRequest:
-        self._several = jax.process_count() > 1
         numbers = (signal.SIGINT,) if self._several else STOP_SIGNALS
         self._before = {number: signal.signal(number, self._ask) for number in numbers}
         return self
