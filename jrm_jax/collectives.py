@@ -23,7 +23,7 @@ _CALLED = re.compile(r"(?:calls|to_apply|body|condition|called_computations|true
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _CONDITION = re.compile(r"condition=%?([\w.\-]+)")
-_CONSTANT = re.compile(r"^s32\[\]\S* constant\((\d+)\)")
+_CONSTANT = re.compile(r"^[su]32\[\]\S* constant\((\d+)\)")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _SHAPE = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
 _LISTED = re.compile(r"replica_groups=\{(\{[\d,{} ]*\})\}")

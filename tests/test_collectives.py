@@ -93,3 +93,5 @@ def test_collectives_of_a_tpu_program():
     assert found.network["all-gather"] == Traffic(7, 7 * 512 * 8 * 2 * 7 // 8)
     assert found.network["all-reduce"] == Traffic(1, 2 * 24 // 2)
     assert found.links == {"reduce-scatter": Traffic(7, 7 * 64 * 8 * 4 * 7 // 8)}
+    # a product that gathers piece by piece counts in unsigned numbers
+    assert read_collectives(TPU_TEXT.replace("s32[]", "u32[]"), 16, slices=2) == found
