@@ -44,7 +44,7 @@ def read_jsonl(path: str, issues: Issues) -> Benchmark:
     """
     folder = Path(path)
     if folder.is_dir() and (folder / "jrm_jax.json").is_file():
-        from jrm_jax.data.builders import open_dataset
+        from jrm_jax.data.store import open_dataset
 
         splits = {name: split for name, split in open_dataset(folder).items() if name != "train"}
         cases = [
