@@ -25,7 +25,7 @@ from jrm_jax.data.judged import Judged
 from jrm_jax.data.pairs import Pairs
 from jrm_jax.data.records import Records
 from jrm_jax.data.schema import to_record
-from jrm_jax.data.store import write_dataset
+from jrm_jax.data.store import SHARD_EXAMPLES, write_dataset
 from jrm_jax.data.table import Table
 from jrm_jax.errors import UserError
 
@@ -127,6 +127,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         command.add_argument(
             "--valid_fraction", type=float, default=0.0, help="share of the prompts for 'valid'"
         )
+        command.add_argument(
+            "--shard_examples", type=int, default=SHARD_EXAMPLES, help="groups per file, at most"
+        )
         command.add_argument("--split", default="train", choices=("train", "valid", "test", "hard"))
         command.add_argument(
             "--skip_bad", action="store_true", help="leave bad records out, count and list them"
@@ -195,7 +198,9 @@ def build(args: argparse.Namespace) -> None:
     # Before the bar's thread starts: while this import runs, rich cannot import its own parts.
     import tensorflow_datasets  # noqa: F401
 
-    options = building.Options(args.skip_bad, args.valid_fraction, args.split)
+    options = building.Options(
+        args.skip_bad, args.valid_fraction, args.split, args.shard_examples
+    )
     with _build_progress() as progress:
         result = building.build(
             make_layout(args), args.command, args.data, args.out, options, progress

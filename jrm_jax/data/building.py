@@ -72,11 +72,13 @@ class Options(NamedTuple):
     """skip_bad: leave bad rows out instead of stopping at the first.
 
     valid_fraction: of the prompts, those that go into the split `valid`; all others go to `split`.
+    shard_examples: groups after which a file is complete; it may be complete earlier, by its size.
     """
 
     skip_bad: bool = False
     valid_fraction: float = 0.0
     split: str = "train"
+    shard_examples: int = store.SHARD_EXAMPLES
 
 
 class Problems:
@@ -171,7 +173,9 @@ class _Work:
         self.state = sqlite3.connect(folder / STATE, isolation_level=None)
         self.state.executescript(_TABLES)
         self._check_fingerprint()
-        self.shards = store.Shards(folder, "preferences", self._get("shards", {}))
+        self.shards = store.Shards(
+            folder, "preferences", self._get("shards", {}), options.shard_examples
+        )
         self.counts = Counter(self._get("counts", {}))
         self.dimensions = tuple(self._get("dimensions", ()))
         self.problems = Problems(self.state, options.skip_bad, self.counts)
@@ -191,7 +195,7 @@ class _Work:
             self.state.execute("REPLACE INTO meta VALUES (?, ?)", (name, json.dumps(value)))
 
     def _check_fingerprint(self) -> None:
-        facts = [VERSION, self.name, self.options.valid_fraction, self.options.split]
+        facts = [VERSION, self.name, *self.options._replace(skip_bad=None)]
         facts.append(repr(self.layout))
         facts += [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in self.files]
         digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()

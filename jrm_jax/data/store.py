@@ -38,6 +38,14 @@ def _features():
     )
 
 
+def _serialize(features, record: Mapping[str, Any]) -> bytes:
+    """The same bytes every time: protobuf's maps come in an order of their own otherwise."""
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    message = tf_example_pb2.Example.FromString(features.serialize_example(record))
+    return message.SerializeToString(deterministic=True)
+
+
 class Shards:
     """Writes the shards of a folder, one file after another for each split.
 
@@ -45,11 +53,17 @@ class Shards:
     A shard file that is not listed there is half-written, and is overwritten.
     """
 
-    def __init__(self, folder: Path, name: str, done: Mapping[str, Sequence] | None = None):
-        self.folder, self.name = folder, name
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        done: Mapping[str, Sequence] | None = None,
+        examples: int = SHARD_EXAMPLES,
+    ):
+        self.folder, self.name, self.examples = folder, name, examples
         self.done = {split: [tuple(s) for s in shards] for split, shards in (done or {}).items()}
         self._open: dict[str, list] = {}  # split: [writer, examples, bytes]
-        self._serialize = _features().serialize_example
+        self._features = _features()
 
     def add(self, split: str, record: Mapping[str, Any]) -> None:
         from array_record.python.array_record_module import ArrayRecordWriter
@@ -59,7 +73,7 @@ class Shards:
             path = self.folder / f"{self.name}-{split}.{_FORMAT}-{number:05d}"
             path.unlink(missing_ok=True)
             self._open[split] = [ArrayRecordWriter(str(path), "group_size:1"), 0, 0]
-        data = self._serialize(record)
+        data = _serialize(self._features, record)
         entry = self._open[split]
         entry[0].write(data)
         entry[1] += 1
@@ -69,7 +83,7 @@ class Shards:
     def full(self) -> bool:
         """The open files together hold a shard's worth: time to `close_files`."""
         examples, size = (sum(entry[i] for entry in self._open.values()) for i in (1, 2))
-        return examples >= SHARD_EXAMPLES or size >= SHARD_BYTES
+        return examples >= self.examples or size >= SHARD_BYTES
 
     def close_files(self) -> None:
         """Complete the open shards; they are on the disk afterwards."""
