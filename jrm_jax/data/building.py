@@ -351,6 +351,8 @@ class _Work:
         self.state.execute("BEGIN")
 
     def _finish(self, source: Path, rows: int) -> Result:
+        if self.state.execute("SELECT count(*) FROM waiting").fetchone()[0]:
+            raise RuntimeError("rows wait for others that do not come: the files have changed")
         kinds = {
             kept: dict(self.state.execute(
                 "SELECT kind, count(*) FROM problems WHERE kept = ? GROUP BY kind ORDER BY kind",
