@@ -31,7 +31,7 @@ from jrm_jax.data.pictures import GroupPictures, picture_name
 from jrm_jax.data.schema import Candidate, Image, PreferenceExample, Text, validate
 from jrm_jax.errors import RecordError
 
-DIMENSIONS = ("overall", "prompt_following", "consistency", "visual_quality")
+DIMENSIONS = ("overall", "instruction_following", "consistency", "visual_quality")
 _SOURCES = ("input_images", "input_image", "source_image")
 _EDITS = ("output_images", "output_image")
 _NAMES = {"SC": ("success", "preservation"), "PQ": ("naturalness", "artifacts")}
@@ -249,7 +249,8 @@ def _candidate(one: Judgement) -> Candidate:
 
 
 def _value(one: Judgement, dimension: str) -> float | None:
-    """EditScore's own: SC and PQ are the smaller of their two scores, overall is the geometric
+    """As EditScore computes them (its 'prompt following' has EditReward's name here, so that both
+    can be mixed): SC and PQ are the smaller of their two scores, overall is the geometric
     mean of both."""
     follows, looks = one.scores.get("SC"), one.scores.get("PQ")
     if dimension == "overall":
