@@ -194,7 +194,7 @@ def measure(benchmark: Benchmark, judged: Sequence[Judged], threshold: float) ->
         if dimension != main:
             continue
         metrics.append(_best(name, items))
-        for kind, inside in sections(decided, lambda v: v.judged.case.subtask).items():
+        for kind, inside in sorted(sections(decided, lambda v: v.judged.case.subtask).items()):
             metrics.append(accuracy(f"{name} / {kind}", "pair accuracy", inside))
     return metrics
 
