@@ -256,6 +256,8 @@ def test_conversations_with_a_judge_become_critiques(pictures, build):
     rows = [
         talk(["1.png"], "The image is an AI-generated image.", quality),
         talk(["0.png", "1.png"], RULES + "Add a hat\nand <image_pad>", answer),
+        talk(["0.png", "6.png"], "Is it natural? Image 2 is the edit.", quality),  # both pictures
+        talk(["0.png", "6.png"], RULES + "Add a bow", answer),
         talk(["0.png", "2.png"], RULES + "Add a hat", "I cannot judge this"),
         talk(["0.png", "3.png"], RULES + "Add a hat", '{"reasoning": "x", "score": [1]}'),
         talk(["4.png"], "Naturalness?", quality),  # nobody tells what was asked for
@@ -263,7 +265,9 @@ def test_conversations_with_a_judge_become_critiques(pictures, build):
     ]
     (pictures / "reward.json").write_text(json.dumps(rows))
     found, kinds = build("editscore", pictures / "reward.json")
-    (example,) = found
+    example, other = found
+    assert other.candidates[0].parts[0].data == png(6)
+    assert other.candidates[0].critique.count("\n") == 2
     assert example.prompt[0].text == "Add a hat\nand <image_pad>"
     assert example.prompt[1].data == png(0) and example.candidates[0].parts[0].data == png(1)
     assert example.candidates[0].critique == (
@@ -285,6 +289,8 @@ def test_bad_rows_of_judgements(pictures, build):
         judged_row("gone.png"),
         judged_row("2.png", sc=[1, 2, 3]),
         judged_row("2.png", sc=["high", "low"]),
+        judged_row("2.png", sc=[26, 3]),
+        judged_row("2.png", pq=[-1, 3]),
         judged_row("2.png", output_image=None),
         judged_row("2.png", instruction=3),
         judged_row("2.png", instruction=" "),
@@ -294,7 +300,8 @@ def test_bad_rows_of_judgements(pictures, build):
     assert len(found) == 1 and len(found[0].candidates) == 1
     assert kinds == {
         ("left out", "picture that is missing"): 1, ("left out", "field 'SC_score'"): 2,
-        ("left out", "field 'output_image'"): 1, ("left out", "field 'instruction'"): 2,
+        ("left out", "score out of its range"): 2, ("left out", "field 'output_image'"): 1,
+        ("left out", "field 'instruction'"): 2,
         ("left out", "judgement without reasoning or comparison"): 1,
     }  # fmt: skip
 

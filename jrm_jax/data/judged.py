@@ -32,6 +32,7 @@ from jrm_jax.data.schema import Candidate, Image, PreferenceExample, Text, valid
 from jrm_jax.errors import RecordError
 
 DIMENSIONS = ("overall", "instruction_following", "consistency", "visual_quality")
+LARGEST = 25  # of EditScore's scales
 _SOURCES = ("input_images", "input_image", "source_image")
 _EDITS = ("output_images", "output_image")
 _NAMES = {"SC": ("success", "preservation"), "PQ": ("naturalness", "artifacts")}
@@ -180,6 +181,9 @@ def _two(value: Any, where: str, field: str) -> tuple[float, float]:
     )
     if not right:
         raise field_error(where, field, f"is {str(value)[:40]}, must be two numbers")
+    if min(numbers) < 0 or max(numbers) > LARGEST:
+        words = f"is {str(value)[:40]}, must be from 0 to {LARGEST}"
+        raise field_error(where, field, words, "score out of its range")
     return float(numbers[0]), float(numbers[1])
 
 
