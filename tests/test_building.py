@@ -3,9 +3,11 @@
 import io
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -18,6 +20,8 @@ from jrm_jax.data import builders, building, rows, store
 from jrm_jax.data.pairs import Pairs
 from jrm_jax.data.schema import from_record
 from jrm_jax.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def png(seed, side=12):
@@ -190,6 +194,24 @@ def test_a_bad_row_keeps_what_is_done_and_can_then_be_skipped(tmp_path):
     with pytest.raises(UserError, match="left_output_image.*keeps what is done: the same command"):
         building.build(*arguments, strict)
     assert building.build(*arguments, strict._replace(skip_bad=True)).counts == {"train": 12}
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_full_disk_is_one_line_and_spares_what_is_saved(tmp_path):
+    """A limit on the size of a file stands in for the full disk."""
+    source = write_pairs(tmp_path / "pairs.parquet", sources=40)
+    command = [sys.executable, "-m", "jrm_jax.data.builders", "editreward", f"--data={source}",
+               f"--out={tmp_path / 'out'}", "--skip_bad", "--shard_examples=10"]  # fmt: skip
+
+    def confine():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+
+    done = subprocess.run(command, cwd=ROOT, preexec_fn=confine, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    assert "could not be written" in done.stderr and "free some space" in done.stderr
+    assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
+    build(source, tmp_path / "whole", shard_examples=10)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 

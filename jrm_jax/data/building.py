@@ -151,6 +151,8 @@ def build(
                 folder.rename(out)
             except BaseException as error:
                 work.close()
+                if isinstance(error, sqlite3.OperationalError):
+                    raise OSError(str(error)) from error
                 if not isinstance(error, UserError):
                     raise
                 if work.shards.done:

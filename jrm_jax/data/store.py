@@ -46,6 +46,15 @@ def _serialize(features, record: Mapping[str, Any]) -> bytes:
     return message.SerializeToString(deterministic=True)
 
 
+@contextlib.contextmanager
+def _writer_errors() -> Iterator[None]:
+    """array_record's writer raises RuntimeError where the disk is full."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise OSError(str(error)) from error
+
+
 class Shards:
     """Writes the shards of a folder, one file after another for each split.
 
@@ -75,7 +84,8 @@ class Shards:
             self._open[split] = [ArrayRecordWriter(str(path), "group_size:1"), 0, 0]
         data = _serialize(self._features, record)
         entry = self._open[split]
-        entry[0].write(data)
+        with _writer_errors():
+            entry[0].write(data)
         entry[1] += 1
         entry[2] += len(data)
 
@@ -89,7 +99,8 @@ class Shards:
         """Complete the open shards; they are on the disk afterwards."""
         for split, (writer, examples, size) in self._open.items():
             number = len(self.done.get(split, ()))
-            writer.close()
+            with _writer_errors():
+                writer.close()
             with (self.folder / f"{self.name}-{split}.{_FORMAT}-{number:05d}").open("rb") as file:
                 os.fsync(file.fileno())
             self.done.setdefault(split, []).append((examples, size))
@@ -98,7 +109,8 @@ class Shards:
     def abandon(self) -> None:
         """Close what is open without counting it."""
         for writer, *_ in self._open.values():
-            writer.close()
+            with contextlib.suppress(RuntimeError):  # nothing of it is wanted
+                writer.close()
         self._open = {}
 
     @property
@@ -177,10 +189,10 @@ def write_dataset(
     check_absent(path)
     temporary = path.with_name(f"{path.name}.incomplete-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
+    shards = Shards(temporary, name)
     try:
         with disk_errors(path):
             temporary.mkdir(parents=True)
-            shards = Shards(temporary, name)
             for split, examples in splits.items():
                 for example in examples:
                     shards.add(split, example if isinstance(example, dict) else to_record(example))
@@ -191,6 +203,9 @@ def write_dataset(
                     raise UserError(f"{path}: split {split!r} has no example")
             shards.describe(dimensions, manifest or {})
             temporary.rename(path)
+    except BaseException:
+        shards.abandon()
+        raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return shards.counts
