@@ -12,7 +12,7 @@ from jrm_jax.data.images import open_image
 from jrm_jax.errors import UserError
 from jrm_jax.evaluation.cases import SHOWN, Judged, Picture
 from jrm_jax.evaluation.metrics import Verdict
-from jrm_jax.evaluation.report import about, instruction, interval, own_cells, value, worst
+from jrm_jax.evaluation.report import about, instruction, interval, note, own_cells, value, worst
 
 SIDE = 220  # pixels of a picture in the report
 STYLE = """
@@ -116,7 +116,7 @@ def _numbers(rows: Sequence[dict[str, Any]]) -> str:
         name = row["metric"] + (" (official)" if row["official"] else "")
         cells = [row["section"], name, value(row["value"]), interval(row),
                  f"{row['count']:,} / {row['total']:,}", f"{row['groups']:,}",
-                 *(value(row["baselines"][rule]) for rule in rules), row["note"]]  # fmt: skip
+                 *(value(row["baselines"][rule]) for rule in rules), note(row)]  # fmt: skip
         lines.append(("main" if row["headline"] else "", cells))
     return _table(head, lines, {0, 1, len(head) - 1})
 

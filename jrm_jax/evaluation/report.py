@@ -222,7 +222,7 @@ def markdown(result: dict[str, Any]) -> str:
         lines.append(
             _line([row["section"], name, value(row["value"]), interval(row),
                    f"{row['count']:,} / {row['total']:,}", f"{row['groups']:,}", *cells,
-                   row["note"]])
+                   note(row)])
         )  # fmt: skip
     lines += ["", *_probe_lines(result.get("probe")), *_issue_lines(result["issues"])]
     lines += [*_published_lines(result), ""]
@@ -265,6 +265,16 @@ def interval(row: dict[str, Any]) -> str:
     if row["low"] is None:
         return "-"
     return f"{row['low']:.4f} to {row['high']:.4f}"
+
+
+def note(row: dict[str, Any]) -> str:
+    """The row's note, and which rules without a model do better."""
+    above = [
+        rule for rule, number in row["baselines"].items()
+        if number is not None and row["value"] is not None and number > row["value"]
+    ]  # fmt: skip
+    return "; ".join([*([row["note"]] if row["note"] else []),
+                      *([f"BELOW {' and '.join(above)}"] if above else [])])  # fmt: skip
 
 
 def _issue_lines(issues: dict[str, Any]) -> list[str]:
