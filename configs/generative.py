@@ -14,7 +14,8 @@ which pretrains the tiny backbone from random weights on descriptions of single 
     python -m jrm_jax.main --config=configs/generative.py:describe_changes
 
 which go on, each from a folder with the weights before, to one thing in one picture, to pairs of
-pictures and to all that differs between them. None has instructions, edits asked for, critiques or preferences.
+pictures and to all that differs between them. None has instructions, edits asked for, critiques or
+preferences.
 `python -m jrm_jax.benchmarks.make_tiny_backbone` documents how the packaged folder was made.
 """
 

@@ -13,9 +13,9 @@ Each kind of data is a stage of its own, in this order:
         both       "Describe the red circle."              -> " both top left large.", " second ..."
         there      "Describe the place of the red circle." -> what the second picture shows there
         all        "Describe both pictures."               -> " two top, left.": where they differ
-    changes        as comparisons, with more of what was hardest to learn, spelled out place by place:
-        all        "Describe both pictures." -> " two kept kept changed ...": how many places differ,
-                   then whether background and each place do, in reading order
+    changes        as comparisons, with more of what was hardest to learn, place by place:
+        all        "Describe both pictures." -> " two kept changed ...": how many places differ;
+                   then of the background and of each place, in reading order, whether it does
 
 Every text starts with what only the pictures tell, because the reward token has to predict it:
 where it was the same word in all texts, that token learnt not to look (between candidates of one
