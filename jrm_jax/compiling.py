@@ -229,11 +229,17 @@ def attention_kernels(module: str) -> tuple[str, ...]:
 
 
 def parse_out_of_memory(message: str) -> tuple[int | None, int | None]:
-    """(bytes needed, bytes available) from XLA's words, None where they do not say."""
+    """(bytes needed, bytes available) from XLA's words, None where they do not say.
 
-    def bytes_of(pattern: str) -> int | None:
-        found = re.search(pattern, message)
+    Where it gives up before it has a plan it names the temporaries alone: then more is needed.
+    """
+    number = r"([\d.]+)([KMGT]?)i?B?"
+
+    def bytes_of(*patterns: str) -> int | None:
+        found = next(filter(None, (re.search(pattern, message) for pattern in patterns)), None)
         return None if found is None else int(float(found[1]) * _UNITS[found[2]])
 
-    number = r"([\d.]+)([KMGT]?)i?B?"
-    return bytes_of(rf"[Uu]sed {number} of"), bytes_of(rf"of {number} hbm")
+    return (
+        bytes_of(rf"[Uu]sed {number} of", rf"temporaries \({number}\) exceed"),
+        bytes_of(rf"of {number} hbm", rf"available HBM \({number}\)"),
+    )

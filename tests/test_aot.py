@@ -219,6 +219,9 @@ def test_out_of_memory_says_by_how_much_and_what_to_change(monkeypatch):
     error = compiling.OutOfMemory(MESSAGE)
     assert (error.needed, error.available) == (21.5 * 2**30, 15.75 * 2**30)
     assert compiling.parse_out_of_memory("RESOURCE_EXHAUSTED: no words") == (None, None)
+    early = "total memory required for HLO temporaries (19.57G) exceeds available HBM (15.75G)."
+    wanted = (int(19.57 * 2**30), int(15.75 * 2**30))
+    assert compiling.parse_out_of_memory(early) == wanted
     config = joint.get_config("qwen3_vl_8b")
     config.batch_size, config.remat = 32, "dots"
     case = fitting.Case(
