@@ -181,12 +181,19 @@ def open_checkpoints(
 
 
 def read_arrays(workdir: Path, step: int) -> dict[str, np.ndarray]:
-    """Every array of a checkpoint by path, parameters and optimizer state; to compare runs."""
+    """Every array of a checkpoint by path, parameters and optimizer state; to compare runs,
+    however many processes wrote it."""
+    _quieten()
     folder = (workdir / "checkpoints" / str(step)).resolve()
-    restored = {
-        name: ocp.StandardCheckpointer().restore(folder / name)
-        for name in ("trainable", "opt_state")
-    }
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    restored = {}
+    for name in ("trainable", "opt_state"):
+        with ocp.StandardCheckpointer() as checkpointer:
+            target = jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
+                checkpointer.metadata(folder / name).item_metadata.tree,
+            )
+            restored[name] = checkpointer.restore(folder / name, target)
     return {
         jax.tree_util.keystr(path): np.asarray(leaf)
         for path, leaf in jax.tree_util.tree_leaves_with_path(restored)

@@ -2,7 +2,8 @@
 
 Loops count with their trip counts, unlike in the compiler's own cost analysis. Bytes are those
 that one device sends when each collective runs as a ring: n devices gather m bytes by sending
-m * (n - 1) / n each, scatter sums likewise, and reduce in twice that.
+m * (n - 1) / n each, scatter sums likewise, and reduce in twice that. What crosses TPU slices is
+handed to the host by a `send`, which names its kind.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ _CALLED = re.compile(r"(?:calls|to_apply|body|condition|called_computations|true
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _CONDITION = re.compile(r"condition=%?([\w.\-]+)")
-_CONSTANT = re.compile(r"^s32\[\]\S* constant\((\d+)\)")
+_CONSTANT = re.compile(r"^[su]32\[\]\S* constant\((\d+)\)")
+_ACROSS = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _SHAPE = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
 _LISTED = re.compile(r"replica_groups=\{(\{[\d,{} ]*\})\}")
@@ -58,19 +60,23 @@ def read_collectives(program: str, devices: int, slices: int = 1) -> Collectives
     channels: dict[tuple, tuple[int, str, str, str]] = {}
     for name, times in _runs(computations, entry).items():
         for place, (operation, line) in enumerate(computations[name]):
-            if operation.removesuffix("-start") in KINDS and times:
+            if _is_transfer(operation, line) and times:
                 channel = _CHANNEL.search(line)
                 key = (operation, channel[1]) if channel else (name, place)
                 run = (times, operation, line, name)
                 channels[key] = max(channels.get(key, (0, "", "", "")), run)
     found: tuple[dict, dict] = ({}, {})
     for times, operation, line, name in channels.values():
-        kind = operation.removesuffix("-start")
-        group = _first_group(line, devices)
-        sent = _sent(kind, line, operation, len(group))
+        if across := _ACROSS.search(line):
+            kind = across[1].lower().replace("_", "-")
+            here, sent = found[1], _sent_across(kind, line, slices)
+        else:
+            kind = operation.removesuffix("-start")
+            group = _first_group(line, devices)
+            here = found[len({member * slices // devices for member in group}) > 1]
+            sent = _sent(kind, line, operation, len(group))
         if name.startswith(_SCATTERING) and kind == "all-reduce":
             kind, sent = "reduce-scatter", sent // 2
-        here = found[len({member * slices // devices for member in group}) > 1]
         old = here.get(kind, Traffic(0, 0))
         here[kind] = Traffic(old.count + times, old.bytes + times * sent)
     return Collectives(*found)
@@ -142,10 +148,27 @@ def _touches(computations: dict, line: str) -> bool:
             continue
         seen.add(name)
         for operation, other in computations[name]:
-            if operation.removesuffix("-start") in KINDS:
+            if _is_transfer(operation, other):
                 return True
             todo += _CALLED.findall(other)
     return False
+
+
+def _is_transfer(operation: str, line: str) -> bool:
+    """A collective, or a `send` to other slices."""
+    if operation == "send":
+        return _ACROSS.search(line) is not None
+    return operation.removesuffix("-start") in KINDS
+
+
+def _sent_across(kind: str, line: str, slices: int) -> int:
+    """Bytes that a device sends to other slices in one run; the result leads with what it has."""
+    own = _size(*_SHAPE.findall(line)[0])
+    if kind == "all-gather":
+        return own * (slices - 1)
+    if kind not in ("all-reduce", "reduce-scatter", "all-to-all"):  # to one other
+        return own
+    return own * (slices - 1) // slices * (2 if kind == "all-reduce" else 1)
 
 
 def _sent(kind: str, line: str, operation: str, members: int) -> int:

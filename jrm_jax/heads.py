@@ -60,6 +60,27 @@ def language_kernel(params: dict) -> jax.Array:
     return params["backbone"]["embed"]["embedding"].T
 
 
+def _logits(hidden_BXD: jax.Array, kernel_DW: jax.Array) -> jax.Array:
+    return jnp.dot(hidden_BXD, kernel_DW, preferred_element_type=jnp.float32)
+
+
+_half_logits = jax.custom_vjp(_logits)
+
+
+def _half_logits_backward(saved, grad_BXW: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Products in the dtype of what was multiplied. JAX's own rule keeps the logits' float32 and
+    makes the kernel's gradient in it, too: gigabytes for a vocabulary of 152k."""
+    hidden_BXD, kernel_DW = saved
+    grad_BXW = grad_BXW.astype(hidden_BXD.dtype)
+    rows = tuple(range(hidden_BXD.ndim - 1))
+    kernel_grad_DW = jax.lax.dot_general(hidden_BXD, grad_BXW, ((rows, rows), ((), ())))
+    return grad_BXW @ kernel_DW.T, kernel_grad_DW
+
+
+_half_logits.defvjp(lambda hidden, kernel: (_logits(hidden, kernel), (hidden, kernel)),
+                    _half_logits_backward)  # fmt: skip
+
+
 def critique_nll(
     kernel_DW: jax.Array,
     hidden_BXD: jax.Array,
@@ -75,10 +96,10 @@ def critique_nll(
     `suppressed_id` (the reward token) is minus infinity.
     """
 
+    multiply = _logits if hidden_BXD.dtype == jnp.float32 else _half_logits
+
     def chunk_nll(hidden_BXD, targets_BX, weights_BX):
-        logits_BXW = jnp.dot(
-            hidden_BXD, kernel_DW.astype(hidden_BXD.dtype), preferred_element_type=jnp.float32
-        )
+        logits_BXW = multiply(hidden_BXD, kernel_DW.astype(hidden_BXD.dtype))
         logits_BXW = jnp.where(
             jnp.arange(logits_BXW.shape[-1]) == suppressed_id, -jnp.inf, logits_BXW
         )

@@ -26,6 +26,7 @@ from jrm_jax.model.config import BackboneConfig
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 LARGE = 2**20  # elements of a parameter that must not be held whole by every device
+TORUS = 4  # devices along a dimension from which on TPU slices are closed to a ring
 CONSTANTS = 16  # elements of an optimizer state that is no moment, at most
 
 _BLOCK = r"backbone/vision/blocks_\d+"
@@ -132,7 +133,8 @@ def fill_sizes(
 
     `fsdp` then takes the devices of a slice that `tensor` leaves, as far as it divides every large
     parameter of `params`; `data` takes the rest and crosses slices. 256 devices split no kernel of
-    a tower that is 1152 wide, and each would hold all of it: 128 do, twice.
+    a tower that is 1152 wide, and each would hold all of it: 128 do, twice. Of a torus with three
+    dimensions `data` takes the shortest: XLA gathers over two, and over three it sums instead.
     """
     data, fsdp, tensor = sizes
     if (data, fsdp) != (-1, -1):
@@ -142,12 +144,14 @@ def fill_sizes(
     rest = len(devices) // slices // max(tensor, 1)
     if tensor < 1 or rest * slices * tensor != len(devices):
         return 1, -1, tensor  # `make_mesh` says what is wrong
+    short = _shortest_of_three(devices)
+    widest = rest if rest % short else rest // short
     lengths = [
         leaf.shape[dims.index("fsdp")]
         for path, leaf in _leaves(params)
         if leaf.size >= LARGE and "fsdp" in (dims := rule(path) or ())
     ]
-    return rest // math.gcd(rest, *lengths) * slices, -1, tensor
+    return rest // math.gcd(widest, *lengths) * slices, -1, tensor
 
 
 def check_mesh(config: BackboneConfig, mesh: Mesh) -> None:
@@ -201,6 +205,13 @@ def _slices(devices: Sequence[Any]) -> int:
     if devices[0].platform != "tpu":
         return 1
     return len({getattr(device, "slice_index", None) or 0 for device in devices})
+
+
+def _shortest_of_three(devices: Sequence[Any]) -> int:
+    """Length of the shortest dimension of a slice that is a torus in three; 1 for any other."""
+    places = [getattr(device, "coords", None) or () for device in devices]
+    lengths = [len(set(along)) for along in zip(*places, strict=True)]
+    return min(lengths) if len(lengths) == 3 and min(lengths) >= TORUS else 1
 
 
 def param_shardings(tree: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:

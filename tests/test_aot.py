@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from aot_case import one_device, small_case, traced
 
@@ -145,8 +146,8 @@ def test_partial_training_saves_moments():
 class Chip:
     platform = "tpu"
 
-    def __init__(self, slice_index=None):
-        self.slice_index = slice_index
+    def __init__(self, slice_index=None, coords=None):
+        self.slice_index, self.coords = slice_index, coords
 
 
 @pytest.mark.parametrize(
@@ -169,6 +170,18 @@ def test_data_crosses_slices_where_the_sizes_are_left_open():
     two = [Chip(index) for index in (0, 1) for _ in range(256)]
     assert sharding.fill_sizes((-1, -1, 1), params, two) == (4, -1, 1)
     assert sharding.fill_sizes((2, -1, 1), params, two) == (2, -1, 1)  # asked for: taken
+
+
+@pytest.mark.parametrize(
+    ("shape", "tensor", "data"),
+    [((4, 4, 4), 1, 4), ((4, 4, 8), 1, 4), ((4, 4, 4), 2, 4), ((2, 2, 4), 1, 1), ((8, 8, 1), 1, 1)],
+)
+def test_fsdp_spans_two_dimensions_of_a_torus(shape, tensor, data):
+    params = weights.abstract_params(PUBLISHED["qwen3_vl_8b"])
+    chips = [Chip(None, place) for place in np.ndindex(shape)]
+    assert sharding.fill_sizes((-1, -1, tensor), params, chips) == (data, -1, tensor)
+    two = [Chip(index, place) for index in (0, 1) for place in np.ndindex(shape)]
+    assert sharding.fill_sizes((-1, -1, tensor), params, two) == (2 * data, -1, tensor)
 
 
 # ---- attention

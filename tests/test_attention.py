@@ -13,12 +13,12 @@ from jrm_jax.model.attention import Prefix, attention, fallback_reason
 HEADS, KV_HEADS, WIDTH = 4, 2, 16
 
 
-def make_inputs(rows: int, queries: int, keys: int, seed: int = 0):
+def make_inputs(rows: int, queries: int, keys: int, seed: int = 0, width: int = WIDTH):
     """Queries, keys, values and ids; two segments and padding (0) at the end."""
     rng = np.random.default_rng(seed)
 
     def normal(length: int, heads: int):
-        return rng.normal(size=(rows, length, heads, WIDTH)).astype(np.float32)
+        return rng.normal(size=(rows, length, heads, width)).astype(np.float32)
 
     def segments(length: int):
         ids = np.ones((rows, length), np.int32)
@@ -125,6 +125,12 @@ def compare_with_xla(arrays, offset, prefix=None, **options):
 @pytest.mark.parametrize("offset", [128, None])
 def test_splash_equals_xla(offset):
     compare_with_xla(make_inputs(rows=2, queries=128, keys=256), offset)
+
+
+@pytest.mark.filterwarnings("error")
+def test_splash_of_several_blocks_equals_xla():
+    """5 blocks of queries and 2 of keys, one of them skipped by some; heads of width 72."""
+    compare_with_xla(make_inputs(rows=1, queries=640, keys=768, width=72), 128)
 
 
 @pytest.mark.filterwarnings("error")

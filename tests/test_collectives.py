@@ -84,6 +84,10 @@ ENTRY %main (p0: bf16[64,8]) -> f32[4] {
 }
 """  # noqa: E501
 
+SEND = """
+  %send.1 = (bf16[9,8]{1,0:T(8,128)(2,1)}, u32[], token[]) send(%x, %after), channel_id=40, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_target="{1,2}x{0:7}",_xla_megascale_transfer_type="ALL_REDUCE"}
+"""  # noqa: E501
+
 
 def test_collectives_of_a_tpu_program():
     """A gather spread over two fusions counts once, as often as the loop's condition says; a sum
@@ -93,3 +97,16 @@ def test_collectives_of_a_tpu_program():
     assert found.network["all-gather"] == Traffic(7, 7 * 512 * 8 * 2 * 7 // 8)
     assert found.network["all-reduce"] == Traffic(1, 2 * 24 // 2)
     assert found.links == {"reduce-scatter": Traffic(7, 7 * 64 * 8 * 4 * 7 // 8)}
+    # a product that gathers piece by piece counts in unsigned numbers
+    assert read_collectives(TPU_TEXT.replace("s32[]", "u32[]"), 16, slices=2) == found
+
+
+def test_what_crosses_slices_is_handed_to_the_host():
+    text = TPU_TEXT.replace("  %f.1 =", f"{SEND.rstrip()}\n  %f.1 =")
+    found, before = (read_collectives(each, 16, slices=2) for each in (text, TPU_TEXT))
+    assert found.links == before.links
+    assert found.network["all-reduce"] == Traffic(1 + 7, 24 + 7 * 9 * 8 * 2)
+    gathered = read_collectives(text.replace("ALL_REDUCE", "ALL_GATHER"), 16, slices=4)
+    assert gathered.network["all-gather"].count == 7 + 7
+    more = gathered.network["all-gather"].bytes - before.network["all-gather"].bytes
+    assert more == 7 * 9 * 8 * 2 * 3

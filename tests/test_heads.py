@@ -71,6 +71,29 @@ def test_chunks_change_neither_value_nor_gradient(case, chunk):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-5), whole, parts)
 
 
+@pytest.mark.parametrize("chunk", [0, 3])
+def test_gradients_in_half_precision_are_those_in_full(case, chunk):
+    """And no product of the backward pass is made in float32."""
+    kernel, hidden, targets, weights = case
+    hidden = jnp.asarray(hidden, jnp.bfloat16)
+
+    def gradients(kernel, hidden):
+        return jax.grad(
+            lambda k, h: critique_nll(k, h, targets, weights, SPARE, chunk).sum, (0, 1)
+        )(kernel, hidden)
+
+    wanted = gradients(kernel, hidden.astype(jnp.float32))
+    found = gradients(kernel, hidden)
+    assert [g.dtype for g in found] == [jnp.float32, jnp.bfloat16]
+    for ours, theirs in zip(found, wanted, strict=True):
+        ours = np.asarray(ours, np.float32)
+        assert np.abs(ours - theirs).max() < 0.02 * np.abs(theirs).max()
+    text = str(jax.make_jaxpr(gradients)(kernel, hidden))
+    products = [line for line in text.splitlines() if "dot_general" in line]
+    assert len(products) == 3 + bool(chunk)  # a chunk's logits are made again
+    assert sum(":f32" in line for line in products) == 1 + bool(chunk)  # the logits
+
+
 def test_chunked_logits_never_stand_all_at_once(case):
     kernel, hidden, targets, weights = case
     text = str(jax.make_jaxpr(

@@ -187,7 +187,9 @@ def test_the_jobset_has_the_structure_that_its_schema_asks_for():
     policy = jobset["spec"]["failurePolicy"]
     assert set(policy) == {"maxRestarts", "rules"} and policy["maxRestarts"] > 0
     for rule in policy["rules"]:
+        assert {"name", "action"} <= set(rule)
         assert set(rule) <= {"name", "action", "onJobFailureReasons", "targetReplicatedJobs"}
+        assert re.fullmatch("[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?", rule["name"])
         assert rule["action"] in {
             "FailJobSet", "RestartJobSet", "RestartJobSetAndIgnoreMaxRestarts"
         }  # fmt: skip
@@ -200,8 +202,10 @@ def test_the_jobset_has_the_structure_that_its_schema_asks_for():
     job = replicated["template"]["spec"]
     assert job["backoffLimit"] == 0 and job["completionMode"] == "Indexed"
     assert job["parallelism"] == job["completions"]
-    actions = {rule["action"] for rule in job["podFailurePolicy"]["rules"]}
-    assert actions <= {"FailJob", "Ignore", "Count", "FailIndex"}
+    for rule in job["podFailurePolicy"]["rules"]:
+        assert rule["action"] in {"FailJob", "Ignore", "Count", "FailIndex"}
+        # the published schema requires both, where a Job of its own would have a default
+        assert all(set(each) == {"type", "status"} for each in rule["onPodConditions"])
     pod = job["template"]["spec"]
     assert pod["restartPolicy"] == "Never"  # podFailurePolicy allows no other
     assert pod["terminationGracePeriodSeconds"] >= 300
