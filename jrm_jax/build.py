@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from jrm_jax import heads, lora, optim, sharding
 from jrm_jax.data import builders, plan, store
-from jrm_jax.data.encode import Encoder, check_dimensions, make_encoder
+from jrm_jax.data.encode import Encoder, make_encoder
 from jrm_jax.data.facts import COUNT as FACTS
 from jrm_jax.data.pipeline import BatchIterator, make_iterator, repeat_prompt
 from jrm_jax.data.sizes import Sizes, as_example, measure
@@ -86,9 +86,7 @@ def build_data(config: ConfigDict, backbone: BackboneConfig, say: Callable[[str]
     language = bool(config.loss.language_weight)
     encoder = make_run_encoder(config, backbone)
     folders = _data_folders(config)
-    check_dimensions(
-        config.data.dimensions, [store.read_manifest(path)["dimensions"] for path, _ in folders]
-    )
+    store.check_dimensions(config.data.dimensions, [path for path, _ in folders])
     caps = plan.Bucket(0, 0, 0, 0, 0, config.data.max_critique)
     sources: dict[str, list[plan.Source]] = {}
     sets: dict[str, list[Sequence[Any]]] = {}

@@ -8,7 +8,6 @@ import pytest
 from PIL import Image as Pillow
 from test_template import ROWS, make_model_folder
 
-from jrm_jax.data.encode import check_dimensions
 from jrm_jax.data.images import load_processor
 from jrm_jax.data.pipeline import (
     Encoder,
@@ -309,14 +308,9 @@ def test_dimensions_are_picked_by_name(encoder):
     one = replace(encoder, dimensions=("quality",)).encode_example(group)
     np.testing.assert_array_equal(one.preference, group.preference[..., 1:])
     np.testing.assert_array_equal(one.weight, group.weight[..., 1:])
-    # one that another data set of the mixture has is unlabelled here
     two = replace(encoder, dimensions=("beauty", "overall")).encode_example(group)
     assert not two.weight[..., 0].any() and (two.preference[..., 0] == 0.5).all()
     np.testing.assert_array_equal(two.weight[..., 1], group.weight[..., 0])
-    np.testing.assert_array_equal(two.preference[..., 1], group.preference[..., 0])
-    check_dimensions(("beauty", "overall"), [("overall",), ("quality", "beauty")])
-    with pytest.raises(UserError, match="'beauty' is not in the data, which has overall, quality"):
-        check_dimensions(("overall", "beauty"), [("overall",), ("overall", "quality")])
 
 
 def text_only(seed):

@@ -208,19 +208,6 @@ class Encoder:
 _positions = functools.lru_cache(maxsize=16384)(mrope_positions)
 
 
-def check_dimensions(wanted: Sequence[str], data_sets: Sequence[Sequence[str]]) -> None:
-    """
-    Raises:
-        UserError: a reward dimension of the run that no data set has.
-    """
-    found = list(dict.fromkeys(name for names in data_sets for name in names))
-    for name in wanted:
-        if name not in found:
-            raise UserError(
-                f"reward dimension {name!r} is not in the data, which has {', '.join(found)}"
-            )
-
-
 @functools.lru_cache(maxsize=64)
 def _columns(wanted: tuple[str, ...], found: tuple[str, ...]) -> tuple[list[int], np.ndarray]:
     """(place in `found`, or 0; whether it is there) of each dimension wanted."""

@@ -232,6 +232,20 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
         ) from error
 
 
+def check_dimensions(wanted: Sequence[str], folders: Sequence[str | Path]) -> None:
+    """
+    Raises:
+        UserError: a reward dimension of the run that no data set has.
+    """
+    manifests = [read_manifest(folder) for folder in folders]
+    found = list(dict.fromkeys(name for m in manifests for name in m.get("dimensions", wanted)))
+    for name in wanted:
+        if name not in found:
+            raise UserError(
+                f"reward dimension {name!r} is not in the data, which has {', '.join(found)}"
+            )
+
+
 def open_dataset(path: str | Path) -> dict[str, Any]:
     """{split: random access to records}, see `schema.from_record`.
 
