@@ -57,9 +57,9 @@ def base() -> ConfigDict:
     config.seed = 0
     config.batch_size = 16  # groups per step, all hosts together
     config.accumulation = 1  # microbatches per step
-    config.total_steps = 640
-    config.eval_interval = 160  # steps between evaluations on `valid`
-    config.save_interval = 160  # steps between checkpoints
+    config.total_steps = 1000
+    config.eval_interval = 200  # steps between evaluations on `valid`
+    config.save_interval = 200  # steps between checkpoints
     config.keep_interval = 0  # checkpoints at multiples of so many steps are all kept; 0: none
     config.log_interval = 10
     config.best_metric = "auto"  # of `valid`; auto: pair_accuracy, or -language without ranking
@@ -89,7 +89,7 @@ def base() -> ConfigDict:
     config.data.world = ConfigDict()
     config.data.world.kind = "edits"  # see builders.prepare_world
     config.data.world.seed = 0
-    config.data.world.train = 10_240
+    config.data.world.train = 16_000
     config.data.world.valid = 256
     config.data.world.test = 512
     config.data.world.hard = 512

@@ -11,9 +11,11 @@ which pretrains the tiny backbone from random weights on descriptions of single 
 
     python -m jrm_jax.main --config=configs/generative.py:describe_lookups
     python -m jrm_jax.main --config=configs/generative.py:describe_comparisons
+    python -m jrm_jax.main --config=configs/generative.py:describe_changes
 
-which go on, each from a folder with the weights before, to one thing in one picture and to pairs of
-pictures. None has instructions, edits asked for, critiques or preferences.
+which go on, each from a folder with the weights before, to one thing in one picture, to pairs of
+pictures and to all that differs between them. None has instructions, edits asked for, critiques or
+preferences.
 `python -m jrm_jax.benchmarks.make_tiny_backbone` documents how the packaged folder was made.
 """
 
@@ -25,6 +27,7 @@ PRETRAINING = {
     "describe": ("descriptions", 10_240, 600, 1.5e-3, True, 40),
     "describe_lookups": ("lookups", 12_800, 800, 1.5e-3, False, 16),
     "describe_comparisons": ("comparisons", 25_600, 1600, 1.5e-3, False, 16),
+    "describe_changes": ("changes", 51_200, 3200, 1.5e-3, False, 16),
 }
 
 

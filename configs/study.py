@@ -25,7 +25,7 @@ def get_config(arg: str | None = None):
     config.name, config.variant = "study", parsed["variant"]
     config.out = "docs/study"  # cells, figures and page; the text beside it, as OUT.md
     config.workdir = "runs/study"
-    config.sizes = (1600, 3200, 6400)  # training groups
+    config.sizes = (400, 1600, 6400)  # training groups
 
     # (arms, groups, weight of the language or facts loss, seeds), the most telling first: seeds
     # run in the outer loop, arms in the inner one, and what stands in an earlier row is not
@@ -38,7 +38,7 @@ def get_config(arg: str | None = None):
         (HEADLINE, 1600, 1.0, 2),
         (("joint",), EVERY, 0.3, 2),
         (("joint",), EVERY, 3.0, 2),
-        (HEADLINE, 3200, 1.0, 2),
+        (HEADLINE, 400, 1.0, 2),
     )
 
     # Fields of the training config that every cell has.
@@ -84,7 +84,7 @@ def get_config(arg: str | None = None):
         config.out, config.workdir = "docs/study_large", "runs/study_large"
         config.sizes = (6400, 25_600, 102_400)
         config.cells = tuple(
-            (arms, {1600: 6400, 3200: 25_600}.get(size, size), weight, max(3, seeds))
+            (arms, {400: 6400, 1600: 25_600}.get(size, size), weight, max(3, seeds))
             for arms, size, weight, seeds in config.cells
         )
         config.train.update({"total_steps": 3200, "batch_size": 32})

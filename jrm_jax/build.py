@@ -16,7 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jrm_jax import heads, lora, optim, sharding
-from jrm_jax.data import builders, plan
+from jrm_jax.data import builders, plan, store
 from jrm_jax.data.encode import Encoder, make_encoder
 from jrm_jax.data.facts import COUNT as FACTS
 from jrm_jax.data.pipeline import BatchIterator, make_iterator, repeat_prompt
@@ -86,11 +86,12 @@ def build_data(config: ConfigDict, backbone: BackboneConfig, say: Callable[[str]
     language = bool(config.loss.language_weight)
     encoder = make_run_encoder(config, backbone)
     folders = _data_folders(config)
+    store.check_dimensions(config.data.dimensions, [path for path, _ in folders])
     caps = plan.Bucket(0, 0, 0, 0, 0, config.data.max_critique)
     sources: dict[str, list[plan.Source]] = {}
     sets: dict[str, list[Sequence[Any]]] = {}
     for folder, weight in folders:
-        for split, records in builders.open_dataset(folder).items():
+        for split, records in store.open_dataset(folder).items():
             name = f"{folder.name}/{split}"
             sizes = measure(records, encoder.sizes, encoder.key, name=name, folder=folder)
             kept, words = plan.select(sizes, caps, language, config.data.skip_large, name)

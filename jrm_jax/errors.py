@@ -1,4 +1,4 @@
-"""The one exception that is meant for the user."""
+"""Exceptions that are meant for the user."""
 
 
 class UserError(ValueError):
@@ -6,3 +6,15 @@ class UserError(ValueError):
 
     `jrm_jax.main` prints it without a traceback and exits with status 1.
     """
+
+
+class RecordError(UserError):
+    """One record of the user's data. `kind` says what is wrong without saying where: records that
+    are left out are counted by it."""
+
+    def __init__(self, message: str, kind: str):
+        super().__init__(message)
+        self.kind = kind
+
+    def __reduce__(self):
+        return RecordError, (str(self), self.kind)

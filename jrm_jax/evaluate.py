@@ -178,8 +178,11 @@ def _dimension_remarks(model: Any, benchmark) -> list[str]:
     used = {name: model.dimensions[column(model.dimensions, name)] for name in asked}
     if all(name == own for name, own in used.items()):
         return []
-    words = ", ".join(f"{name}: {own}" for name, own in used.items())
-    return [f"The benchmark asks for dimensions; the model's own that answer are {words}."]
+    words = ", ".join(f"{own!r} for {name!r}" for name, own in used.items() if own != name)
+    return [
+        "The model has no reward of its own for every dimension that is asked for; it answers with"
+        f" {words}."
+    ]
 
 
 def _save(path: Path, text: str) -> None:
@@ -197,8 +200,9 @@ def print_result(result: dict[str, Any]) -> None:
     console = Console()
     rules = list(result["rows"][0]["baselines"]) if result["rows"] else []
     table = Table(title=f"{result['benchmark']}: {result['model']}", box=box.SIMPLE, padding=(0, 1))
-    table.add_column("", overflow="fold")
-    for head in ("value", "95 % interval", "judged/all", *(rule.split()[-1] for rule in rules)):
+    table.add_column("part", overflow="fold", min_width=15)
+    table.add_column("number", overflow="fold", min_width=13)
+    for head in ("value", "95 % interval", "judged/all", *(["best rule"] if rules else [])):
         table.add_column(head, justify="right", no_wrap=True)
 
     def short(number: float | None) -> str:
@@ -206,15 +210,16 @@ def print_result(result: dict[str, Any]) -> None:
 
     for row in result["rows"]:
         low, high = short(row["low"]), short(row["high"])
+        known = [row["baselines"][rule] for rule in rules if row["baselines"][rule] is not None]
         table.add_row(
-            f"{row['section']}: {row['metric']}", short(row["value"]),
+            row["section"], row["metric"], short(row["value"]),
             f"{low}..{high}" if row["low"] is not None else "-", f"{row['count']}/{row['total']}",
-            *(short(row["baselines"][rule]) for rule in rules),
+            *([short(max(known, default=None))] if rules else []),
             style="bold" if row["headline"] else None,
         )  # fmt: skip
     console.print(table)
     if rules:
-        console.print(f"Last columns: {', '.join(rules)}; rules that need no model.")
+        console.print(f"Best rule: the best of {', '.join(rules)}, which need no model.")
     for row in result.get("probe", {}).get("rows", ()):
         console.print(f"{row['name']}: {row['value']}", highlight=False)
     for kind, found in result["issues"].items():

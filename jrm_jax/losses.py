@@ -55,7 +55,8 @@ def preference_loss(
 
 
 def centering_loss(reward_BKR: jax.Array, mask_BK: jax.Array) -> Term:
-    """Mean squared reward of the candidates present: pulls the free offset of the scale to zero."""
+    """Mean squared reward of the candidates of the mask: pulls the free offset of the scale to
+    zero."""
     square_BK = jnp.mean(jnp.square(reward_BKR), axis=-1)
     return Term(jnp.sum(square_BK * mask_BK), jnp.sum(mask_BK))
 
@@ -80,12 +81,21 @@ def pair_counts(
     return PairCounts(jnp.sum(correct_BKKR * decided_BKKR), pairs, jnp.sum(labelled_BKKR) - pairs)
 
 
+def ranked_candidates(batch: dict) -> jax.Array:
+    """[B, K] float32: 1 = present, in a group that has a labelled pair.
+
+    What rewards are asked of; a group with critiques alone leaves them as they are.
+    """
+    ranked_B = jnp.sum(batch["preference_weight"], axis=(1, 2, 3)) > 0
+    return batch["candidate_mask"] * ranked_B[:, None]
+
+
 def term_weights(batch: dict) -> dict[str, jax.Array]:
     """The global weight of every term, from the batch alone, before any forward pass."""
     facts = {"facts": jnp.sum(batch["facts"])} if "facts" in batch else {}
     return facts | {
         "preference": jnp.sum(_upper(batch["preference_weight"])),
-        "centering": jnp.sum(batch["candidate_mask"] * (batch["example_index"] >= 0)[:, None]),
+        "centering": jnp.sum(ranked_candidates(batch)),
         "language": jnp.sum(batch["critique_weights"]),
     }
 

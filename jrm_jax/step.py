@@ -30,6 +30,7 @@ from jrm_jax.losses import (
     facts_loss,
     pair_counts,
     preference_loss,
+    ranked_candidates,
     term_weights,
 )
 from jrm_jax.model.backbone import Backbone, normalise_patches
@@ -93,8 +94,7 @@ def make_forward(
                 reward_BKR, batch["preference"], batch["preference_weight"], loss.margin
             )
             if loss.centering_weight:
-                present_BK = batch["candidate_mask"] * (batch["example_index"] >= 0)[:, None]
-                terms["centering"] = centering_loss(reward_BKR, present_BK)
+                terms["centering"] = centering_loss(reward_BKR, ranked_candidates(batch))
             if loss.facts_weight:
                 logits_BKF = apply_facts_head(params["facts_head"], hidden_BKD)
                 terms["facts"] = facts_loss(logits_BKF, batch["facts"], batch["candidate_mask"])

@@ -133,6 +133,27 @@ def test_mmrb2_says_what_is_wrong(mmrb2, tmp_path, change, words):
         LAYOUTS["mmrb2"].read(str(tmp_path), Issues())
 
 
+def test_mmrb2_reads_the_names_of_its_readme_too(mmrb2, tmp_path):
+    content = json.loads((mmrb2 / "edit.json").read_text())
+    for pair in content["pairs"]:
+        pair["pair_id"], pair["human_preference"] = pair.pop("id"), pair.pop("chosen")
+        for side in ("response_a", "response_b"):
+            pair[side]["model"] = pair[side].pop("model_name")
+    content["pairs"][3]["human_annotations"] = [6] * 3 if (
+        content["pairs"][3]["human_preference"] == "B") else [1] * 3  # fmt: skip
+    content["pairs"][4]["human_preference"] = "both"
+    path = tmp_path / "edit.json"
+    path.write_text(json.dumps(content))
+    issues = Issues()
+    found = LAYOUTS["mmrb2"].read(str(path), issues).cases
+    wanted = LAYOUTS["mmrb2"].read(str(mmrb2 / "edit.json"), Issues()).cases
+    assert [(c.id, c.names) for c in found] == [(c.id, c.names) for c in wanted]
+    labels = [case.comparisons[0].label for case in found]
+    assert labels[:4] == [case.comparisons[0].label for case in wanted[:4]] and labels[4] == 2
+    assert "edit_3" in issues.found["pair whose 'chosen' contradicts the mean of its annotations"]
+    assert issues.found["pair whose 'chosen' is neither A nor B (always counted as wrong)"]
+
+
 # EditScore
 
 
@@ -209,15 +230,26 @@ def test_editscore_resizes_edits_and_lists_oddities(editscore, tmp_path):
         run(tmp_path / "r.json", "editscore_bench", None, [tmp_path / "judge"])
 
 
+def test_editscore_rows_and_files_of_unknown_dimensions_are_listed(editscore, tmp_path):
+    _, rows, _ = editscore
+    path = write_parquet(tmp_path / "odd.parquet", [rows[0], {**rows[1], "dimension": "beauty"}])
+    judge = judge_editscore([rows[0], {**rows[1], "dimension": "beauty"}], tmp_path / "judge")
+    result = run(tmp_path / "r.json", "editscore_bench", path, [judge])
+    assert [w.split(": ")[-1] for w in issue(result, "row of an unknown dimension")] == ["beauty"]
+    assert len(issue(result, "prediction file of an unknown dimension")) == 1
+    assert result["counts"]["cases without a prediction"] == 1
+
+
 # GenAI-Bench, AURORA, ImagenHub
 
 
-def test_pairs_with_ties_by_both_rules(tmp_path):
+@pytest.mark.parametrize("name", ["genai_bench", "aurora_bench"])
+def test_pairs_with_ties_by_both_rules(tmp_path, name):
     path = write_pairs(tmp_path)
     gaps = [0.3, -0.2, 0.1, 0.05, 0.4, 0.6, 1.0]
-    benchmark, judged = answered("genai_bench", path, lambda i, case: (gaps[i], 0.0))
+    benchmark, judged = answered(name, path, lambda i, case: (gaps[i], 0.0))
     labels = [1, -1, 0, 1, -1, 0, 1]
-    found = values("genai_bench", benchmark, judged, 0.15)
+    found = values(name, benchmark, judged, 0.15)
     said = [0 if abs(g) <= 0.15 else np.sign(g) for g in gaps]
     assert found["pairs", "accuracy with ties"] == np.mean(np.equal(said, labels))
     assert found["pairs", "accuracy without ties"] == 4 / 5
@@ -226,10 +258,10 @@ def test_pairs_with_ties_by_both_rules(tmp_path):
         for eps in map(abs, gaps)
     )
     assert found["pairs", "accuracy with ties, published rule"] == best
-    LAYOUTS["genai_bench"].write(judged, tmp_path, "m")
+    LAYOUTS[name].write(judged, tmp_path, "m")
     predictions = tmp_path / "predictions.json"
-    again = LAYOUTS["genai_bench"].read_predictions(benchmark, [str(predictions)])
-    assert values("genai_bench", benchmark, again, 0.15) == found
+    again = LAYOUTS[name].read_predictions(benchmark, [str(predictions)])
+    assert values(name, benchmark, again, 0.15) == found
 
 
 def test_genai_benchs_own_rows(tmp_path):

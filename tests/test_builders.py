@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image as Pillow
 
-from jrm_jax.data import builders
-from jrm_jax.data.editreward import DIMENSIONS, read_editreward
+from jrm_jax.data import builders, store
+from jrm_jax.data.pairs import EDITREWARD as DIMENSIONS
 from jrm_jax.data.schema import from_record
 from jrm_jax.errors import UserError
 
@@ -66,9 +66,15 @@ def build(tmp_path, images, capsys):
 
 
 def groups(tmp_path, images, pairs):
-    path = tmp_path / "pairs.json"
+    return groups_of("editreward", tmp_path, images, pairs)
+
+
+def groups_of(kind, tmp_path, images, pairs):
+    """What a build of these pairs holds."""
+    path, out = tmp_path / "pairs.json", tmp_path / f"groups{len(list(tmp_path.iterdir()))}"
     path.write_text(json.dumps(pairs))
-    return list(read_editreward(path, images))
+    assert builders.main([kind, f"--data={path}", f"--images={images}", f"--out={out}"]) == 0
+    return [from_record(record) for record in store.open_dataset(out)["train"]]
 
 
 # EditReward
@@ -82,9 +88,10 @@ def test_pairs_of_one_source_and_prompt_become_one_group(tmp_path, images):
         pair(prompt="Add a cup"),
     ]
     found = groups(tmp_path, images, pairs)
-    assert [len(group.candidates) for group in found] == [3, 2, 2]
+    # in the order in which they become complete
+    assert [len(group.candidates) for group in found] == [2, 3, 2]
     assert len({group.id for group in found}) == 3
-    first = found[0]
+    first = found[1]
     assert first.dimensions == DIMENSIONS
     assert first.prompt[0].text == "Add a bowl"
     assert first.prompt[1].data == (images / "source.png").read_bytes()
@@ -130,7 +137,7 @@ def test_repeated_pairs(tmp_path, images):
     assert group.weight[0, 1].tolist() == [2, 2, 2]
 
 
-NO_TIE = {"model1_overall_score": None}
+NOTHING = {f"model1_{name}_score": None for name in ("overall", "dim1", "dim2")}
 BAD_PAIRS = {
     "missing image": (pair(path1="gone.png"), "path1", "gone.png cannot be read (No such file"),
     "missing source": (pair(path_src="gone.png"), "path_src", "gone.png"),
@@ -139,10 +146,11 @@ BAD_PAIRS = {
     "same edit": (pair("a.png", "a.png"), "path2", "same edit"),
     "prompt type": (pair(prompt=7), "prompt", "is 7, must be a string"),
     "prompt empty": (pair(prompt=""), "prompt", "is empty"),
-    "path absent": (pair(path1=None), "path1", "is null, must be a string"),
+    "path absent": (pair(path1=None), "path1", "holds no picture"),
     "score type": (pair(model2_dim1_score="4"), "model2_dim1_score", "must be a number"),
-    "score absent": (pair(**NO_TIE), "model1_overall_score", "is missing"),
-    "not an object": (["a.png"], "(record)", "must be an object"),
+    "no judgement": (pair(**NOTHING), "model1_overall_score", "no dimension is judged"),
+    "unknown vote": (pair(vote_type="leftish"), "vote_type", "is 'leftish'; known: leftvote"),
+    "not an object": (["a.png"], "(whole row)", "must be an object"),
 }
 
 
@@ -165,8 +173,10 @@ def test_a_bad_pair_is_one_line_with_file_index_and_field(build, bad_images, tmp
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("{", "is not JSON"),
-        ('{"prompt": "x"}', "must be a list of pairs, is dict"),
+        ("[{", "is not JSON"),
+        ('{"prompt": "x"}', "must hold a list of objects, is an object"),
+        ('[{"prompt": "x"}', "is not JSON"),
+        ("[]]", "no usable record"),
         ("[]", "no usable record"),
     ],
 )
@@ -180,9 +190,9 @@ def test_an_absent_file_is_one_line(tmp_path, capsys):
     for kind in ("editreward", "jsonl"):
         arguments = [f"--json={tmp_path}/gone", f"--images={tmp_path}", f"--out={tmp_path}/out"]
         assert builders.main([kind, *arguments]) == 1
-        assert capsys.readouterr().err == (
-            f"error: {tmp_path}/gone cannot be read (No such file or directory)\n"
-        )
+        said = capsys.readouterr().err
+        assert said.startswith(f"error: {tmp_path}/gone is not there; expected one of *.")
+        assert said.count("\n") == 1
 
 
 def test_skip_bad_counts_and_lists(build, bad_images, tmp_path):
@@ -193,10 +203,26 @@ def test_skip_bad_counts_and_lists(build, bad_images, tmp_path):
         f"{tmp_path}/out: 1 groups in train; dimensions overall, instruction_following, "
         "visual_quality"
     )
-    assert out[1] == f"{len(bad)} records left out:" and len(out) == 2 + len(bad)
-    for index, (line, (_, field, _)) in enumerate(zip(out[2:], BAD_PAIRS.values(), strict=True), 1):
-        assert line.startswith(f"  {tmp_path}/in.json[{index}]: field '{field}'")
-    (record,) = builders.open_dataset(tmp_path / "out")["train"]
+    assert out[1] == f"{len(bad) + 2} rows: 2 kept, {len(bad)} left out"
+    kinds = dict(line.strip().split(" left out: ")[::-1] for line in out if " left out: " in line)
+    assert kinds == {
+        "picture that is missing": "3", "picture that cannot be decoded": "2",
+        "pair of equal edits": "1", "pair without a judgement": "1", "vote of an unknown kind": "1",
+        "field 'prompt'": "2", "field 'model2_dim1_score'": "1",
+        "row that cannot be read": "1",
+    }  # fmt: skip
+    problems = (tmp_path / "out" / "problems.txt").read_text().splitlines()
+    assert len(problems) == len(bad)
+    for index, (_, field, words) in enumerate(BAD_PAIRS.values(), 1):
+        at = f"\t{tmp_path}/in.json[{index}]: field '{field}'"
+        (found,) = [line for line in problems if at in line]
+        assert words in found and found.startswith("left out\t")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"{len(bad) + 2} rows were read: 2 kept, {len(bad)} left out" in card
+    assert "| picture that is missing | 3 |" in card
+    assert "| train | 1 | 3 | 1 of 3 | 4 |" in card  # one group of three, four pictures
+    assert "| train | overall | 2 | 0 |" in card and "| train | visual_quality | 2 | 2 |" in card
+    (record,) = store.open_dataset(tmp_path / "out")["train"]
     assert len(from_record(record).candidates) == 3
     status, out, err = build("editreward", bad, "--skip_bad", out="other")
     assert status == 1 and "no usable record; first: " in err[0] and len(err) == 1
@@ -215,12 +241,13 @@ def test_round_trip(build, tmp_path, images):
     wanted = groups(tmp_path, images, pairs)
     status, out, err = build("editreward", pairs)
     assert status == 0 and not err and "2 groups in train" in out[0]
-    records = builders.open_dataset(tmp_path / "out")["train"]
+    records = store.open_dataset(tmp_path / "out")["train"]
     assert len(records) == 2
     for record, example in zip(records, wanted, strict=True):
         assert_same(from_record(record), example)
-    manifest = builders.read_manifest(tmp_path / "out")
-    assert manifest == {"dimensions": list(DIMENSIONS), "counts": {"train": 2}}
+    manifest = store.read_manifest(tmp_path / "out")
+    assert manifest["dimensions"] == list(DIMENSIONS) and manifest["counts"] == {"train": 2}
+    assert manifest["rows"] == 3 and manifest["left_out"] == {}
 
 
 def test_an_existing_folder_is_refused_and_left_as_it_is(build, tmp_path):
@@ -246,13 +273,13 @@ def line(**changes):
 
 def test_json_lines(build, tmp_path, images):
     lines = [line(id=f"line {i}", ranks=[i % 2, 1]) for i in range(6)]
-    status, out, err = build("jsonl", [*lines[:3], "", *lines[3:]], "--valid_fraction=0.34")
+    status, out, err = build("jsonl", [*lines[:3], "", *lines[3:]])
     assert status == 0 and not err
-    assert "4 groups in train, 2 groups in valid; dimensions overall" in out[0]
-    data = builders.open_dataset(tmp_path / "out")
+    assert "6 groups in train; dimensions overall" in out[0]
+    assert out[1] == "6 rows: 6 kept, 0 left out" and len(out) == 2
+    data = store.open_dataset(tmp_path / "out")
     found = {split: [from_record(r) for r in records] for split, records in data.items()}
-    assert [e.id for e in found["train"]] == ["line 0", "line 1", "line 3", "line 4"]
-    assert [e.id for e in found["valid"]] == ["line 2", "line 5"]
+    assert [e.id for e in found["train"]] == [f"line {i}" for i in range(6)]
     first = found["train"][0]
     assert first.candidates[0].critique == "It is there." and first.candidates[1].critique is None
     assert first.candidates[1].parts[0].data == (images / "b.png").read_bytes()
@@ -267,19 +294,22 @@ def test_json_lines(build, tmp_path, images):
         (line(rank=[1, 2]), "'rank': is unknown; did you mean 'ranks'?"),
         (line(critique="a is better"), "'critique': is comparative"),
         (line(prompt=[{"image": "truncated.png"}]), "'prompt[0].image': image file"),
+        (line(candidates=[{"parts": ["x"], "critique": "Good."}], ranks=[1, 2]), "'ranks.overall'"),
         (line(candidates=[{"image": "gone.png"}, "x"]), "'candidates[0][0].image': image file"),
         ("{", "not JSON"),
         ("3", "must be an object"),
     ],
 )
 def test_a_bad_line_is_one_line(build, bad_images, tmp_path, bad, words):
+    bad = bad | {"id": "bad"} if isinstance(bad, dict) else bad
     status, out, err = build("jsonl", [line(), bad, line()])
     assert status == 1 and not out and len(err) == 1
     assert err[0].startswith(f"error: {tmp_path / 'in.jsonl'}:2: ") and words in err[0]
     assert not list(tmp_path.glob("out*"))
     status, out, err = build("jsonl", [line(), bad, line(id="two")], "--skip_bad")
     assert status == 0 and not err and "2 groups" in out[0]
-    assert out[1] == "1 records left out:" and words in out[2] and len(out) == 3
+    assert out[1] == "3 rows: 2 kept, 1 left out"
+    assert " 1 left out: " in out[2] and words in out[3] and "problems.txt" in out[4]
 
 
 # Prepared folders
@@ -287,19 +317,19 @@ def test_a_bad_line_is_one_line(build, bad_images, tmp_path, bad, words):
 
 def test_what_is_no_data_set_is_one_line(tmp_path):
     with pytest.raises(UserError, match="no such data folder; make one with"):
-        builders.open_dataset(tmp_path / "gone")
+        store.open_dataset(tmp_path / "gone")
     with pytest.raises(UserError, match="is no prepared data set"):
-        builders.open_dataset(tmp_path)
-    (tmp_path / builders.MANIFEST).write_text("{}")
+        store.open_dataset(tmp_path)
+    (tmp_path / store.MANIFEST).write_text("{}")
     with pytest.raises(UserError, match="cannot be read as a TFDS data set") as caught:
-        builders.open_dataset(tmp_path)
+        store.open_dataset(tmp_path)
     assert "\n" not in str(caught.value)
 
 
 def world(path):
     return {
         split: [(r["id"], r["record"], [bytes(i) for i in r["images"]]) for r in records]
-        for split, records in builders.open_dataset(path).items()
+        for split, records in store.open_dataset(path).items()
     }
 
 
@@ -333,7 +363,7 @@ def test_the_published_example(tmp_path, capsys):
     arguments = [f"--json={EXAMPLE / 'train.json'}", f"--images={EXAMPLE}"]
     assert builders.main(["editreward", *arguments, f"--out={tmp_path / 'out'}"]) == 0
     assert "1 groups in train" in capsys.readouterr().out
-    (record,) = builders.open_dataset(tmp_path / "out")["train"]
+    (record,) = store.open_dataset(tmp_path / "out")["train"]
     group = from_record(record)
     assert len(group.candidates) == 3 and len(record["images"]) == 4
     order = [(EXAMPLE / f"edit_{n}.png").read_bytes() for n in (2, 1, 3)]

@@ -44,7 +44,7 @@ def test_every_config_builds(name, variant):
 
 
 def test_describe_pretrains_from_random_weights_and_the_others_go_on():
-    variants = ("describe", "describe_lookups", "describe_comparisons")
+    variants = ("describe", "describe_lookups", "describe_comparisons", "describe_changes")
     for variant, kind in zip(variants, describe.KINDS, strict=True):
         config = generative.get_config(variant)
         assert config.variant == variant and config.backbone.random == (kind == "descriptions")

@@ -18,9 +18,10 @@ SEED = 11
 def test_descriptions_describe_and_nothing_else():
     made = [describe.make_description(i, SEED, kind) for kind in describe.KINDS for i in range(60)]
     assert {example.prompt[0].text for example in made[:60]} == set(describe.WHOLE)
-    assert {example.id.split("-")[2] for example in made[120:]} == set(describe.ASPECTS)
+    for of_pairs in (made[120:180], made[180:]):
+        assert {example.id.split("-")[2] for example in of_pairs} == set(describe.ASPECTS)
     pictures = [sum(isinstance(part, Image) for part in example.prompt) for example in made]
-    assert pictures == [1] * 60 + [0] * 60 + [1] * 60  # a lookup has no first picture
+    assert pictures == [1] * 60 + [0] * 60 + [1] * 120  # a lookup has no first picture
     for example in made:
         assert not example.weight.any() and len(example.candidates) == 4
         assert not any(candidate.score_line for candidate in example.candidates)
@@ -72,6 +73,10 @@ def test_pairs_of_pictures_are_compared_by_aspect():
     same = describe.compare("both", named[circle], first, first, "noisy")
     assert same == " noisy both top left medium."
     assert describe.compare("all", named[circle], first, first) == " zero."
+    spelled = describe.compare("all", named[circle], first, second, spelled=True)
+    assert spelled == (
+        " five changed changed changed kept kept changed kept kept changed kept."
+    )  # the background, then the places in reading order
     assert describe._placed(describe.BACKGROUND).asked == "the background"
 
 

@@ -28,7 +28,7 @@ from configs import joint
 from jrm_jax import build, train, watch
 from jrm_jax import sharding as mesh_module
 from jrm_jax.checkpoint import open_checkpoints
-from jrm_jax.data import builders
+from jrm_jax.data import builders, store
 from jrm_jax.data.schema import from_record
 
 # A run and its results
@@ -45,7 +45,7 @@ def test_a_run_reports_held_out_numbers(finished):
         assert results[f"{split}/ties"] == int(results[f"{split}/ties"])
         assert np.isfinite(results[f"{split}/language"])
     # the pairs and ties are those of the data
-    data = builders.open_dataset(next((workdir.parent / "world").glob("world-*")))
+    data = store.open_dataset(next((workdir.parent / "world").glob("world-*")))
     for split in ("test", "hard"):
         labels = [from_record(record) for record in data[split]]
         upper = [np.triu(e.weight[..., 0], 1) > 0 for e in labels]
@@ -197,7 +197,7 @@ def test_special_tokens_in_the_users_text_are_plain_text(runner, mixed):
     config = in_process_config(runner, data__path=str(mixed))
     data = build.build_data(config, build.load_backbone_config(config), print)
     tokens, kinds = {}, data.encoder.tokenizer.ids
-    for record in builders.open_dataset(mixed)["train"]:
+    for record in store.open_dataset(mixed)["train"]:
         example = from_record(record)
         encoded = data.encoder.encode_example(example)
         tokens[example.id] = (encoded.prompt, encoded.candidates)

@@ -47,7 +47,12 @@ def test_the_world_gives_a_table_a_report_and_predictions(world):
         assert set(row["baselines"]) == {"random", "always the first", "fewest changed pixels"}
     text = world.with_suffix(".md").read_text()
     assert "fewest changed pixels" in text and "| test |" in text
+    assert "; checkpoint: " in text and "Sanity of the model." in text and "effective rank" in text
     html = world.with_suffix(".html").read_text()
+    beaten = [r for r in rows.values() if max(r["baselines"].values()) > r["value"]]
+    assert len(re.findall("BELOW", text)) == len(re.findall("BELOW", html)) == len(beaten)
+    asked = result["probe"]["calibration"]["count"]  # of the first dimension alone
+    assert asked == sum(rows[split, "pair accuracy"]["count"] for split in ("test", "hard"))
     assert html.count("data:image/jpeg;base64,") > 6 and "people prefer this one" in html
     assert not re.search(r"(src|href)=['\"]?http", html)
     assert "<svg" in html and "effective rank" in html

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jrm_jax.benchmarks import groups
 from jrm_jax.losses import (
     Term,
     centering_loss,
@@ -100,6 +101,24 @@ def test_pair_counts_leave_human_ties_out_and_split_equal_predictions():
     assert [float(c) for c in counts] == [1.5, 2.0, 1.0]
 
 
+def test_one_group_of_seven_asks_for_what_its_21_pairs_ask_for():
+    """What `benchmarks.groups` compares is the same loss."""
+    group = groups.make_group(0)
+    pairs = groups.split(group)
+    assert len(pairs) == 21 and len(group.candidates) == 7
+    reward_K = np.random.default_rng(0).normal(size=7).astype(np.float32)
+    data = {c.parts[0].data: r for c, r in zip(group.candidates, reward_K, strict=True)}
+
+    def loss(examples):
+        rewards = [[[data[c.parts[0].data]] for c in e.candidates] for e in examples]
+        labels = (np.stack([getattr(e, n) for e in examples]) for n in ("preference", "weight"))
+        term = preference_loss(jnp.array(rewards), *labels)
+        return float(term.sum / term.weight), float(term.weight)
+
+    assert len(data) == 7
+    assert loss([group]) == pytest.approx(loss(pairs))
+
+
 def test_centering_counts_present_candidates():
     term = centering_loss(jnp.array([[[1.0, 3.0], [2.0, 0.0]]]), jnp.array([[1.0, 0.0]]))
     assert (float(term.sum), float(term.weight)) == (5.0, 1.0)
@@ -107,6 +126,8 @@ def test_centering_counts_present_candidates():
 
 def test_term_weights_come_from_the_batch_alone():
     _, weight = votes()
+    weight = np.array(weight)
+    weight[2] = 0  # critiques alone, or filler: rewards are not asked for
     batch = {
         "preference_weight": weight,
         "candidate_mask": np.ones((B, K), np.float32),

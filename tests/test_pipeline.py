@@ -308,8 +308,9 @@ def test_dimensions_are_picked_by_name(encoder):
     one = replace(encoder, dimensions=("quality",)).encode_example(group)
     np.testing.assert_array_equal(one.preference, group.preference[..., 1:])
     np.testing.assert_array_equal(one.weight, group.weight[..., 1:])
-    with pytest.raises(UserError, match="'beauty' is not in the data, which has overall, quality"):
-        replace(encoder, dimensions=("beauty",)).encode_example(group)
+    two = replace(encoder, dimensions=("beauty", "overall")).encode_example(group)
+    assert not two.weight[..., 0].any() and (two.preference[..., 0] == 0.5).all()
+    np.testing.assert_array_equal(two.weight[..., 1], group.weight[..., 0])
 
 
 def text_only(seed):

@@ -90,9 +90,10 @@ def test_several_processes_train_as_one(one, request, name):
     assert "step 1/6" in found[2][0] and not any("step 1/6" in out for out in found[2][1:])
     for index, out in enumerate(found[2]):
         assert f"process {index} of {count} holds 1 of {count} devices" in out
+    # `valid` is written twice: by the loop at the last step, and with the final results
     held_out = [row for w in (one[0], found[0]) for row in metrics(w) if row["split"] == "valid"]
-    assert [row["groups"] for row in held_out] == [8, 8]
-    assert held_out[0]["pairs"] == held_out[1]["pairs"]
+    assert [row["groups"] for row in held_out] == [8] * 4
+    assert len({row["pairs"] for row in held_out}) == 1
     assert all(np.isfinite(leaf).all() for leaf in parameters(found[0], TOTAL).values())
 
 

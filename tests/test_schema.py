@@ -9,14 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image as Pillow
 
+from jrm_jax.data.pictures import check_image, image_reader
 from jrm_jax.data.schema import (
     Candidate,
     Image,
     PreferenceExample,
     Text,
-    check_image,
     from_record,
-    image_reader,
     parse_json,
     to_record,
     validate,
@@ -212,7 +211,7 @@ def test_validate_arrays():
         (change(preference=good.preference[:2, :2]), r"shape \[2, 2, 1\]"),
         (change(weight=good.weight * np.nan), "must be >= 0"),
         (change(preference=good.preference * 2), "allowed: 0, 0.5, 1"),
-        (change(candidates=good.candidates[:1]), "at least 2"),
+        (change(candidates=good.candidates[2:]), "at least 2"),
         (change(prompt=(Image(b""),)), "image with data"),
     ):
         with pytest.raises(UserError, match=words):

@@ -1,142 +1,44 @@
-"""Data sets on disk: TFDS folders in array_record format, written and read without TensorFlow.
+"""Data sets on disk, from a user's files or from the built-in world.
 
-    python -m jrm_jax.data.builders editreward --json=train.json --images=DIR --out=DIR
-    python -m jrm_jax.data.builders jsonl --json=train.jsonl --images=DIR --out=DIR
+    python -m jrm_jax.data.builders editreward --data=PATH --images=DIR --out=DIR
+    python -m jrm_jax.data.builders LAYOUT --help           genai_bench, editscore, jsonl, csv
     python -m jrm_jax.data.builders world --out=DIR [--train=16384 ...]
 
-A prepared folder holds the splits' shards, TFDS's own description, and `jrm_jax.json` with the
-reward dimensions. It is written under a temporary name and renamed when it is complete, so a
-folder that exists is whole.
+A build that was stopped goes on where it was when the same command is given again. `docs/data.md`
+has the layouts; `building` is how files become a data set, `store` what lies on the disk.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import multiprocessing
 import os
-import shutil
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from jrm_jax.data.schema import PreferenceExample, image_reader, parse_json, to_record
+from jrm_jax.data import building
+from jrm_jax.data.judged import Judged
+from jrm_jax.data.pairs import Pairs
+from jrm_jax.data.records import Records
+from jrm_jax.data.schema import to_record
+from jrm_jax.data.store import SHARD_EXAMPLES, write_dataset
+from jrm_jax.data.table import Table
 from jrm_jax.errors import UserError
 
-MANIFEST = "jrm_jax.json"
 WORLD_VERSION = 5  # raise it when the same seed gives other examples
-SHARD_EXAMPLES = 4096
-CHUNK = 256  # examples per call of the writer, which rewrites its description each time
-
-
-def write_dataset(
-    path: str | Path,
-    splits: Mapping[str, Iterable[PreferenceExample | dict]],
-    dimensions: Sequence[str],
-    name: str = "preferences",
-    manifest: Mapping[str, Any] | None = None,
-) -> dict[str, int]:
-    """Stream examples (or their records) into a new data set; returns the number per split.
-
-    Raises:
-        UserError: the folder exists, a split has no example, or the disk is full.
-    """
-    import tensorflow_datasets as tfds
-
-    path = Path(path)
-    if path.exists():
-        raise UserError(f"{path} exists already: remove it or choose another --out")
-    temporary = path.with_name(f"{path.name}.incomplete-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    features = tfds.features.FeaturesDict(
-        {
-            "id": tfds.features.Text(),
-            "record": tfds.features.Text(),
-            "images": tfds.features.Sequence(tfds.features.Text()),
-        }
-    )
-    counts = dict.fromkeys(splits, 0)
-    try:
-        temporary.mkdir(parents=True)
-        identity = tfds.core.DatasetIdentity(
-            name=name, version="1.0.0", data_dir=str(temporary), module_name=__name__
-        )
-        info = tfds.core.DatasetInfo(
-            builder=identity,
-            features=features,
-            description="Groups of candidates with preferences and critiques, for jrm_jax.",
-        )
-        writer = tfds.core.SequentialWriter(
-            info, max_examples_per_shard=SHARD_EXAMPLES, file_format="array_record"
-        )
-        writer.initialize_splits(list(splits))
-        for split, examples in splits.items():
-            for chunk in _chunks(examples):
-                records = [e if isinstance(e, dict) else to_record(e) for e in chunk]
-                writer.add_examples({split: records})
-                counts[split] += len(records)
-            if not counts[split]:
-                raise UserError(f"{path}: split {split!r} has no example")
-        writer.close_all()
-        content = {"dimensions": list(dimensions), "counts": counts, **(manifest or {})}
-        (temporary / MANIFEST).write_text(json.dumps(content, indent=2) + "\n")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.rename(path)
-    except OSError as error:
-        raise UserError(f"{path} could not be written ({error}): free some space") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return counts
-
-
-def _chunks(items: Iterable) -> Iterator[list]:
-    chunk = []
-    for item in items:
-        chunk.append(item)
-        if len(chunk) == CHUNK:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
-
-
-def read_manifest(path: str | Path) -> dict[str, Any]:
-    """`jrm_jax.json` of a prepared data set: dimensions, counts, and where it came from.
-
-    Raises:
-        UserError: no prepared data set there.
-    """
-    path = Path(path)
-    if not path.is_dir():
-        raise UserError(
-            f"{path}: no such data folder; make one with python -m jrm_jax.data.builders, or leave "
-            "config.data.path unset for the built-in world"
-        )
-    try:
-        return json.loads((path / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path} is no prepared data set ({MANIFEST}: {error}); make one with "
-            "python -m jrm_jax.data.builders"
-        ) from error
-
-
-def open_dataset(path: str | Path) -> dict[str, Any]:
-    """{split: random access to records}, see `schema.from_record`.
-
-    Raises:
-        UserError: no prepared data set there, or one that cannot be read.
-    """
-    read_manifest(path)
-    import tensorflow_datasets as tfds
-
-    try:
-        return dict(tfds.builder_from_directory(str(path)).as_data_source())
-    except Exception as error:  # tfds raises many kinds, all meaning the same here
-        detail = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} cannot be read as a TFDS data set ({detail})") from error
+SHOWN = 20  # problems that are printed; all are listed in the data set's problems.txt
+TELL_SECONDS = 30
+LAYOUTS = {
+    "editreward": "EditReward-Data, JSON or parquet: all edits of one source become one group",
+    "genai_bench": "GenAI-Bench's image editing, parquet or EditReward's JSON of it",
+    "editscore": "edits with a judge's reasoning and scores, as EditScore's training data",
+    "jsonl": "examples as JSON lines, JSON list or parquet, see jrm_jax/data/schema.py",
+    "csv": "a folder of pictures with a CSV file, see jrm_jax/data/table.py",
+}
 
 
 # The built-in world
@@ -206,45 +108,6 @@ def _progress(total: int):
 # Command line
 
 
-def _read_jsonl(path: Path, images: Path, bad: list[str] | None) -> Iterator[PreferenceExample]:
-    reader, dimensions = image_reader(images), None
-    try:
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                where = f"{path}:{number}"
-                try:
-                    try:
-                        obj = json.loads(line)
-                    except ValueError as error:
-                        raise UserError(f"{where}: not JSON ({error})") from error
-                    example = parse_json(obj, reader, where, dimensions=dimensions)
-                except UserError as error:
-                    if bad is None:
-                        raise
-                    bad.append(str(error))
-                    continue
-                dimensions = dimensions or example.dimensions
-                yield example
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error})") from error
-
-
-def _split_off(examples: list, fraction: float) -> dict[str, list]:
-    """Every n-th example becomes `valid`."""
-    if not fraction:
-        return {"train": examples}
-    every = max(2, round(1 / fraction))
-    valid = examples[every - 1 :: every]
-    train = [e for index, e in enumerate(examples) if (index + 1) % every]
-    if not valid:
-        raise UserError(f"--valid_fraction={fraction} leaves no example of {len(examples)} aside")
-    return {"train": train, "valid": valid}
-
-
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     from jrm_jax.data import describe, scenes
 
@@ -252,18 +115,28 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         prog="python -m jrm_jax.data.builders", description=__doc__.splitlines()[0]
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, words in (
-        ("editreward", "EditReward's training JSON: pairs of edits of one source become one group"),
-        ("jsonl", "JSON lines of examples, see jrm_jax/data/schema.py"),
-    ):
-        command = commands.add_parser(name, help=words)
-        command.add_argument("--json", type=Path, required=True)
-        command.add_argument("--images", type=Path, required=True, help="folder of the pictures")
-        command.add_argument("--out", type=Path, required=True)
-        command.add_argument("--valid_fraction", type=float, default=0.0)
+    for name, words in LAYOUTS.items():
+        command = commands.add_parser(name, help=words, description=words)
         command.add_argument(
-            "--skip_bad", action="store_true", help="leave bad records out, and list them"
+            "--data", "--json", type=Path, required=True, help="file, or folder of files"
         )
+        command.add_argument(
+            "--images", type=Path, help="folder of the pictures; default: where --data is"
+        )
+        command.add_argument("--out", type=Path, required=True)
+        command.add_argument(
+            "--valid_fraction", type=float, default=0.0, help="share of the prompts for 'valid'"
+        )
+        command.add_argument(
+            "--shard_examples", type=int, default=SHARD_EXAMPLES, help="groups per file, at most"
+        )
+        command.add_argument("--split", default="train", choices=("train", "valid", "test", "hard"))
+        command.add_argument(
+            "--skip_bad", action="store_true", help="leave bad records out, count and list them"
+        )
+    commands.choices["editscore"].add_argument(
+        "--no_scores", action="store_true", help="critiques only: do not rank edits by the scores"
+    )
     world = commands.add_parser("world", help="the built-in world")
     world.add_argument("--out", type=Path, required=True, help="the data set's parent folder")
     world.add_argument("--seed", type=int, default=0)
@@ -274,50 +147,101 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def make_layout(args: argparse.Namespace) -> building.Layout:
+    """Layout of a command."""
+    folder = args.images or (args.data if args.data.is_dir() else args.data.parent)
+    if args.command == "jsonl":
+        return Records(folder)
+    if args.command == "csv":
+        return Table(folder)
+    if args.command == "editscore":
+        return Judged(folder, labels=not args.no_scores)
+    return Pairs(args.command, folder)
+
+
+@contextlib.contextmanager
+def _build_progress() -> Iterator[Callable[[str, int, int, Counter], None]]:
+    """A bar; where stderr is no terminal, a line now and then."""
+    from rich import progress
+    from rich.console import Console
+
+    console, told = Console(stderr=True), time.monotonic()
+    columns = (
+        progress.TextColumn("{task.description}"), progress.BarColumn(),
+        progress.MofNCompleteColumn(), progress.TextColumn("rows"),
+        progress.TimeRemainingColumn(), progress.TextColumn("{task.fields[left]:,} left out"),
+    )  # fmt: skip
+    bar = progress.Progress(*columns, console=console, transient=True)
+    task = bar.add_task("starting", total=None, left=0)
+
+    def show(words: str, done: int, total: int, counts: Counter) -> None:
+        nonlocal told
+        left = counts["rows left out"]
+        bar.update(task, description=words, completed=done, total=total or None, left=left)
+        if not console.is_terminal and time.monotonic() - told > TELL_SECONDS:
+            told = time.monotonic()
+            of = f" of {total:,}" if total else ""
+            print(f"{words}: {done:,}{of} rows, {left:,} left out", file=sys.stderr, flush=True)
+
+    with bar if console.is_terminal else contextlib.nullcontext():
+        yield show
+
+
+def build(args: argparse.Namespace) -> None:
+    """A user's files; prints what was kept and what was not.
+
+    Raises:
+        UserError: see `building.build`.
+    """
+    if not 0 <= args.valid_fraction < 1:
+        raise UserError(f"--valid_fraction={args.valid_fraction} must be at least 0 and below 1")
+    # Before the bar's thread starts: while this import runs, rich cannot import its own parts.
+    import tensorflow_datasets  # noqa: F401
+
+    options = building.Options(
+        args.skip_bad, args.valid_fraction, args.split, args.shard_examples
+    )
+    with _build_progress() as progress:
+        result = building.build(
+            make_layout(args), args.command, args.data, args.out, options, progress
+        )
+    left = sum(result.left.values())
+    print(
+        f"{args.out}: "
+        + ", ".join(f"{count} groups in {split}" for split, count in result.counts.items())
+        + f"; dimensions {', '.join(result.dimensions)}"
+    )
+    print(f"{result.rows} rows: {result.rows - left} kept, {left} left out")
+    for kinds, words in ((result.left, "left out"), (result.notes, "kept, but odd")):
+        for kind, count in kinds.items():
+            print(f"  {count} {words}: {kind}")
+    if result.left or result.notes:
+        problems = args.out / building.PROBLEMS
+        with problems.open(encoding="utf-8") as lines:
+            for _, line in zip(range(SHOWN), lines, strict=False):
+                print(f"  {line.rstrip().split(chr(9))[-1]}")
+        print(f"all of them: {problems}")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     try:
-        if args.command == "world":
-            from jrm_jax.data import scenes
-
-            names = ("train", "valid")
-            if args.kind in scenes.KINDS_OF_EXAMPLE:
-                names += ("test", "hard")
-            counts = {split: getattr(args, split) for split in names}
-            print(prepare_world(args.out, counts, args.seed, args.kind))
+        if args.command != "world":
+            build(args)
             return 0
-        from jrm_jax.data.editreward import read_editreward
+        from jrm_jax.data import scenes
 
-        read = {"editreward": read_editreward, "jsonl": _read_jsonl}[args.command]
-        bad = [] if args.skip_bad else None
-        examples = read(args.json, args.images, bad)
-        first = next(examples, None)
-        if first is None:
-            detail = f"; first: {bad[0]}" if bad else ""
-            raise UserError(f"{args.json}: no usable record{detail}")
-
-        def every() -> Iterator[PreferenceExample]:
-            yield first
-            yield from examples
-
-        # without a validation share nothing is held in memory
-        splits = (
-            _split_off(list(every()), args.valid_fraction)
-            if args.valid_fraction
-            else {"train": every()}
-        )
-        counts = write_dataset(args.out, splits, first.dimensions, args.command)
-        print(
-            f"{args.out}: "
-            + ", ".join(f"{count} groups in {split}" for split, count in counts.items())
-            + f"; dimensions {', '.join(first.dimensions)}"
-        )
-        if bad:
-            print(f"{len(bad)} records left out:")
-            print("\n".join(f"  {line}" for line in bad))
+        names = ("train", "valid")
+        if args.kind in scenes.KINDS_OF_EXAMPLE:
+            names += ("test", "hard")
+        counts = {split: getattr(args, split) for split in names}
+        print(prepare_world(args.out, counts, args.seed, args.kind))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        return 130
     return 0
 
 

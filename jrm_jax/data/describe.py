@@ -13,6 +13,9 @@ Each kind of data is a stage of its own, in this order:
         both       "Describe the red circle."              -> " both top left large.", " second ..."
         there      "Describe the place of the red circle." -> what the second picture shows there
         all        "Describe both pictures."               -> " two top, left.": where they differ
+    changes        as comparisons, with more of what was hardest to learn, place by place:
+        all        "Describe both pictures." -> " two kept changed ...": how many places differ;
+                   then of the background and of each place, in reading order, whether it does
 
 Every text starts with what only the pictures tell, because the reward token has to predict it:
 where it was the same word in all texts, that token learnt not to look (between candidates of one
@@ -47,19 +50,20 @@ from jrm_jax.data.world_text import NUMBERS, name, noun, place, refer
 DIMENSIONS = ("overall", "following", "preservation")
 COUNT = 4  # pictures per example
 BACKGROUND = -1  # as a place
-KINDS = ("descriptions", "lookups", "comparisons")
+KINDS = ("descriptions", "lookups", "comparisons", "changes")
 CHANGED_SHARE = 0.6  # of what is compared: taken from what differs in one of the pictures
 PLACE_SHARE = 0.3  # of what is looked up: a place, not an object
 DEGRADED_SHARE = 0.2
 WHOLE = ("Describe the picture.", "What is in the picture?", "Say what the picture shows.")
-# what a comparison's request is about: (its share, the words for it)
+# what a request is about: the words for it, and its share of each kind of data
 ASPECTS = {
-    "first": (0.1, "{s} in the first picture"),
-    "second": (0.1, "{s} in the second picture"),
-    "both": (0.35, "{s}"),
-    "there": (0.25, "the place of {s}"),
-    "all": (0.2, "both pictures"),
+    "first": "{s} in the first picture",
+    "second": "{s} in the second picture",
+    "both": "{s}",
+    "there": "the place of {s}",
+    "all": "both pictures",
 }
+SHARES = {"comparisons": (0.1, 0.1, 0.35, 0.25, 0.2), "changes": (0.05, 0.05, 0.25, 0.15, 0.5)}
 
 
 class Subject(NamedTuple):
@@ -81,9 +85,17 @@ def describe(scene: Scene, quality: str | None = None) -> str:
 
 
 def compare(
-    aspect: str, subject: Subject, first: Scene, second: Scene, quality: str | None = None
+    aspect: str,
+    subject: Subject,
+    first: Scene,
+    second: Scene,
+    quality: str | None = None,
+    spelled: bool = False,
 ) -> str:
-    """What one or both pictures show of the subject, or where they differ; see ASPECTS."""
+    """What one or both pictures show of the subject, or where they differ; see ASPECTS.
+
+    `spelled`: of all places it is said whether they differ; otherwise those that do are named.
+    """
     one, two = subject.look(first), subject.look(second)
     words = {
         "first": one,
@@ -94,6 +106,9 @@ def compare(
     if aspect == "all":
         places = sorted(_differing_places(first, second))
         names = ", ".join(map(_where, places))
+        if spelled:
+            every = range(BACKGROUND, len(PLACES))
+            names = " ".join("changed" if place in places else "kept" for place in every)
         return _text(quality, f"{NUMBERS[len(places)]} {names}".strip())
     return _text(quality, words[aspect])
 
@@ -142,9 +157,9 @@ def make_description(
         subject = _lookup(rng, [first, *scenes])
         aspect, request = "second", f"Describe {subject.asked}."
     else:
-        aspect = rng.choices(tuple(ASPECTS), [share for share, _ in ASPECTS.values()])[0]
+        aspect = rng.choices(tuple(ASPECTS), SHARES[kind])[0]
         subject = _compared(rng, first, scenes, 0.0 if aspect == "there" else PLACE_SHARE)
-        request = f"Describe {ASPECTS[aspect][1].format(s=subject.asked)}."
+        request = f"Describe {ASPECTS[aspect].format(s=subject.asked)}."
     candidates = []
     for scene in scenes:
         quality = rng.choice(QUALITIES) if rng.random() < DEGRADED_SHARE else None
@@ -152,7 +167,7 @@ def make_description(
         if kind == "descriptions":
             words = describe(scene, quality)
         else:
-            words = compare(aspect, subject, first, scene, quality)
+            words = compare(aspect, subject, first, scene, quality, kind == "changes")
         candidates.append(Candidate((Image(picture),), words, score_line=False))
     # a lookup is about one picture: the prompt has none
     shown = () if kind == "lookups" else (Image(encode_png(draw(first, pixels))),)

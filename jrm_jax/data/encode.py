@@ -117,14 +117,16 @@ class Encoder:
     def encode_example(self, example: PreferenceExample) -> EncodedExample:
         """Decode, resize, tokenise.
 
+        A reward dimension that the example does not have is unlabelled.
+
         Raises:
             ValueError: a picture that cannot be decoded.
-            UserError: a reward dimension, or facts, that the example does not have.
+            UserError: facts that the example does not have.
         """
-        columns = _columns(self.dimensions, example.dimensions)
+        columns, known = _columns(self.dimensions, example.dimensions)
         return self.encode_group(example.prompt, example.candidates)._replace(
-            preference=example.preference[..., columns],
-            weight=example.weight[..., columns],
+            preference=np.where(known, example.preference[..., columns], np.float32(0.5)),
+            weight=np.where(known, example.weight[..., columns], np.float32(0)),
             facts=self._facts(example.candidates) if self.facts else None,
         )
 
@@ -207,13 +209,10 @@ _positions = functools.lru_cache(maxsize=16384)(mrope_positions)
 
 
 @functools.lru_cache(maxsize=64)
-def _columns(wanted: tuple[str, ...], found: tuple[str, ...]) -> list[int]:
-    missing = [name for name in wanted if name not in found]
-    if missing:
-        raise UserError(
-            f"reward dimension {missing[0]!r} is not in the data, which has {', '.join(found)}"
-        )
-    return [found.index(name) for name in wanted]
+def _columns(wanted: tuple[str, ...], found: tuple[str, ...]) -> tuple[list[int], np.ndarray]:
+    """(place in `found`, or 0; whether it is there) of each dimension wanted."""
+    columns = [found.index(name) if name in found else 0 for name in wanted]
+    return columns, np.array([name in found for name in wanted])
 
 
 def make_encoder(

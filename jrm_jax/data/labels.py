@@ -8,12 +8,13 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
-from jrm_jax.errors import UserError
+from jrm_jax.errors import RecordError
 
 
 def parse_labels(
@@ -128,5 +129,7 @@ def check_keys(
             raise field_error(where, f"{prefix}{key}", "is missing")
 
 
-def field_error(where: str, field: str, message: str) -> UserError:
-    return UserError(f"{where}: field '{field}': {message}")
+def field_error(where: str, field: str, message: str, kind: str = "") -> RecordError:
+    """`kind` defaults to the field's name without indices."""
+    plain = re.sub(r"\[\d+\]", "", field)
+    return RecordError(f"{where}: field '{field}': {message}", kind or f"field '{plain}'")

@@ -1,4 +1,6 @@
-"""What an example is: a prompt, K >= 2 candidates, and who was preferred to whom.
+"""What an example is: a prompt, K candidates, and who was preferred to whom.
+
+K >= 2, or 1 with a critique: then the language loss alone learns from it.
 
 Letters: K candidates, R reward dimensions.
 
@@ -21,14 +23,12 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jrm_jax.data.images import open_image
 from jrm_jax.data.labels import check_keys, check_type, field_error, parse_labels
-from jrm_jax.errors import UserError
+from jrm_jax.errors import RecordError
 
 DEFAULT_DIMENSIONS = ("overall",)
 _EXAMPLE_KEYS = (
@@ -85,7 +85,7 @@ class PreferenceExample:
 
 
 def validate(example: PreferenceExample, where: str) -> None:
-    """Check everything but the pictures (`check_image` does those).
+    """Check everything but the pictures (`pictures.check_image` does those).
 
     Raises:
         UserError: one line '<where>: field <name>: what is wrong'.
@@ -94,10 +94,7 @@ def validate(example: PreferenceExample, where: str) -> None:
         raise field_error(where, "id", "must be a non-empty string")
     _validate_parts(example.prompt, where, "prompt")
     count, dimensions = len(example.candidates), example.dimensions
-    if count < 2:
-        raise field_error(
-            where, "candidates", f"needs at least 2 candidates to compare, has {count}"
-        )
+    _check_count(example.candidates, where)
     for index, candidate in enumerate(example.candidates):
         _validate_parts(candidate.parts, where, f"candidates[{index}].parts")
         critique = candidate.critique
@@ -115,6 +112,16 @@ def validate(example: PreferenceExample, where: str) -> None:
                 where, name, f"has shape {list(found)}, must be [K, K, R] = {list(shape)}"
             )
     _validate_labels(example.preference, example.weight, where)
+
+
+def _check_count(candidates: Sequence[Candidate], where: str) -> None:
+    """One candidate alone can teach by its critique only."""
+    count = len(candidates)
+    if count < 2 and not any(candidate.critique for candidate in candidates):
+        raise field_error(
+            where, "candidates", f"needs at least 2 candidates to compare (or one with a critique),"
+            f" has {count}", "too few candidates",
+        )  # fmt: skip
 
 
 def _validate_labels(preference: np.ndarray, weight: np.ndarray, where: str) -> None:
@@ -157,43 +164,6 @@ def _validate_parts(parts: Sequence[Part], where: str, field: str) -> None:
             raise field_error(where, f"{field}[{index}]", "must be a text or an image with data")
 
 
-# Pictures
-
-
-def check_image(data: bytes, name: str) -> None:
-    """Decode a picture once, in full.
-
-    Raises:
-        UserError: names the picture.
-    """
-    try:
-        open_image(data)
-    except ValueError as error:
-        raise UserError(f"{name} is {error}; replace or remove it") from error
-
-
-def image_reader(folder: str | Path) -> Callable[[str], bytes]:
-    """read_image(name) -> file content, for names relative to `folder`; each is decoded once.
-
-    Raises (when called):
-        UserError: the file is missing, unreadable, truncated, or not a picture.
-    """
-    root, checked = Path(folder), set()
-
-    def read(name: str) -> bytes:
-        path = root / name
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise UserError(f"image file {path} cannot be read ({error.strerror})") from error
-        if name not in checked:
-            check_image(data, f"image file {path}")
-            checked.add(name)
-        return data
-
-    return read
-
-
 # JSON
 
 
@@ -208,7 +178,7 @@ def parse_json(
     """Turn one JSON object (see the top of this file) into a validated example.
 
     Args:
-        read_image: image name -> encoded bytes, e.g. `image_reader(folder)`.
+        read_image: image name -> encoded bytes, e.g. `pictures.image_reader(folder)`.
         where: 'file:line', the beginning of every message.
         dimensions: the data set's reward dimensions; default: the object's own `dimensions`, else
             the names in `scores` / `ranks`, else ('overall',).
@@ -234,10 +204,7 @@ def parse_json(
         _parse_candidate(value, read_image, where, f"candidates[{index}]")
         for index, value in enumerate(obj["candidates"])
     )
-    if len(candidates) < 2:
-        raise field_error(
-            where, "candidates", f"needs at least 2 candidates to compare, has {len(candidates)}"
-        )
+    _check_count(candidates, where)
     names = _parse_dimensions(obj, dimensions, where)
     preference, weight = parse_labels(obj, len(candidates), names, where)
     if not weight.any() and not all(candidate.critique for candidate in candidates):
@@ -284,8 +251,8 @@ def _parse_parts(value: Any, read_image, where: str, field: str) -> tuple[Part, 
             continue
         try:
             parts.append(Image(read_image(content)))
-        except UserError as error:
-            raise field_error(where, f"{name}.image", str(error)) from error
+        except RecordError as error:
+            raise field_error(where, f"{name}.image", str(error), error.kind) from error
     return tuple(parts)
 
 

@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from jrm_jax.data import rows
 from jrm_jax.errors import UserError
 from jrm_jax.evaluation.cases import Picture
 
-SUFFIXES = (".json", ".jsonl", ".parquet")
+find = rows.find
 
 
 def read_json(path: str | Path) -> Any:
@@ -26,38 +27,15 @@ def read_json(path: str | Path) -> Any:
         raise UserError(f"{path} is not JSON ({error})") from error
 
 
-def find(path: str | Path, suffixes: tuple[str, ...] = SUFFIXES) -> list[Path]:
-    """The file itself, or all of a folder's files of these kinds, sorted.
-
-    Raises:
-        UserError: there are none.
-    """
-    path = Path(path)
-    if path.is_file():
-        return [path]
-    found = sorted(p for p in path.rglob("*") if p.suffix in suffixes) if path.is_dir() else []
-    if not found:
-        what = "holds none of" if path.is_dir() else "is not there; expected one of"
-        raise UserError(f"{path} {what} {', '.join('*' + s for s in suffixes)}")
-    return found
-
-
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a file: a JSON list, JSON lines, or parquet (a batch at a time).
+    """Rows of a file: a JSON list, JSON lines, or parquet.
 
     Raises:
         UserError: unreadable, or a row that is no object; names file and row.
     """
-    if path.suffix == ".parquet":
-        yield from _read_parquet(path)
-        return
-    if path.suffix == ".jsonl":
-        rows = _read_lines(path)
-    else:
-        rows = enumerate(as_list(read_json(path), path), 1)
-    for number, row in rows:
-        if not isinstance(row, dict):
-            raise UserError(f"{path}:{number}: must be an object, is {type(row).__name__}")
+    for _, row in rows.read_rows(path):
+        if isinstance(row, UserError):
+            raise row
         yield row
 
 
@@ -65,33 +43,6 @@ def as_list(content: Any, path: Path) -> list:
     if not isinstance(content, list):
         raise UserError(f"{path} must hold a list of objects, holds {type(content).__name__}")
     return content
-
-
-def _read_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    try:
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    try:
-                        yield number, json.loads(line)
-                    except ValueError as error:
-                        raise UserError(f"{path}:{number}: not JSON ({error})") from error
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error})") from error
-
-
-def _read_parquet(path: Path) -> Iterator[dict[str, Any]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=16):
-                yield from batch.to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path} is no readable parquet file ({error})") from error
 
 
 def field(row: dict[str, Any], name: str, where: str, kind: type | tuple = object) -> Any:

@@ -88,7 +88,10 @@ def _case(task: str, pair: Any, file: Path, number: int, issues: Issues) -> Case
     if not isinstance(pair, dict):
         raise UserError(f"{where} must be an object")
     name = pair["id"] if "id" in pair else files.field(pair, "pair_id", where)
-    chosen = files.field(pair, "chosen", where)
+    # the benchmark's README calls three fields otherwise than its code
+    chosen = pair["human_preference"] if "human_preference" in pair and "chosen" not in pair else (
+        files.field(pair, "chosen", where)
+    )  # fmt: skip
     if chosen not in LABELS:
         issues.add("pair whose 'chosen' is neither A nor B (always counted as wrong)", name)
     prompt = _parts(pair.get("prompt_content") or [], file.parent, where)
@@ -102,8 +105,11 @@ def _case(task: str, pair: Any, file: Path, number: int, issues: Issues) -> Case
         else ()
         for side in ("response_a", "response_b")
     )
-    models = tuple(str(pair[side].get("model_name", "")) for side in ("response_a", "response_b"))
-    _check_annotations(pair, name, issues)
+    models = tuple(
+        str(pair[side].get("model_name", pair[side].get("model", "")))
+        for side in ("response_a", "response_b")
+    )
+    _check_annotations(pair, chosen, name, issues)
     return Case(
         id=str(name),
         group=digest(task, [p if isinstance(p, Text) else p.key for p in prompt] or name),
@@ -117,11 +123,11 @@ def _case(task: str, pair: Any, file: Path, number: int, issues: Issues) -> Case
     )
 
 
-def _check_annotations(pair: dict, name: Any, issues: Issues) -> None:
+def _check_annotations(pair: dict, chosen: str, name: Any, issues: Issues) -> None:
     given = pair.get("human_annotations")
     if not isinstance(given, list) or not all(isinstance(x, int | float) for x in given):
         return
-    if given and (sum(given) / len(given) > 3.5) != (pair["chosen"] == "A"):
+    if given and (sum(given) / len(given) > 3.5) != (chosen == "A"):
         issues.add("pair whose 'chosen' contradicts the mean of its annotations", name)
 
 

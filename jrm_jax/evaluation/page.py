@@ -12,25 +12,27 @@ from jrm_jax.data.images import open_image
 from jrm_jax.errors import UserError
 from jrm_jax.evaluation.cases import SHOWN, Judged, Picture
 from jrm_jax.evaluation.metrics import Verdict
-from jrm_jax.evaluation.report import instruction, interval, own_cells, value, worst
+from jrm_jax.evaluation.report import about, instruction, interval, note, own_cells, value, worst
 
 SIDE = 220  # pixels of a picture in the report
 STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; color: #1b1b1b; margin: 2rem auto; max-width: 76rem;
-       padding: 0 1rem; }
+body { font: 15px/1.45 system-ui, sans-serif; color: #1b1b1b; background: #fff;
+       margin: 2rem auto; max-width: 76rem; padding: 0 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 .wide { overflow-x: auto; }
 td, th { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid #e2e2e2; }
 th { border-bottom: 2px solid #888; font-weight: 600; }
-td.text, th.text { text-align: left; }
+td { white-space: nowrap; } td.text { white-space: normal; }
+td.text, th.text { text-align: left; } td.text:last-child { min-width: 9rem; }
 tr.main td { font-weight: 600; background: #f3f6fb; }
 .faint { color: #666; font-size: .9em; }
 .warn { background: #fff6e0; padding: .6rem 1rem; border-left: 4px solid #e0a000; }
 .case { border-top: 1px solid #ccc; padding: .8rem 0; }
 .row { display: flex; flex-wrap: wrap; gap: 1rem; }
-figure { margin: 0; width: 220px; } figure img { width: 220px; image-rendering: auto;
-         border: 1px solid #ccc; }
+figure { margin: 0; width: 220px; max-width: calc(50% - .5rem); }
+figure img { width: 100%; border: 1px solid #ccc; }
+svg { max-width: 100%; }
 figcaption { font-size: .9em; overflow-wrap: anywhere; }
 .liked { color: #0a6b2d; font-weight: 600; } .picked { color: #a01818; font-weight: 600; }
 """
@@ -41,7 +43,7 @@ def page(result: dict[str, Any], judged: Sequence[Judged]) -> str:
     title = f"{result['benchmark']}: {result['model']}"
     parts = [
         f"<h1>{_text(title)}</h1>",
-        f"<p class=faint>{_text(result['made'])}; data: {_text(result['data'])}</p>",
+        f"<p class=faint>{_text(about(result))}</p>",
         _headline(result),
         *(f"<p class=warn>{_text(remark)}</p>" for remark in result["remarks"]),
         _issues(result["issues"]),
@@ -74,9 +76,10 @@ def _headline(result: dict[str, Any]) -> str:
         beside = f"; best rule without a model: {best[1]}, {value(best[0])}" if best else ""
         lines.append(
             f"<li><b>{_text(row['section'])}, {_text(row['metric'])}: {value(row['value'])}</b>"
-            f" (95 % {interval(row)}; {row['count']} of {row['total']} judged{_text(beside)})</li>"
+            f" (95 % {interval(row)}; {row['count']:,} of {row['total']:,} judged"
+            f"{_text(beside)})</li>"
         )
-    counts = ", ".join(f"{count} {what}" for what, count in result["counts"].items())
+    counts = ", ".join(f"{count:,} {what}" for what, count in result["counts"].items())
     return f"<ul>{''.join(lines)}</ul><p>{_text(counts)}.</p>"
 
 
@@ -107,13 +110,13 @@ def _table(head: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]], texts
 
 def _numbers(rows: Sequence[dict[str, Any]]) -> str:
     rules = list(rows[0]["baselines"]) if rows else []
-    head = ["", "number", "value", "95 % interval", "judged / all", "groups", *rules, "note"]
+    head = ["part", "number", "value", "95 % interval", "judged / all", "groups", *rules, "note"]
     lines = []
     for row in rows:
         name = row["metric"] + (" (official)" if row["official"] else "")
         cells = [row["section"], name, value(row["value"]), interval(row),
-                 f"{row['count']} / {row['total']}", row["groups"],
-                 *(value(row["baselines"][rule]) for rule in rules), row["note"]]  # fmt: skip
+                 f"{row['count']:,} / {row['total']:,}", f"{row['groups']:,}",
+                 *(value(row["baselines"][rule]) for rule in rules), note(row)]  # fmt: skip
         lines.append(("main" if row["headline"] else "", cells))
     return _table(head, lines, {0, 1, len(head) - 1})
 
@@ -141,7 +144,7 @@ def _probe(probe: dict[str, Any] | None) -> str:
     plots = _reliability(probe["calibration"]) if probe.get("calibration") else ""
     return (
         f"<h2>Sanity of the model</h2><p class=faint>{_text(probe['about'])}</p>"
-        + _table(["probe", "value", "what it means"], lines, {0, 2})
+        + _table(["probe", "value", "what it means"], lines, {0, 1, 2})
         + plots
     )
 

@@ -44,7 +44,7 @@ def read_jsonl(path: str, issues: Issues) -> Benchmark:
     """
     folder = Path(path)
     if folder.is_dir() and (folder / "jrm_jax.json").is_file():
-        from jrm_jax.data.builders import open_dataset
+        from jrm_jax.data.store import open_dataset
 
         splits = {name: split for name, split in open_dataset(folder).items() if name != "train"}
         cases = [
@@ -194,7 +194,7 @@ def measure(benchmark: Benchmark, judged: Sequence[Judged], threshold: float) ->
         if dimension != main:
             continue
         metrics.append(_best(name, items))
-        for kind, inside in sections(decided, lambda v: v.judged.case.subtask).items():
+        for kind, inside in sorted(sections(decided, lambda v: v.judged.case.subtask).items()):
             metrics.append(accuracy(f"{name} / {kind}", "pair accuracy", inside))
     return metrics
 

@@ -14,6 +14,7 @@ import PIL.Image
 
 from jrm_jax.evaluation.cases import Case, Judged, Picture, missing_pictures
 from jrm_jax.evaluation.metrics import strict, verdicts
+from jrm_jax.evaluation.report import main_dimension
 from jrm_jax.evaluation.scoring import CHUNK, Change, column, encode_case, pixel_distance
 from jrm_jax.evaluation.statistics import bootstrap, calibration, effective_rank, spearman
 
@@ -57,11 +58,12 @@ def probe(model: Any, judged: Sequence[Judged], count: int = CASES) -> dict[str,
         _tell_changes(model, cases, base, spread, numbers, tell)
         _tell_swap(model, cases, base, numbers, tell)
         _tell_critiques(model, chosen, base, numbers, tell)
-    found = _calibrate(judged)
+    asked = main_dimension(judged)
+    found = _calibrate(asked)
     if found["count"]:
         tell(
             "calibration error",
-            f"{found['error']:.3f} ({found['count']} pairs)",
+            f"{found['error']:.3f} ({found['count']:,} pairs)",
             "mean gap between the predicted and the observed chance that people prefer the model's"
             " choice; 0 is perfect",
         )
@@ -69,7 +71,8 @@ def probe(model: Any, judged: Sequence[Judged], count: int = CASES) -> dict[str,
              " half gives 0.25")  # fmt: skip
     numbers["calibration"] = found if found["count"] else None
     about = (
-        f"The first {len(chosen)} cases whose pictures can be read; calibration: all decided pairs."
+        f"The first {len(chosen)} cases whose pictures can be read; calibration: all decided pairs"
+        f" ({', '.join(dict.fromkeys(one.case.dimension for one in asked))})."
     )
     return {"about": about, "rows": rows, **numbers}
 
@@ -145,8 +148,9 @@ def _tell_changes(model, cases, base, spread: float, numbers, tell: Callable) ->
         share = drift / spread if spread else math.nan
         numbers["drift"][name] = {"drift": share, "flips": flipped, "pairs": pairs}
         tell(f"score drift, {name}",
-             f"{share:.3f} of the scores' spread; {flipped:.3f} of {pairs} pairs turn",
-             "all pictures of a case are changed alike, so the order should stay")  # fmt: skip
+             f"{share:.2f} of the scores' spread; {flipped:.0%} of {pairs:,} pairs turn",
+             "all pictures of a case are changed alike, so the order should stay; 1: as far as"
+             " scores of different edits lie apart")  # fmt: skip
 
 
 def _flips(base: Sequence[np.ndarray], other: Sequence[np.ndarray]) -> tuple[float, int]:
@@ -165,7 +169,7 @@ def _tell_swap(model, cases, base, numbers, tell: Callable) -> None:
     largest = float(np.max(np.abs(np.concatenate(other) - np.concatenate(base))))
     flipped, pairs = _flips(base, other)
     numbers["swap"] = {"largest": largest, "flips": flipped, "pairs": pairs}
-    tell("candidates in reverse order", f"{largest:.1e}; {flipped:.3f} of {pairs} pairs turn",
+    tell("candidates in reverse order", f"{largest:.1e}; {flipped:.0%} of {pairs:,} pairs turn",
          "largest change of a score; more than rounding is a fault of the program")  # fmt: skip
 
 

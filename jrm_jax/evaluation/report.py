@@ -93,13 +93,14 @@ def _remarks(judged: Sequence[Judged]) -> list[str]:
     return found
 
 
+def main_dimension(judged: Sequence[Judged]) -> list[Judged]:
+    """Of several reward dimensions the first; where they are sections, each."""
+    return [j for j in judged if j.case.dimension in (judged[0].case.dimension, j.case.section)]
+
+
 def worst(judged: Sequence[Judged], count: int = WORST) -> list[Verdict]:
     """Pairs ranked most wrongly, one per case; where there are no scores, just wrong ones."""
-    if not judged:
-        return []
-    main = judged[0].case.dimension  # of several, the first; where they are sections, each
-    asked = [j for j in judged if j.case.dimension in (main, j.case.section)]
-    wrong = [v for v in strict(verdicts(asked)) if not v.right]
+    wrong = [v for v in strict(verdicts(main_dimension(judged))) if not v.right]
     wrong.sort(key=lambda v: -abs(v.gap or 0.0))
     found: dict[Any, Verdict] = {}
     for verdict in wrong:
@@ -199,13 +200,15 @@ def _numbered(items: list) -> dict[tuple[str, int], tuple[str, float]]:
 def markdown(result: dict[str, Any]) -> str:
     """The tables as text."""
     rules = list(result["rows"][0]["baselines"]) if result["rows"] else []
-    head = ["", "number", "value", "95 % interval", "judged / all", *rules, "note"]
+    head = ["part", "number", "value", "95 % interval", "judged / all", "groups", *rules, "note"]
     lines = [
         f"# {result['benchmark']}: {result['model']}",
         "",
+        about(result),
+        "",
         result["protocol"],
         "",
-        ", ".join(f"{count} {what}" for what, count in result["counts"].items()) + ".",
+        ", ".join(f"{count:,} {what}" for what, count in result["counts"].items()) + ".",
         *(f"\n{remark}" for remark in result["remarks"]),
         "",
         _line(head),
@@ -218,10 +221,36 @@ def markdown(result: dict[str, Any]) -> str:
             name = f"**{name}**"
         lines.append(
             _line([row["section"], name, value(row["value"]), interval(row),
-                   f"{row['count']} / {row['total']}", *cells, row["note"]])
+                   f"{row['count']:,} / {row['total']:,}", f"{row['groups']:,}", *cells,
+                   note(row)])
         )  # fmt: skip
-    lines += ["", *_issue_lines(result["issues"]), *_published_lines(result), ""]
+    lines += ["", *_probe_lines(result.get("probe")), *_issue_lines(result["issues"])]
+    lines += [*_published_lines(result), ""]
     return "\n".join(lines)
+
+
+def about(result: dict[str, Any]) -> str:
+    """What was measured, and when, in one line."""
+    step = result.get("step")
+    words = [
+        result["made"],
+        f"data: {result['data']}",
+        f"checkpoint: {result['checkpoint']}" + (f", step {step}" if step is not None else "")
+        if result["checkpoint"] else f"predictions: {', '.join(result['predictions'] or ())}",
+    ]  # fmt: skip
+    if result["limit"]:
+        words.append(f"ONLY THE FIRST {result['limit']:,} cases (--limit)")
+    if result["tie_threshold"]:
+        words.append(f"threshold for ties: {result['tie_threshold']:g}")
+    return "; ".join(words)
+
+
+def _probe_lines(probe: dict[str, Any] | None) -> list[str]:
+    if not probe:
+        return []
+    rows = [_line([row["name"], row["value"], row["meaning"]]) for row in probe["rows"]]
+    head = [_line(["probe", "value", "what it means"]), _line(["---"] * 3)]
+    return [f"Sanity of the model. {probe['about']}", "", *head, *rows, ""]
 
 
 def _line(cells: Sequence[str]) -> str:
@@ -236,6 +265,16 @@ def interval(row: dict[str, Any]) -> str:
     if row["low"] is None:
         return "-"
     return f"{row['low']:.4f} to {row['high']:.4f}"
+
+
+def note(row: dict[str, Any]) -> str:
+    """The row's note, and which rules without a model do better."""
+    above = [
+        rule for rule, number in row["baselines"].items()
+        if number is not None and row["value"] is not None and number > row["value"]
+    ]  # fmt: skip
+    return "; ".join([*([row["note"]] if row["note"] else []),
+                      *([f"BELOW {' and '.join(above)}"] if above else [])])  # fmt: skip
 
 
 def _issue_lines(issues: dict[str, Any]) -> list[str]:

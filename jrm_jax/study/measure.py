@@ -29,7 +29,7 @@ from ml_collections import ConfigDict
 
 from jrm_jax import sharding
 from jrm_jax.checkpoint import open_checkpoints
-from jrm_jax.data import builders, scenes
+from jrm_jax.data import builders, scenes, store
 from jrm_jax.data.draw import PIXELS, draw, encode_png, encode_scene
 from jrm_jax.data.pipeline import assemble_batch, make_iterator
 from jrm_jax.data.plan import EvalPlan, Source, make_buckets
@@ -95,7 +95,7 @@ class Model:
         folder = builders.prepare_world(
             trained.card["config"]["data"]["cache"], counts, self.world["seed"], self.world["kind"]
         )
-        self.records = builders.open_dataset(folder)
+        self.records = store.open_dataset(folder)
         self.sizes = {
             split: measure_sizes(
                 self.records[split], self.encoder.sizes, self.encoder.key,

@@ -1,0 +1,91 @@
+"""Pictures of a user's data: read once, decoded once, and refused by name."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jrm_jax.data.images import open_image
+from jrm_jax.data.labels import field_error
+from jrm_jax.errors import RecordError
+
+CHECKED = 4096  # names of pictures that a reader remembers
+MISSING, BROKEN = "picture that is missing", "picture that cannot be decoded"
+
+
+def check_image(data: bytes, name: str) -> None:
+    """Decode a picture once, in full.
+
+    Raises:
+        RecordError: names the picture.
+    """
+    try:
+        open_image(data)
+    except ValueError as error:
+        raise RecordError(f"{name} is {error}; replace or remove it", BROKEN) from error
+
+
+def image_reader(folder: str | Path) -> Callable[[str], bytes]:
+    """read_image(name) -> file content, for names relative to `folder`; each is decoded once.
+
+    Raises (when called):
+        RecordError: the file is missing, unreadable, truncated, or not a picture.
+    """
+    root, checked = Path(folder), set()
+
+    def read(name: str) -> bytes:
+        path = root / name
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            words = f"image file {path} cannot be read ({error.strerror})"
+            raise RecordError(words, MISSING) from error
+        if name not in checked:
+            check_image(data, f"image file {path}")
+            if len(checked) == CHECKED:  # names need memory, too
+                checked.clear()
+            checked.add(name)
+        return data
+
+    return read
+
+
+def picture_name(value: Any) -> str:
+    """What tells pictures apart before they are read: a file's name, or a digest of the bytes."""
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    return hashlib.sha256(value).hexdigest() if isinstance(value, bytes) else str(value or "")
+
+
+class GroupPictures:
+    """The pictures of one group, by name or as bytes; each is read and decoded once."""
+
+    def __init__(self, folder: Path):
+        self._read = image_reader(folder)
+        self._names: dict[str, bytes] = {}
+        self._seen: set[bytes] = set()
+
+    def __call__(self, value: Any, where: str, field: str) -> bytes:
+        """Encoded bytes of a file's name, of {'bytes', 'path'} (a Hugging Face column), or bytes.
+
+        Raises:
+            RecordError: there is none, or it cannot be read; names file, row and field.
+        """
+        if isinstance(value, dict):
+            value = value.get("bytes") or value.get("path")
+        if not isinstance(value, str | bytes) or not value:
+            raise field_error(where, field, "holds no picture", MISSING)
+        try:
+            if isinstance(value, str):
+                if value not in self._names:
+                    self._names[value] = self._read(value)
+                return self._names[value]
+            digest = hashlib.sha256(value).digest()
+            if digest not in self._seen:
+                check_image(value, "the picture")
+                self._seen.add(digest)
+            return value
+        except RecordError as error:
+            raise field_error(where, field, str(error), error.kind) from error

@@ -1,0 +1,262 @@
+"""Prepared data sets on disk: TFDS folders in array_record format, without TensorFlow.
+
+A folder holds the splits' shards, TFDS's own description, and `jrm_jax.json` with the reward
+dimensions and counts. A row is {'id', 'record' (JSON), 'images' (encoded bytes)}, see
+`schema.to_record`. Folders are written under another name and renamed when they are complete, so a
+folder that exists is whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jrm_jax.data.schema import PreferenceExample, to_record
+from jrm_jax.errors import UserError
+
+MANIFEST = "jrm_jax.json"
+SHARD_EXAMPLES = 4096
+SHARD_BYTES = 256 * 2**20
+_FORMAT = "array_record"
+_SHARD_NAME = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_INDEX}"
+
+
+def _features():
+    import tensorflow_datasets as tfds
+
+    return tfds.features.FeaturesDict(
+        {
+            "id": tfds.features.Text(),
+            "record": tfds.features.Text(),
+            "images": tfds.features.Sequence(tfds.features.Text()),
+        }
+    )
+
+
+def _serialize(features, record: Mapping[str, Any]) -> bytes:
+    """The same bytes every time: protobuf's maps come in an order of their own otherwise."""
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    message = tf_example_pb2.Example.FromString(features.serialize_example(record))
+    return message.SerializeToString(deterministic=True)
+
+
+@contextlib.contextmanager
+def _writer_errors() -> Iterator[None]:
+    """array_record's writer raises RuntimeError where the disk is full."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise OSError(str(error)) from error
+
+
+class Shards:
+    """Writes the shards of a folder, one file after another for each split.
+
+    done: {split: [(examples, bytes) of each complete shard]}; shards are added to what it holds.
+    A shard file that is not listed there is half-written, and is overwritten.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        done: Mapping[str, Sequence] | None = None,
+        examples: int = SHARD_EXAMPLES,
+    ):
+        self.folder, self.name, self.examples = folder, name, examples
+        self.done = {split: [tuple(s) for s in shards] for split, shards in (done or {}).items()}
+        self._open: dict[str, list] = {}  # split: [writer, examples, bytes]
+        self._features = _features()
+
+    def add(self, split: str, record: Mapping[str, Any]) -> None:
+        from array_record.python.array_record_module import ArrayRecordWriter
+
+        if split not in self._open:
+            number = len(self.done.get(split, ()))
+            path = self.folder / f"{self.name}-{split}.{_FORMAT}-{number:05d}"
+            path.unlink(missing_ok=True)
+            self._open[split] = [ArrayRecordWriter(str(path), "group_size:1"), 0, 0]
+        data = _serialize(self._features, record)
+        entry = self._open[split]
+        with _writer_errors():
+            entry[0].write(data)
+        entry[1] += 1
+        entry[2] += len(data)
+
+    @property
+    def full(self) -> bool:
+        """The open files together hold a shard's worth: time to `close_files`."""
+        examples, size = (sum(entry[i] for entry in self._open.values()) for i in (1, 2))
+        return examples >= self.examples or size >= SHARD_BYTES
+
+    def close_files(self) -> None:
+        """Complete the open shards; they are on the disk afterwards."""
+        for split, (writer, examples, size) in self._open.items():
+            number = len(self.done.get(split, ()))
+            with _writer_errors():
+                writer.close()
+            with (self.folder / f"{self.name}-{split}.{_FORMAT}-{number:05d}").open("rb") as file:
+                os.fsync(file.fileno())
+            self.done.setdefault(split, []).append((examples, size))
+        self._open = {}
+
+    def abandon(self) -> None:
+        """Close what is open without counting it."""
+        for writer, *_ in self._open.values():
+            with contextlib.suppress(RuntimeError):  # nothing of it is wanted
+                writer.close()
+        self._open = {}
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Examples in complete shards per split."""
+        return {split: sum(n for n, _ in shards) for split, shards in self.done.items()}
+
+    def describe(self, dimensions: Sequence[str], manifest: Mapping[str, Any]) -> None:
+        """Write TFDS's description and ours; the folder can be read afterwards."""
+        import tensorflow_datasets as tfds
+        from tensorflow_datasets.core import naming
+
+        identity = tfds.core.DatasetIdentity(
+            name=self.name, version="1.0.0", data_dir=str(self.folder), module_name=__name__
+        )
+        info = tfds.core.DatasetInfo(
+            builder=identity,
+            features=_features(),
+            description="Groups of candidates with preferences and critiques, for jrm_jax.",
+        )
+        info.set_file_format(_FORMAT)
+        splits = []
+        for split, shards in self.done.items():
+            template = naming.ShardedFileTemplate(
+                dataset_name=self.name,
+                data_dir=str(self.folder),
+                split=split,
+                filetype_suffix=_FORMAT,
+                template=_SHARD_NAME,
+            )
+            splits.append(
+                tfds.core.SplitInfo(
+                    name=split,
+                    shard_lengths=[n for n, _ in shards],
+                    num_bytes=sum(size for _, size in shards),
+                    filename_template=template,
+                )
+            )
+        info.set_splits(tfds.core.splits.SplitDict(splits))
+        info.write_to_directory(str(self.folder))
+        content = {"dimensions": list(dimensions), "counts": self.counts, **manifest}
+        (self.folder / MANIFEST).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def check_absent(path: Path) -> None:
+    """
+    Raises:
+        UserError: the folder exists.
+    """
+    if path.exists():
+        raise UserError(f"{path} exists already: remove it or choose another --out")
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """An OSError while writing becomes one line."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path} could not be written ({error}): free some space") from error
+
+
+def write_dataset(
+    path: str | Path,
+    splits: Mapping[str, Iterable[PreferenceExample | dict]],
+    dimensions: Sequence[str],
+    name: str = "preferences",
+    manifest: Mapping[str, Any] | None = None,
+) -> dict[str, int]:
+    """Stream examples (or their records) into a new data set; returns the number per split.
+
+    Raises:
+        UserError: the folder exists, a split has no example, or the disk is full.
+    """
+    path = Path(path)
+    check_absent(path)
+    temporary = path.with_name(f"{path.name}.incomplete-{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    shards = Shards(temporary, name)
+    try:
+        with disk_errors(path):
+            temporary.mkdir(parents=True)
+            for split, examples in splits.items():
+                for example in examples:
+                    shards.add(split, example if isinstance(example, dict) else to_record(example))
+                    if shards.full:
+                        shards.close_files()
+                shards.close_files()
+                if not shards.counts.get(split):
+                    raise UserError(f"{path}: split {split!r} has no example")
+            shards.describe(dimensions, manifest or {})
+            temporary.rename(path)
+    except BaseException:
+        shards.abandon()
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return shards.counts
+
+
+def read_manifest(path: str | Path) -> dict[str, Any]:
+    """`jrm_jax.json` of a prepared data set: dimensions, counts, and where it came from.
+
+    Raises:
+        UserError: no prepared data set there.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(
+            f"{path}: no such data folder; make one with python -m jrm_jax.data.builders, or leave "
+            "config.data.path unset for the built-in world"
+        )
+    try:
+        return json.loads((path / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path} is no prepared data set ({MANIFEST}: {error}); make one with "
+            "python -m jrm_jax.data.builders"
+        ) from error
+
+
+def check_dimensions(wanted: Sequence[str], folders: Sequence[str | Path]) -> None:
+    """
+    Raises:
+        UserError: a reward dimension of the run that no data set has.
+    """
+    manifests = [read_manifest(folder) for folder in folders]
+    found = list(dict.fromkeys(name for m in manifests for name in m.get("dimensions", wanted)))
+    for name in wanted:
+        if name not in found:
+            raise UserError(
+                f"reward dimension {name!r} is not in the data, which has {', '.join(found)}"
+            )
+
+
+def open_dataset(path: str | Path) -> dict[str, Any]:
+    """{split: random access to records}, see `schema.from_record`.
+
+    Raises:
+        UserError: no prepared data set there, or one that cannot be read.
+    """
+    read_manifest(path)
+    import tensorflow_datasets as tfds
+
+    try:
+        return dict(tfds.builder_from_directory(str(path)).as_data_source())
+    except Exception as error:  # tfds raises many kinds, all meaning the same here
+        detail = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} cannot be read as a TFDS data set ({detail})") from error

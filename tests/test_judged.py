@@ -1,0 +1,123 @@
+"""Edits with a judge's reasoning become critiques and ranks."""
+
+import json
+
+from benchmark_files import png
+from layout_case import build, lines, pictures  # noqa: F401
+
+from jrm_jax.data.judged import DIMENSIONS as JUDGED
+
+
+def judged_row(edit="1.png", sc=(20, 10), pq=(16, 25), **changes):
+    return {
+        "instruction": "Add a <|reward|> hat", "input_image": "0.png", "output_image": edit,
+        "SC_reasoning": f"Hat of {edit}\nis there.", "PQ_reasoning": "Clean.",
+        "SC_score": sc, "PQ_score": pq,
+    } | changes  # fmt: skip
+
+
+def test_judgements_per_dimension_become_critiques_and_ranks(pictures, build):
+    rows = [
+        judged_row(), judged_row("2.png", (20, 20), (4, 9), PQ_reasoning=""),
+        judged_row("3.png", None, None, SC_reasoning=None),
+        judged_row("4.png", instruction="Alone"),
+    ]  # fmt: skip
+    found, kinds = build("editscore", lines(pictures / "train.jsonl", rows))
+    group, alone = found
+    assert group.dimensions == JUDGED and not kinds
+    assert [(c.critique, c.score_line) for c in group.candidates] == [
+        ("Instruction: Hat of 1.png is there.\nQuality: Clean.\nScores: success 20, preservation"
+         " 10, naturalness 16, artifacts 25.", True),
+        ("Instruction: Hat of 2.png is there.\nScores: success 20, preservation 20, naturalness 4,"
+         " artifacts 9.", True),
+        ("Quality: Clean.", False),
+    ]  # fmt: skip
+    # overall: sqrt(10 * 16) against sqrt(20 * 4); following equal; consistency; quality
+    assert group.preference[0, 1].tolist() == [1, 0.5, 0, 1]
+    assert group.weight[0, 1].tolist() == [1] * 4 and not group.weight[:, 2].any()
+    assert len(alone.candidates) == 1 and not alone.weight.any()  # for the language loss only
+    assert alone.candidates[0].critique.startswith("Instruction: ")
+    found, _ = build("editscore", pictures / "train.jsonl", "--no_scores")
+    assert not found[0].weight.any() and found[0].candidates[0].critique
+
+
+def test_two_edits_in_a_row_and_an_edit_judged_again(pictures, build):
+    both = judged_row(["1.png", "2.png"], [[20, 10], [2, 3]], [[10, 12], [5, 5]])
+    del both["output_image"]
+    both |= {"output_images": ["1.png", "2.png"], "SC_reasoning": ["One.", "Two."]}
+    again = judged_row("1.png", (10, 20), (10, 12), SC_reasoning="Another pass.")
+    found, kinds = build("editscore", lines(pictures / "train.jsonl", [both, again]))
+    (group,) = found
+    assert group.candidates[0].critique == (
+        "Instruction: One.\nQuality: Clean.\nScores: success 15, preservation 15, naturalness 10,"
+        " artifacts 12."
+    )
+    assert group.candidates[1].critique.startswith("Instruction: Two.\n")
+    assert group.preference[0, 1].tolist() == [1, 1, 1, 1]
+    assert kinds == {("kept", "edit that is judged more than once (mean scores, first reasoning)"):
+                     2}  # fmt: skip
+
+
+def talk(images, asked, answered):
+    turns = [{"from": "human", "value": "<image>" * len(images) + asked},
+             {"from": "gpt", "value": answered}]  # fmt: skip
+    return {"conversations": turns, "images": images}
+
+
+RULES = "RULES: two scores.\n\nEditing instruction: "
+
+
+def test_conversations_with_a_judge_become_critiques(pictures, build):
+    answer = json.dumps({"reasoning": "The hat is there.", "score": [22, 18]})
+    quality = 'Sure:\n```json\n{"reasoning": "Seam at the brim.", "score": [12, 9]}\n```'
+    rows = [
+        talk(["1.png"], "The image is an AI-generated image.", quality),
+        talk(["0.png", "1.png"], RULES + "Add a hat\nand <image_pad>", answer),
+        talk(["0.png", "6.png"], "Is it natural? Image 2 is the edit.", quality),  # both pictures
+        talk(["0.png", "6.png"], RULES + "Add a bow", answer),
+        talk(["0.png", "2.png"], RULES + "Add a hat", "I cannot judge this"),
+        talk(["0.png", "3.png"], RULES + "Add a hat", '{"reasoning": "x", "score": [1]}'),
+        talk(["4.png"], "Naturalness?", quality),  # nobody tells what was asked for
+        talk(["5.png"], RULES + "Add a hat", answer),  # without the source
+    ]
+    (pictures / "reward.json").write_text(json.dumps(rows))
+    found, kinds = build("editscore", pictures / "reward.json")
+    example, other = found
+    assert other.candidates[0].parts[0].data == png(6)
+    assert other.candidates[0].critique.count("\n") == 2
+    assert example.prompt[0].text == "Add a hat\nand <image_pad>"
+    assert example.prompt[1].data == png(0) and example.candidates[0].parts[0].data == png(1)
+    assert example.candidates[0].critique == (
+        "Instruction: The hat is there.\nQuality: Seam at the brim.\nScores: success 22,"
+        " preservation 18, naturalness 12, artifacts 9."
+    )
+    assert not example.weight.any()
+    assert kinds == {
+        ("left out", "judge's answer that cannot be read"): 1,
+        ("left out", "field 'score'"): 1,
+        ("left out", "judgement of quality without the instruction"): 1,
+        ("left out", "field 'images'"): 1,
+    }
+
+
+def test_bad_rows_of_judgements(pictures, build):
+    rows = [
+        judged_row(),
+        judged_row("gone.png"),
+        judged_row("2.png", sc=[1, 2, 3]),
+        judged_row("2.png", sc=["high", "low"]),
+        judged_row("2.png", sc=[26, 3]),
+        judged_row("2.png", pq=[-1, 3]),
+        judged_row("2.png", output_image=None),
+        judged_row("2.png", instruction=3),
+        judged_row("2.png", instruction=" "),
+        judged_row("2.png", instruction="x", SC_reasoning="", PQ_reasoning=None),
+    ]
+    found, kinds = build("editscore", lines(pictures / "train.jsonl", rows))
+    assert len(found) == 1 and len(found[0].candidates) == 1
+    assert kinds == {
+        ("left out", "picture that is missing"): 1, ("left out", "field 'SC_score'"): 2,
+        ("left out", "score out of its range"): 2, ("left out", "field 'output_image'"): 1,
+        ("left out", "field 'instruction'"): 2,
+        ("left out", "judgement without reasoning or comparison"): 1,
+    }  # fmt: skip
