@@ -95,7 +95,7 @@ def base() -> ConfigDict:
     config.data.world.hard = 512
     config.data.rubric = "Judge the edit."
     config.data.dimensions = ("overall",)
-    config.data.candidate_cuts = (4,)  # buckets by number of candidates ...
+    config.data.candidate_cuts = (3, 4)  # buckets by number of candidates ...
     config.data.visual_cuts = ()  # ... and by visual tokens of the largest picture
     config.data.round_to = 8  # token slots are multiples of this
     config.data.max_visual_tokens = 0  # per picture; 0: the cap of the backbone's folder
