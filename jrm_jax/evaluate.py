@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from jrm_jax import cli
 from jrm_jax.errors import UserError
 from jrm_jax.evaluation import report
 from jrm_jax.evaluation.cases import Issues
@@ -230,6 +231,7 @@ def print_result(result: dict[str, Any]) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    cli.keep_memory()
     try:
         if args.compare:
             found = report.compare(*args.compare)

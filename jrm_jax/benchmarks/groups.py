@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs import joint
-from jrm_jax import build
+from jrm_jax import build, cli
 from jrm_jax.data import scenes
 from jrm_jax.data.pipeline import assemble_batch
 from jrm_jax.data.plan import make_buckets
@@ -154,6 +154,7 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(argv)
+    cli.keep_memory()
     groups = [make_group(number) for number in range(args.groups)]
     report = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {jax.devices()[0].device_kind}",

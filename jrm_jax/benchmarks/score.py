@@ -35,6 +35,7 @@ import PIL.Image
 import torch
 import transformers
 
+from jrm_jax import cli
 from jrm_jax.data import scenes
 from jrm_jax.export import export
 from jrm_jax.score import Group, RewardModel
@@ -136,6 +137,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(argv)
+    cli.keep_memory()
     groups = make_groups(args.groups)
     trained = load_trained(args.model)
     model = RewardModel(trained, batch_size=args.batch_size)

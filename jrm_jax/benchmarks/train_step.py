@@ -7,9 +7,10 @@
               ranking without critiques, then language
     torch     `transformers`' own model, same losses in one pass, prompt repeated (torch_reference)
 
-All three see the same groups, the same weights, float32, and take an Adam step. The sides are timed
-in turns, so that a busy machine is busy for all; medians and their ratios are printed. The first
-step's losses must agree, or the comparison is refused.
+All three see the same groups, the same weights, float32, and take an Adam step. The batches are the
+first ones of a run, from all its buckets. The sides are timed in turns, so that a busy machine is
+busy for all. A side's time is the mean over batches of each one's median, since buckets differ;
+ratios of these are printed. The first step's losses must agree, or the comparison is refused.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import torch
 from ml_collections import ConfigDict
 
 from configs import joint
-from jrm_jax import build
+from jrm_jax import build, cli
 from jrm_jax.benchmarks import torch_reference
 from jrm_jax.data.pipeline import repeat_prompt
 from jrm_jax.losses import combine, term_weights
@@ -42,7 +43,8 @@ LEARNING_RATE = 1e-3
 def make_config(args: argparse.Namespace) -> ConfigDict:
     config = joint.get_config()
     config.batch_size = args.batch_size
-    config.data.world.update({"train": 4 * args.batch_size, "valid": 0, "test": 0, "hard": 0})
+    groups = (args.batches + len(config.data.candidate_cuts)) * args.batch_size  # a part is unused
+    config.data.world.update({"train": groups, "valid": 0, "test": 0, "hard": 0})
     settings = {"name": "adam", "learning_rate": LEARNING_RATE, "warmup_steps": 1}
     config.optimizer.update(settings)
     if args.backbone:
@@ -53,7 +55,7 @@ def make_config(args: argparse.Namespace) -> ConfigDict:
 class JaxSides:
     """`joint` and `two_pass` over the same parameters and groups."""
 
-    def __init__(self, config: ConfigDict):
+    def __init__(self, config: ConfigDict, batches: int):
         backbone_config = build.load_backbone_config(config)
         self.config, self.mesh = config, build.make_mesh(config, backbone_config)
         self.data = build.build_data(config, backbone_config, print)
@@ -61,9 +63,7 @@ class JaxSides:
         backbone = build.make_backbone(
             config, backbone_config, self.mesh, encoder.tokenizer.reward_id
         )
-        self.state, (optimizer, _) = build.init_state(
-            config, backbone_config, self.mesh, encoder
-        )
+        self.state, (optimizer, _) = build.init_state(config, backbone_config, self.mesh, encoder)
         settings = config.loss
         self.loss = LossConfig(
             settings.preference_weight, settings.language_weight, settings.margin, 0.0
@@ -79,8 +79,8 @@ class JaxSides:
         self.two_pass_step = jax.jit(
             self._two_pass(ranking, language, optimizer), compiler_options=options
         )
-        with build.batches(config, self.data, "train", self.mesh, 0, 4) as batches:
-            self.host_batches = list(batches)
+        with build.batches(config, self.data, "train", self.mesh, 0, batches) as source:
+            self.host_batches = list(source)
         self.short_batches = [self._without_critiques(batch) for batch in self.host_batches]
 
     def _without_critiques(self, batch: dict) -> dict:
@@ -113,37 +113,33 @@ class JaxSides:
             grads = jax.tree.map(jnp.add, ranking_grads, language_grads)
             updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
             trainable = jax.tree.map(jnp.add, state.trainable, updates)
-            return TrainState(state.step + 1, trainable, state.frozen, opt_state), first + second
+            new = TrainState(state.step + 1, trainable, state.frozen, opt_state)
+            return new, {"loss": first + second}
 
         return step
 
+    def joint_inputs(self) -> list[tuple[dict, ...]]:
+        return [(batch,) for batch in self.host_batches]
+
+    def two_pass_inputs(self) -> list[tuple[dict, ...]]:
+        both = zip(self.short_batches, self.host_batches, strict=True)
+        return [(repeat_prompt(short), repeat_prompt(full)) for short, full in both]
+
     def joint(self):
-        batches = [jax.tree.map(jnp.asarray, batch) for batch in self.host_batches]
-        state, count = self.state, 0
-
-        def run() -> float:
-            nonlocal state, count
-            state, metrics = self.joint_step(state, batches[count % len(batches)])
-            jax.block_until_ready(state)
-            count += 1
-            return float(metrics["loss"])
-
-        return run
+        return self._run(self.joint_step, self.joint_inputs())
 
     def two_pass(self):
-        pairs = [
-            (jax.tree.map(jnp.asarray, repeat_prompt(short)),
-             jax.tree.map(jnp.asarray, repeat_prompt(full)))
-            for short, full in zip(self.short_batches, self.host_batches, strict=True)
-        ]  # fmt: skip
-        state, count = self.state, 0
+        return self._run(self.two_pass_step, self.two_pass_inputs())
 
-        def run() -> float:
-            nonlocal state, count
-            state, total = self.two_pass_step(state, *pairs[count % len(pairs)])
+    def _run(self, step, inputs: list[tuple[dict, ...]]):
+        inputs = [jax.tree.map(jnp.asarray, each) for each in inputs]
+        state = self.state
+
+        def run(which: int) -> float:
+            nonlocal state
+            state, metrics = step(state, *inputs[which])
             jax.block_until_ready(state)
-            count += 1
-            return float(total)
+            return float(metrics["loss"])
 
         return run
 
@@ -158,11 +154,8 @@ class JaxSides:
         )
         scale = encoder.processor.mean, encoder.processor.std
         inputs = [torch_reference.unpack_sequences(batch, *scale) for batch in self.host_batches]
-        count = 0
 
-        def run() -> float:
-            nonlocal count
-            which = count % len(inputs)
+        def run(which: int) -> float:
             loss, _ = torch_reference.joint_loss(
                 model, kernel, inputs[which], self.host_batches[which],
                 self.loss.preference_weight, self.loss.language_weight, reward_id,
@@ -171,68 +164,86 @@ class JaxSides:
             loss.backward()
             torch.nn.utils.clip_grad_norm_([*model.parameters(), kernel], 1.0)
             optimizer.step()
-            count += 1
             return loss.item()
 
         return run
 
 
-def flops(step, *args) -> float:
-    """FLOPs that the compiler counts for one step."""
-    return float(step.lower(*args).compile().cost_analysis().get("flops", float("nan")))
+def mean_flops(step, state: TrainState, inputs: list[tuple[dict, ...]]) -> float:
+    """FLOPs that the compiler counts for a step, over batches; each shape is compiled once."""
+    counted: dict[tuple, float] = {}
+
+    def count(each: tuple[dict, ...]) -> float:
+        shapes = tuple(x.shape for x in jax.tree.leaves(each))
+        if shapes not in counted:
+            cost = step.lower(state, *each).compile().cost_analysis()
+            counted[shapes] = float(cost.get("flops", float("nan")))
+        return counted[shapes]
+
+    return statistics.mean(count(each) for each in inputs)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backbone", default="", help="default: the packaged tiny one")
     parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--batches", type=int, default=8, help="different ones")
+    parser.add_argument("--rounds", type=int, default=5, help="times that each batch is timed")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    cli.keep_memory()
     torch.set_num_threads(os.cpu_count())
     config = make_config(args)
-    sides = JaxSides(config)
+    sides = JaxSides(config, args.batches)
     runs = {
         "joint": sides.joint(),
         "two-pass": sides.two_pass(),
         "torch": sides.torch(config.backbone.path),
     }
-    first = {name: run() for name, run in runs.items()}  # compiles, and must agree
+    first = {name: run(0) for name, run in runs.items()}  # must agree
     for name, loss in first.items():
         if abs(loss - first["joint"]) > 1e-3 * abs(first["joint"]):
             raise SystemExit(f"error: first loss of {name}: {loss}, of joint: {first['joint']}")
-    for run in runs.values():
-        run()
-    times: dict[str, list[float]] = {name: [] for name in runs}
+    order = range(len(sides.host_batches))
+    for which in order[1:]:  # compiles what is of another shape
+        for run in runs.values():
+            run(which)
+    times = {name: [[] for _ in order] for name in runs}
     for _ in range(args.rounds):
-        for name, run in runs.items():
-            began = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - began)
-    pairs = np.mean(
-        [np.triu(b["preference_weight"][..., 0], 1).astype(bool).sum() for b in sides.host_batches]
+        for which in order:
+            for name, run in runs.items():
+                began = time.perf_counter()
+                run(which)
+                times[name][which].append(time.perf_counter() - began)
+    pairs = statistics.mean(
+        int(np.triu(b["preference_weight"][..., 0], 1).astype(bool).sum())
+        for b in sides.host_batches
     )
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    full = jax.tree.map(jnp.asarray, sides.host_batches[0])
-    short = jax.tree.map(jnp.asarray, repeat_prompt(sides.short_batches[0]))
+
+    def over_batches(statistic, name: str) -> float:
+        return statistics.mean(statistic(values) for values in times[name])
+
+    medians = {name: over_batches(statistics.median, name) for name in runs}
     counted = {
-        "joint": flops(sides.joint_step, sides.state, full),
-        "two-pass": flops(
-            sides.two_pass_step, sides.state, short,
-            jax.tree.map(jnp.asarray, repeat_prompt(sides.host_batches[0])),
-        ),
-    }  # fmt: skip
+        "joint": mean_flops(sides.joint_step, sides.state, sides.joint_inputs()),
+        "two-pass": mean_flops(sides.two_pass_step, sides.state, sides.two_pass_inputs()),
+    }
     report = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {jax.devices()[0].device_kind}",
         "versions": {"jax": jax.__version__, "torch": torch.__version__},
         "groups_per_step": args.batch_size,
-        "labelled_pairs_per_step": float(pairs),
+        "candidates_at_most": [b["candidate_tokens"].shape[1] for b in sides.host_batches],
+        "labelled_pairs_per_step": pairs,
         "first_loss": first,
         "seconds_per_step": {
-            name: {"min": min(v), "median": medians[name], "max": max(v)}
-            for name, v in times.items()
+            name: {
+                "min": over_batches(min, name),
+                "median": medians[name],
+                "max": over_batches(max, name),
+            }
+            for name in runs
         },
-        "pairs_per_second": {name: float(pairs) / medians[name] for name in runs},
+        "pairs_per_second": {name: pairs / medians[name] for name in runs},
         "joint_is_faster_by": {
             name: medians[name] / medians["joint"] for name in runs if name != "joint"
         },

@@ -1,0 +1,45 @@
+"""What all programs share."""
+
+import subprocess
+import sys
+
+import pytest
+
+_FAULTS = """
+import ctypes, resource, sys, threading
+from jrm_jax import cli
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+libc.free.argtypes = (ctypes.c_void_p,)
+libc.memset.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t)
+
+def use(rounds):
+    for _ in range(rounds):
+        buffer = libc.malloc(2**28)
+        libc.memset(buffer, 1, 2**28)
+        libc.free(buffer)
+
+if sys.argv[1] == "keep":
+    cli.keep_memory()
+found = []
+def measure():
+    use(1)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    use(4)
+    found.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+worker = threading.Thread(target=measure)
+worker.start()
+worker.join()
+print(found[0])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's settings")
+def test_freed_memory_is_kept_in_threads_too():
+    def faults(how: str) -> int:
+        command = [sys.executable, "-c", _FAULTS, how]
+        return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+    assert faults("keep") < 200
+    assert faults("give back") > 200  # or the measurement sees nothing
