@@ -59,6 +59,11 @@ class Compiled:
     program: str  # optimised HLO
     attention: tuple[str, ...]  # names of the attention kernels of the lowered module
 
+    @property
+    def allotted(self) -> int:
+        """All that is allotted, as if no two buffers ever shared their place: `peak` at most."""
+        return self.params + self.optimizer + self.batch + self.outputs + self.activations
+
 
 def describe_devices(topology: Topology) -> list[Any]:
     """The devices of a topology. Raises UserError without libtpu, or for a shape it has not."""

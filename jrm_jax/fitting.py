@@ -257,6 +257,7 @@ def table(case: Case, reports: list[Report]) -> str:
     row("activations / device", lambda r: _gib(r.compiled.activations))
     memory = chip.memory / len(case.devices) * case.topology.chips
     row("peak / device", lambda r: f"{_gib(r.compiled.peak)} of {memory / GIB:.0f}")
+    row("  allotted", lambda r: _gib(r.compiled.allotted))
     row("FLOPs / step", lambda r: f"{r.flops.model:.3g}")
     row("  computed again", lambda r: f"{r.flops.again:.3g}")
     row("FLOPs / pair", lambda r: f"{r.flops.model / r.pairs:.3g}")
