@@ -200,7 +200,8 @@ def print_result(result: dict[str, Any]) -> None:
 
     console = Console()
     rules = list(result["rows"][0]["baselines"]) if result["rows"] else []
-    table = Table(title=f"{result['benchmark']}: {result['model']}", box=box.SIMPLE, padding=(0, 1))
+    title = f"{result['benchmark']}: {result['model']}"
+    table = Table(title=title, box=box.SIMPLE, show_edge=False, pad_edge=False)
     table.add_column("part", overflow="fold", min_width=15)
     table.add_column("number", overflow="fold", min_width=13)
     for head in ("value", "95 % interval", "judged/all", *(["best rule"] if rules else [])):

@@ -175,3 +175,18 @@ def test_the_threshold_for_ties_must_come_from_other_data(world, tmp_path):
     args = evaluate.parse_args(["--benchmark=world", f"--tie_from={world}"])
     with pytest.raises(UserError, match="must come from other data"):
         evaluate._threshold(args)
+
+
+def test_the_table_fits_eighty_columns(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    row = {
+        "section": "hard (preservation)", "metric": "pair accuracy", "value": 0.668, "low": 0.642,
+        "high": 0.692, "count": 1806, "total": 1806, "headline": True,
+        "baselines": {"random": 0.5, "fewest changed pixels": 0.812},
+    }  # fmt: skip
+    result = {"benchmark": "world", "model": "joint", "rows": [row], "issues": {}, "remarks": []}
+    evaluate.print_result(result)
+    shown = capsys.readouterr().out
+    for cell in ("best rule", "judged/all", "1806/1806", "0.642..0.692", "0.812"):
+        assert cell in shown
+    assert max(map(len, shown.splitlines())) <= 80
