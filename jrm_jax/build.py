@@ -374,9 +374,7 @@ def make_steps(config: ConfigDict, backbone: Backbone, data: Data, optimizer, st
         config.loss.facts_weight,
     )
     processor = data.encoder.processor
-    forward = make_forward(
-        backbone, processor.mean, processor.std, loss, lora_scale(config)
-    )
+    forward = make_forward(backbone, processor.mean, processor.std, loss, lora_scale(config))
     train_step = make_train_step(forward, optimizer, loss, config.accumulation)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     options = sharding.compiler_options(shardings.step.mesh)
