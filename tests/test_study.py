@@ -13,7 +13,7 @@ from entry_point import small_backbone  # noqa: F401
 
 from configs import study
 from jrm_jax.errors import UserError
-from jrm_jax.study import analysis, cells, measure, numbers, runner
+from jrm_jax.study import analysis, cells, measure, numbers, report, runner
 from jrm_jax.study.cells import ARMS, Cell
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -302,3 +302,15 @@ def _groups(config):
     from jrm_jax.data import scenes
 
     return [scenes.make_group("hard", i, config.world.seed) for i in range(config.world.hard)]
+
+
+@pytest.mark.parametrize("seeds", [2, 5])
+def test_a_verdict_of_few_seeds_says_so(seeds):
+    gain = {"value": 0.04, "low": 0.01, "high": 0.07, "seeds": seeds}
+    found = {
+        "verdict": {"gain": True, "above_zero": True, "shuffled": True, "holds": True},
+        "arms": {"joint": {"gain": {"hard": gain}}, "joint_shuffled": None},
+        "pairs": {"hard": 5000},
+    }
+    text = "\n".join(report._claim(study.get_config(), found))
+    assert ("After 2 of 5 seeds, so not final" in text) == (seeds == 2)

@@ -145,10 +145,14 @@ def _claim(config: ConfigDict, numbers: Numbers) -> list[str]:
     words = {True: "The claim holds here.", False: "The claim does not hold here.",
              None: "Not decided: a cell is missing."}  # fmt: skip
     few = numbers["pairs"]["hard"] < settings.pairs
+    full = max(config.sizes)
+    planned = sum((c.arm, c.size, c.weight) == ("joint", full, 1.0) for c in cells.plan(config))
+    seeds = joint["gain"]["hard"]["seeds"]
+    so_far = f"After {seeds} of {planned} seeds, so not final: " if seeds < planned else ""
     return [
         *lines,
         *_table(("on `hard`", "points (interval)", "threshold"), rows),
-        f"**{words[verdict['holds']]}** {numbers['pairs']['hard']:,} pairs of `hard`"
+        f"{so_far}**{words[verdict['holds']]}** {numbers['pairs']['hard']:,} pairs of `hard`"
         + (f", fewer than the {settings.pairs:,} asked for" if few else "")
         + ".",
         "",
