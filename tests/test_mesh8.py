@@ -46,6 +46,7 @@ def train(folder, backbone, sizes):
     config = joint.get_config()
     config.backbone.path, config.backbone.scan_unroll = str(backbone), 1
     config.data.cache = str(folder / "world")
+    config.data.candidate_cuts = (4,)  # one bucket, one compilation
     config.data.world.train = 40
     config.data.world.valid = config.data.world.test = config.data.world.hard = 0
     config.batch_size, config.total_steps = 8, STEPS
