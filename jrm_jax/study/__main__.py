@@ -13,7 +13,6 @@ import sys
 from absl import flags
 from ml_collections import config_flags
 
-from jrm_jax import cli
 from jrm_jax.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/study.py", lock_config=True)
@@ -26,7 +25,6 @@ _KEEP = flags.DEFINE_bool("keep", False, "Keep the folders of the runs after mea
 def main() -> None:
     try:
         flags.FLAGS(sys.argv)
-        cli.keep_memory()
         from jrm_jax.study import report, runner
 
         config = _CONFIG.value
