@@ -109,6 +109,9 @@ def base() -> ConfigDict:
     config.loss.preference_weight = 3.0
     config.loss.language_weight = 1.0
     config.loss.first_weight = 4.0  # of the token that the reward token predicts; others have 1
+    config.loss.language_end = 1.0  # times language_weight at the last step; from 1, in a line
+    config.loss.through_reward = False  # True: critiques see their candidate by its reward token
+    config.loss.words_weight = 0.0  # of a critique's words, all read off its reward token's state
     config.loss.margin = 0.0
     config.loss.centering_weight = 0.01
     config.loss.score_line = True  # False: critiques' last lines, which state scores, are masked

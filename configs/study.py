@@ -16,6 +16,8 @@ from configs.common import TINY, parse_arg
 HEADLINE = ("discriminative", "joint")
 CONTROLS = ("joint_shuffled", "regression", "joint_masked", "generative")
 LONGER = ("discriminative_x2", "discriminative_x4")
+TRIED = ("joint_words", "joint_through", "joint_fade", "joint_rate", "discriminative_rate")
+LONG = ("discriminative_long", "joint_long")
 EVERY = 0  # stands for the largest size
 
 
@@ -39,6 +41,10 @@ def get_config(arg: str | None = None):
         (("joint",), EVERY, 0.3, 2),
         (("joint",), EVERY, 3.0, 2),
         (HEADLINE, 400, 1.0, 2),
+        # After the first results, which showed no gain: changes that might bring one.
+        (TRIED, EVERY, 1.0, 1),
+        (LONG, EVERY, 1.0, 2),
+        (("joint_words",), EVERY, 1.0, 2),
     )
 
     # Fields of the training config that every cell has.

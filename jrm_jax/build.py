@@ -66,6 +66,11 @@ def backbone_folder(config: ConfigDict) -> Path:
     return Path(path)
 
 
+def reads_critiques(config: ConfigDict) -> bool:
+    """Whether a run's losses need critiques; without, they are left out of the batches."""
+    return bool(config.loss.language_weight or config.loss.get("words_weight"))
+
+
 def make_run_encoder(config: ConfigDict, backbone: BackboneConfig) -> Encoder:
     """The encoder of a run's examples."""
     return make_encoder(
@@ -74,7 +79,7 @@ def make_run_encoder(config: ConfigDict, backbone: BackboneConfig) -> Encoder:
         template=Template(rubric=config.data.rubric),
         max_visual_tokens=config.data.max_visual_tokens or None,
         dimensions=tuple(config.data.dimensions),
-        language=bool(config.loss.language_weight),
+        language=reads_critiques(config),
         score_line=config.loss.score_line,
         positions=config.backbone.positions,
         facts=FACTS if config.loss.get("facts_weight") else 0,
@@ -83,7 +88,7 @@ def make_run_encoder(config: ConfigDict, backbone: BackboneConfig) -> Encoder:
 
 def build_data(config: ConfigDict, backbone: BackboneConfig, say: Callable[[str], None]) -> Data:
     """Prepare or open the data, measure it, and plan every step."""
-    language = bool(config.loss.language_weight)
+    language = reads_critiques(config)
     encoder = make_run_encoder(config, backbone)
     folders = _data_folders(config)
     store.check_dimensions(config.data.dimensions, [path for path, _ in folders])
@@ -207,6 +212,7 @@ def make_backbone(
         # one device needs no constraint, but attention must know one that is not this machine's
         hidden_sharding=None if sharding.is_this_device(mesh) else sharding.batch_sharding(mesh),
         reward_token_id=reward_token_id,
+        through_reward=config.loss.through_reward,
     )
 
 
@@ -240,7 +246,9 @@ def trainable_patterns(config: ConfigDict) -> tuple[str, ...]:
     patterns = tuple(config.trainable)
     if lora_scale(config) is None:
         return patterns
-    return lora.TRAINABLE + (() if patterns == (EVERYTHING,) else patterns)
+    used = (n for n in heads.TRAINING_HEADS if config.loss.get(n.replace("head", "weight")))
+    patterns = () if patterns == (EVERYTHING,) else patterns
+    return (*lora.TRAINABLE, *(f"^{name}/" for name in used), *patterns)
 
 
 def lora_scale(config: ConfigDict) -> float | None:
@@ -261,11 +269,10 @@ def abstract_params(
     config: ConfigDict, backbone: BackboneConfig, dimensions: int, facts: int = 0
 ) -> dict[str, Any]:
     """Shapes of all parameters of a run: the backbone, adapters, the reward head and its token, and
-    a head for `facts` facts where there are any."""
-    width = backbone.text.hidden
-    head = jax.eval_shape(lambda: heads.init_facts_head(width, facts))
+    the heads of training alone that its losses have."""
+    width, words = backbone.text.hidden, bool(config.loss.get("words_weight"))
     whole = {
-        **({"facts_head": head} if facts else {}),
+        **jax.eval_shape(lambda: heads.init_training_heads(width, facts, words)),
         **weights.abstract_params(backbone),
         "reward_head": {"kernel": jax.ShapeDtypeStruct((width, dimensions), jnp.float32)},
         "reward_embedding": jax.ShapeDtypeStruct((width,), jnp.float32),
@@ -322,11 +329,11 @@ def init_state(
         lambda table: table[row].astype(jnp.float32), out_shardings=shardings["reward_embedding"]
     )(params["backbone"]["embed"]["embedding"])
     params = {**params, "reward_head": head, "reward_embedding": embedding}
-    if encoder.facts:
-        params["facts_head"] = jax.jit(
-            lambda: heads.init_facts_head(width, encoder.facts),
-            out_shardings=shardings["facts_head"],
-        )()
+    training = {name: s for name, s in shardings.items() if name in heads.TRAINING_HEADS}
+    words = bool(config.loss.words_weight)
+    params |= jax.jit(
+        lambda: heads.init_training_heads(width, encoder.facts, words), out_shardings=training
+    )()
     params = _with_adapters(config, params, shardings, jax.random.fold_in(key, 3))
     trainable, frozen = optim.split_params(params, patterns)
     optimizer, schedule = make_optimizer(config, trainable)
@@ -364,18 +371,12 @@ def abstract_state(
 
 def make_steps(config: ConfigDict, backbone: Backbone, data: Data, optimizer, state: TrainState):
     """(train_step, eval_step), jitted; the training state is donated."""
-    loss = LossConfig(
-        config.loss.preference_weight,
-        config.loss.language_weight,
-        config.loss.margin,
-        config.loss.centering_weight,
-        config.loss.chunk,
-        config.loss.first_weight,
-        config.loss.facts_weight,
-    )
+    loss = LossConfig(**{name: config.loss[name] for name in LossConfig._fields})
     processor = data.encoder.processor
     forward = make_forward(backbone, processor.mean, processor.std, loss, lora_scale(config))
-    train_step = make_train_step(forward, optimizer, loss, config.accumulation)
+    train_step = make_train_step(
+        forward, optimizer, loss, config.accumulation, config.total_steps
+    )
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     options = sharding.compiler_options(shardings.step.mesh)
     return (

@@ -155,9 +155,16 @@ def _model_card(trained: Trained, dtype: str) -> str:
     rows = [f"| {name} | {value:.6g} |" for name, value in sorted(numbers.items())]
     mean, deviation = card.get("reward_mean"), card.get("reward_std")
     spread = "unknown" if mean is None else f"mean {mean:.4f}, standard deviation {deviation:.4f}"
+    critiques = "what it generates behind the reward token is the critique."
+    if trained.through_reward:
+        critiques = (
+            "but critiques were trained to see their candidate by the reward token alone, which "
+            "`generate` does not know; `jrm_jax.score` writes them."
+        )
     return (ASSETS / "model_card.md").read_text(encoding="utf-8").format(
         architecture=ARCHITECTURES[trained.config.family],
         dtype=dtype,
+        critiques=critiques,
         step=card.get("step"),
         backbone=settings.get("backbone", {}).get("path", "unknown"),
         data=data.get("path") or data.get("mixture") or "the built-in world of jrm_jax",

@@ -44,7 +44,7 @@ class Case:
     images: int
 
     def bucket(self, which: str) -> Bucket:
-        language = which == "train" and bool(self.config.loss.language_weight)
+        language = which == "train" and build.reads_critiques(self.config)
         critique = self.critique if language else 0
         return compiling.make_bucket(
             self.backbone, self.visual, self.text, critique, self.candidates, self.images,

@@ -50,6 +50,8 @@ def make_generate(
             batch["candidate_positions"][:, :, 0], batch["reward_index"][..., None], axis=2
         ).reshape(count)
         own = batch["candidate_segments"].reshape(count, length)
+        if backbone.through_reward:
+            own = own * (jnp.arange(length) >= batch["reward_index"].reshape(count, 1))
         filled = jnp.arange(length + max_tokens)
 
         def going(carry):

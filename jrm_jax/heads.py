@@ -1,5 +1,5 @@
-"""The functional heads: a reward for each candidate, critique tokens, and (for the study of joint
-training alone) facts. Pure: jax only.
+"""The functional heads: a reward for each candidate, critique tokens, and, in training alone, the
+words of a critique or its facts. Pure: jax only.
 
 Letters: B groups, K candidates, R reward dimensions, P prompt slots, C candidate slots,
 S = P + K*C packed slots, T critique targets per candidate, X = K*T, D hidden width, W vocabulary,
@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from jrm_jax.losses import Term
+
+TRAINING_HEADS = ("facts_head", "words_head")  # what a trained model does without
 
 
 def init_reward_head(key: jax.Array, width: int, dimensions: int, scale: float = 1.0) -> dict:
@@ -34,12 +36,49 @@ def init_facts_head(width: int, facts: int) -> dict:
     }
 
 
+def init_training_heads(width: int, facts: int, words: bool) -> dict:
+    """Those of TRAINING_HEADS that a run's losses have."""
+    return ({"facts_head": init_facts_head(width, facts)} if facts else {}) | (
+        {"words_head": init_words_head(width)} if words else {}
+    )
+
+
 def apply_facts_head(params: dict, hidden_BKD: jax.Array) -> jax.Array:
     """[B, K, F] float32: a logit per fact, from the final-normed state of the reward token."""
     logits_BKF = jnp.dot(
         hidden_BKD, params["kernel"].astype(hidden_BKD.dtype), preferred_element_type=jnp.float32
     )
     return logits_BKF + params["bias"].astype(jnp.float32)
+
+
+def init_words_head(width: int) -> dict:
+    """{'kernel': [D, D] float32}, the identity: at first the language head reads the bare state."""
+    return {"kernel": jnp.eye(width, dtype=jnp.float32)}
+
+
+def words_nll(
+    params: dict,
+    hidden_BKD: jax.Array,
+    kernel_DW: jax.Array,
+    targets_BKT: jax.Array,
+    weights_BKT: jax.Array,
+    suppressed_id: int,
+) -> Term:
+    """Weighted cross-entropy of all tokens of a critique, each predicted by the state of the reward
+    token alone: a bag of words, through a map of its own and the language head. float32.
+
+    A decoder that sees everything else has no need of one state; this loss asks that state itself
+    for what the critique says (Zhao et al., arXiv 1703.10960, for latent variables of dialogue).
+    """
+    mapped_BKD = hidden_BKD @ params["kernel"].astype(hidden_BKD.dtype)
+    logits_BKW = _logits(mapped_BKD, kernel_DW.astype(hidden_BKD.dtype))
+    logits_BKW = jnp.where(
+        jnp.arange(logits_BKW.shape[-1]) == suppressed_id, -jnp.inf, logits_BKW
+    )
+    picked_BKT = jnp.take_along_axis(logits_BKW, targets_BKT, axis=-1)
+    nll_BKT = jax.nn.logsumexp(logits_BKW, axis=-1)[..., None] - picked_BKT
+    nll_BKT = jnp.where(weights_BKT > 0, nll_BKT, 0.0)
+    return Term(jnp.sum(nll_BKT * weights_BKT), jnp.sum(weights_BKT))
 
 
 def gather_hidden(

@@ -97,6 +97,7 @@ def term_weights(batch: dict) -> dict[str, jax.Array]:
         "preference": jnp.sum(_upper(batch["preference_weight"])),
         "centering": jnp.sum(ranked_candidates(batch)),
         "language": jnp.sum(batch["critique_weights"]),
+        "words": jnp.sum(batch["critique_weights"]),
     }
 
 

@@ -47,7 +47,7 @@ class Accumulator:
         """Means by name; counts of pairs and ties; mean and spread of the rewards."""
         values = {
             name: self.mean(name)
-            for name in ("preference", "language", "facts", "centering", "pair_accuracy")
+            for name in ("preference", "language", "words", "facts", "centering", "pair_accuracy")
             if name in self.totals
         }
         if "pair_accuracy" in self.totals:

@@ -86,6 +86,7 @@ class RewardModel:
             dtype=build.DTYPES[compute_dtype],
             scan_unroll=True if trained.config.text.layers < 8 else 1,
             reward_token_id=self.encoder.tokenizer.reward_id,
+            through_reward=trained.through_reward,
         )
         self._pixels = (processor.mean, processor.std)
         self._score, self._states = (

@@ -63,7 +63,7 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"language_head/kernel", ("fsdp", "tensor")),
     (r"reward_head/kernel", (None, None)),
     (r"reward_embedding", (None,)),
-    (r"facts_head/kernel", (None, None)),
+    (r"(facts|words)_head/kernel", (None, None)),
     (r"facts_head/bias", (None,)),
 )
 

@@ -21,6 +21,7 @@ from jrm_jax.heads import (
     critique_nll,
     gather_hidden,
     language_kernel,
+    words_nll,
 )
 from jrm_jax.lora import scale_adapters
 from jrm_jax.losses import (
@@ -50,7 +51,8 @@ class LossConfig(NamedTuple):
     """Coefficients and options of the losses. A coefficient of 0 leaves its path untraced.
 
     `first_weight`: weight of a critique's first token, the one that the reward token predicts, in
-    training; the others have 1.
+    training; the others have 1. `language_end`: what the language weight is multiplied by at the
+    end of training; it goes there from 1 in a straight line.
     """
 
     preference_weight: float = 1.0
@@ -60,6 +62,8 @@ class LossConfig(NamedTuple):
     chunk: int = 0
     first_weight: float = 1.0
     facts_weight: float = 0.0
+    language_end: float = 1.0
+    words_weight: float = 0.0
 
 
 class Outputs(NamedTuple):
@@ -98,6 +102,12 @@ def make_forward(
             if loss.facts_weight:
                 logits_BKF = apply_facts_head(params["facts_head"], hidden_BKD)
                 terms["facts"] = facts_loss(logits_BKF, batch["facts"], batch["candidate_mask"])
+            if loss.words_weight and batch["critique_targets"].shape[-1]:
+                terms["words"] = words_nll(
+                    params["words_head"], hidden_BKD, language_kernel(params),
+                    batch["critique_targets"], batch["critique_weights"],
+                    backbone.reward_token_id,
+                )  # fmt: skip
         if loss.language_weight and batch["critique_targets"].shape[-1]:
             hidden_BKTD = gather_hidden(hidden_BSD, batch["critique_index"], prompt, slots)
             groups, width = hidden_BKTD.shape[0], hidden_BKTD.shape[-1]
@@ -135,19 +145,28 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     loss: LossConfig,
     accumulation: int = 1,
+    total_steps: int = 1,
 ) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
     """train_step(state, batch) -> (state, metrics); metrics are Terms and float32 scalars.
 
     `metrics['param_norm']` is the norm of the new parameters: not finite where any of them is not.
+    `total_steps`: of the run, for `loss.language_end`.
     """
-    coefficients = {
+    fixed = {
         "preference": loss.preference_weight,
         "centering": loss.centering_weight,
         "language": loss.language_weight,
         "facts": loss.facts_weight,
+        "words": loss.words_weight,
     }
 
-    def gradients(trainable: dict, frozen: dict, batch: dict, weights: dict):
+    def coefficients_at(step: jax.Array) -> dict[str, float | jax.Array]:
+        if loss.language_end == 1.0:
+            return fixed
+        share = 1.0 + (loss.language_end - 1.0) * jnp.minimum(1.0, step / max(1, total_steps - 1))
+        return {**fixed, "language": loss.language_weight * share}
+
+    def gradients(trainable: dict, frozen: dict, batch: dict, weights: dict, coefficients: dict):
         def objective(trainable):
             outputs = forward(merge_params(trainable, frozen), batch)
             return combine(outputs.terms, coefficients, weights), _measure(outputs, batch)
@@ -158,9 +177,10 @@ def make_train_step(
         if loss.first_weight != 1.0 and batch["critique_weights"].shape[-1]:
             weights_BKT = batch["critique_weights"].at[..., 0].multiply(loss.first_weight)
             batch = {**batch, "critique_weights": weights_BKT}
-        weights = term_weights(batch)
+        weights, coefficients = term_weights(batch), coefficients_at(state.step)
+        params = (state.trainable, state.frozen)
         if accumulation == 1:
-            (total, measured), grads = gradients(state.trainable, state.frozen, batch, weights)
+            (total, measured), grads = gradients(*params, batch, weights, coefficients)
         else:
             # Strided, so that every microbatch spans all the devices the batch is sharded over.
             micro = jax.tree.map(
@@ -168,12 +188,12 @@ def make_train_step(
             )
 
             def add(carry, part):
-                new = gradients(state.trainable, state.frozen, part, weights)
+                new = gradients(*params, part, weights, coefficients)
                 return jax.tree.map(jnp.add, carry, new), None
 
             first = jax.tree.map(lambda x: x[0], micro)
             shapes = jax.eval_shape(
-                lambda t, f, b: gradients(t, f, b, weights), state.trainable, state.frozen, first
+                lambda t, f, b: gradients(t, f, b, weights, coefficients), *params, first
             )
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
             ((total, measured), grads), _ = jax.lax.scan(add, zeros, micro)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from jrm_jax import build, lora, optim
+from jrm_jax import build, heads, lora, optim
 from jrm_jax.checkpoint import open_checkpoints
 from jrm_jax.data.encode import Encoder, make_encoder
 from jrm_jax.data.template import Template, protocol_stamp
@@ -40,6 +40,11 @@ class Trained(NamedTuple):
     encoder: Encoder
     folder: Path
     card: dict[str, Any]
+
+    @property
+    def through_reward(self) -> bool:
+        """Whether its critiques see their candidate by the reward token alone."""
+        return bool(self.card.get("config", {}).get("loss", {}).get("through_reward"))
 
 
 def load_trained(path: str | Path, step: int | str = "best") -> Trained:
@@ -75,7 +80,7 @@ def _load_run(workdir: Path, step: int | str) -> Trained:
     params = optim.merge_params(trainable, frozen)
     if (scale := build.lora_scale(config)) is not None:
         params = lora.merge_adapters(params, scale)
-    params.pop("facts_head", None)  # of training alone, as the facts are
+    params = {n: p for n, p in params.items() if n not in heads.TRAINING_HEADS}
     encoder = dataclasses.replace(encoder, facts=0)
     results = workdir / "results.json"
     card = {

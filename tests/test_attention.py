@@ -32,7 +32,7 @@ def make_inputs(rows: int, queries: int, keys: int, seed: int = 0, width: int = 
     return q, k, v, kv_segments[:, keys - queries :], kv_segments
 
 
-def direct(q, k, v, q_segments, kv_segments, causal_offset):
+def direct(q, k, v, q_segments, kv_segments, causal_offset, barrier=None, prefix=0):
     """The rule, written as loops over rows and heads in float64."""
     out = np.zeros(q.shape)
     for row in range(q.shape[0]):
@@ -40,6 +40,9 @@ def direct(q, k, v, q_segments, kv_segments, causal_offset):
         if causal_offset is not None:
             i, j = np.indices(visible.shape)
             visible &= j <= i + causal_offset
+            if barrier is not None:
+                behind, before = i > barrier[row], (j >= prefix) & (j < prefix + barrier[row])
+                visible &= ~(behind & before)
         for head in range(HEADS):
             kv_head = head // (HEADS // KV_HEADS)
             logits = q[row, :, head].astype(float) @ k[row, :, kv_head].T / WIDTH**0.5
@@ -74,6 +77,24 @@ def test_a_prefix_is_the_same_as_repeating_it(offset):
     prefix = Prefix(*map(jnp.asarray, shared))
     ours = attention(*own, causal_offset=offset, implementation="xla", prefix=prefix)
     np.testing.assert_allclose(ours, expected, atol=2e-6)
+
+
+def test_behind_a_barrier_only_it_and_the_prefix_are_seen():
+    q, k, v, _, _ = make_inputs(rows=6, queries=10, keys=17)
+    ones = np.ones((6, 17), np.int32)
+    barrier = np.array([0, 3, 4, 5, 8, 9], np.int32)
+    for x in (k, v):  # three rows share a prefix of 7
+        x[:, :7] = np.repeat(x[::3, :7], 3, axis=0)
+    expected = direct(q, k, v, ones[:, :10], ones, 7, barrier, prefix=7)
+    prefix = Prefix(*(jnp.asarray(x[::3, :7]) for x in (k, v, ones)))
+    own = (q, k[:, 7:], v[:, 7:], ones[:, :10], ones[:, 7:])
+    options = {"causal_offset": 7, "prefix": prefix, "barrier_B": jnp.asarray(barrier)}
+    ours = attention(*own, implementation="xla", **options)
+    np.testing.assert_allclose(ours, expected, atol=2e-6)
+    assert np.abs(ours - direct(q, k, v, ones[:, :10], ones, 7)).max() > 0.1
+    with pytest.warns(UserWarning, match="barrier"):  # never a wrong mask
+        again = attention(*own, implementation="splash", **options)
+    np.testing.assert_array_equal(ours, again)
 
 
 def test_masked_keys_and_empty_rows():

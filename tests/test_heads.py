@@ -10,7 +10,9 @@ from jrm_jax.heads import (
     critique_nll,
     gather_hidden,
     init_reward_head,
+    init_words_head,
     language_kernel,
+    words_nll,
 )
 
 B, X, D, W = 2, 7, 5, 11
@@ -109,6 +111,28 @@ def test_masked_positions_weigh_nothing(case):
     # a masked target may even be the suppressed token
     safe = critique_nll(kernel, hidden, np.full_like(targets, SPARE), weights * 0, SPARE)
     assert float(safe.sum) == 0
+
+
+def test_words_are_all_read_off_one_state(case):
+    torch = pytest.importorskip("torch")
+    kernel, hidden, targets, weights = case
+    rng = np.random.default_rng(1)
+    states = hidden[:, :2]  # [B, K, D], two candidates with the critiques' halves
+    targets, weights = (x[:, :6].reshape(B, 2, 3) for x in (targets, weights))
+    mapping = rng.normal(size=(D, D)).astype(np.float32)
+    logits = torch.from_numpy(states @ mapping @ kernel)
+    logits[..., SPARE] = -torch.inf
+    nll = -torch.log_softmax(logits, -1).gather(-1, torch.from_numpy(targets).long())
+    term = words_nll({"kernel": mapping}, states, kernel, targets, weights, SPARE)
+    np.testing.assert_allclose(term.sum, (nll.numpy() * weights).sum(), rtol=1e-5)
+    assert float(term.weight) == weights.sum()
+    # the order of the words means nothing; at first the map changes nothing
+    turned = words_nll({"kernel": mapping}, states, kernel, targets[..., ::-1],
+                       weights[..., ::-1], SPARE)  # fmt: skip
+    np.testing.assert_allclose(turned.sum, term.sum, rtol=1e-6)
+    bare = words_nll(init_words_head(D), states, kernel, targets[..., :1], weights[..., :1], SPARE)
+    plain = critique_nll(kernel, states, targets[..., 0], weights[..., 0], SPARE)
+    np.testing.assert_allclose(bare.sum, plain.sum, rtol=1e-6)
 
 
 def test_language_kernel_tied_and_untied():

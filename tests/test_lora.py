@@ -90,6 +90,14 @@ def test_a_target_that_matches_nothing_is_named():
         lora.adapter_shapes(tree, 2, ("reward_head",))
 
 
+def test_heads_of_training_alone_train_beside_adapters():
+    config = joint.get_config()
+    config.lora.rank = 2
+    assert "^words_head/" not in build.trainable_patterns(config)
+    config.loss.words_weight = 1.0
+    assert "^words_head/" in build.trainable_patterns(config)
+
+
 def test_adapters_lie_like_their_kernels():
     layer = "backbone/decoder/layers/attn/"
     assert sharding.rule(layer + "q/lora_a") == (None, "fsdp", None)

@@ -15,7 +15,8 @@ from jrm_jax.data import scenes
 from jrm_jax.data.pipeline import assemble_batch, make_encoder, repeat_prompt
 from jrm_jax.data.plan import Bucket
 from jrm_jax.data.schema import Candidate, Image, Text
-from jrm_jax.heads import init_reward_head
+from jrm_jax.generate import make_generate
+from jrm_jax.heads import gather_hidden, init_reward_head, init_words_head, language_kernel
 from jrm_jax.model.backbone import Backbone, init_backbone, normalise_patches
 from jrm_jax.model.config import load_config
 from jrm_jax.optim import flatten, split_params
@@ -157,6 +158,104 @@ def test_the_first_token_of_a_critique_may_weigh_more(world):
     np.testing.assert_allclose(terms["more"], terms["all"] + 4 * terms["first"], rtol=1e-5)
     seen, _ = jit(make_eval_step(forward))(state.trainable, state.frozen, batch)
     np.testing.assert_allclose(seen["language"], terms["all"], rtol=1e-5)  # evaluation is plain
+
+
+def test_the_language_weight_may_fade(world):
+    encoder, backbone, params, groups = world
+    optimizer, batch, total = optax.sgd(0.0), lay(encoder, groups[:2]), 5
+    loss = LossConfig(1.0, 2.0, language_end=0.25)
+    forward = make_forward(backbone, HALF, HALF, loss)
+    step = jit(make_train_step(forward, optimizer, loss, 1, total))
+    state = make_state(params, optimizer)
+    for share in (1.0, 0.8125, 0.625, 0.4375, 0.25, 0.25):  # and stays where it ended
+        state, metrics = step(state, batch)
+        means = {n: metrics[n].sum / metrics[n].weight for n in ("preference", "language")}
+        expected = means["preference"] + 2.0 * share * means["language"]
+        assert float(metrics["loss"]) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_the_words_of_a_critique_teach_the_state_that_is_scored(world):
+    encoder, backbone, params, groups = world
+    params = {**params, "words_head": init_words_head(backbone.config.text.hidden)}
+    loss = LossConfig(1.0, 0.0, words_weight=1.0)
+    forward = make_forward(backbone, HALF, HALF, loss)
+
+    def words(params, batch):
+        return forward(params, batch).terms["words"].sum
+
+    batch = lay(encoder, groups[:2])
+    assert set(jax.eval_shape(forward, params, batch).terms) == {"preference", "words"}
+    gradient = jit(jax.grad(words))(params, batch)
+    assert np.any(gradient["words_head"]["kernel"]) and np.any(gradient["reward_embedding"])
+    assert np.any(gradient["backbone"]["vision"]["patch_embed"]["kernel"])
+    assert not np.any(gradient["reward_head"]["kernel"])
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_critiques_may_see_their_candidate_by_its_reward_token_alone(world, layers):
+    """With one layer the reward token has seen nothing yet when a critique sees it."""
+    encoder, whole, _, groups = world
+    text = dataclasses.replace(whole.config.text, layers=layers)
+    config = dataclasses.replace(whole.config, text=text)
+    vision = dataclasses.replace(config.vision, deepstack=())
+    config = dataclasses.replace(config, vision=vision)
+    params = init_backbone(jax.random.key(0), config)
+    params["reward_embedding"] = jax.random.normal(jax.random.key(2), (text.hidden,))
+    params["reward_head"] = init_reward_head(jax.random.key(1), text.hidden, 1)
+    other = [change(group, 0, parts=groups[7].candidates[0].parts) for group in groups[:2]]
+    # without the first token, which the reward token itself predicts
+    batches = [
+        {**batch, "critique_weights": batch["critique_weights"].at[..., 0].set(0.0)}
+        for batch in (lay(encoder, groups[:2]), lay(encoder, other))
+    ]
+    moved = {}
+    for through in (False, True):
+        backbone = Backbone(
+            config, attention="xla", reward_token_id=encoder.tokenizer.reward_id,
+            through_reward=through,
+        )  # fmt: skip
+        forward = jit(make_forward(backbone, HALF, HALF, LossConfig(1.0, 1.0)))
+        a, b = (forward(params, batch) for batch in batches)
+        assert spread(a.reward_BKR - b.reward_BKR) > 1e-4
+        moved[through] = abs(float(a.terms["language"].sum - b.terms["language"].sum))
+    assert moved[False] > 1e-3
+    assert (moved[True] == 0) == (layers == 1)
+
+
+@pytest.mark.parametrize("through", [False, True])
+def test_generated_tokens_are_those_of_the_whole_sequence(world, through):
+    encoder, backbone, params, groups = world
+    backbone = dataclasses.replace(backbone, through_reward=through)
+    count, room = 6, dataclasses.replace(BUCKET, critique=0)
+    batch = lay(dataclasses.replace(encoder, language=False), groups[:2], room)
+    # an end that never comes, so that all tokens count
+    generate = jit(make_generate(backbone, HALF, HALF, count, False, -5))
+    ids_BKT = generate(params, batch, jax.random.key(0), jnp.float32(1.0))
+    slots = jnp.arange(room.candidate)
+    behind = slots - batch["reward_index"][..., None]  # [B, K, C]
+    mine = (behind > 0) & (behind <= count)
+    picked = jnp.take_along_axis(ids_BKT, jnp.clip(behind - 1, 0, count - 1), axis=-1)
+    last = jnp.take_along_axis(
+        batch["candidate_positions"], batch["reward_index"][:, :, None, None], axis=-1
+    )
+    full = {
+        **batch,
+        "candidate_tokens": jnp.where(mine, picked, batch["candidate_tokens"]),
+        "candidate_segments": jnp.where(mine, 1, batch["candidate_segments"]),
+        "candidate_positions": jnp.where(
+            mine[:, :, None], last + behind[:, :, None], batch["candidate_positions"]
+        ),
+    }
+    pixels = normalise_patches(full["patches"], HALF, HALF)
+    variables = {"params": params["backbone"]}
+    hidden = jit(backbone.apply)(variables, full, params["reward_embedding"], pixels)
+    index = batch["reward_index"][..., None] + jnp.arange(count)
+    states = gather_hidden(hidden, index, room.prompt, room.candidate)
+    logits = states @ language_kernel(params)
+    logits = logits.at[..., encoder.tokenizer.reward_id].set(-jnp.inf)
+    present = np.asarray(batch["candidate_mask"]) > 0
+    np.testing.assert_array_equal(ids_BKT[present], logits.argmax(-1)[present])
+    assert len(np.unique(ids_BKT[present], axis=0)) > 1
 
 
 def test_filler_rows_count_nothing(world):

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,9 @@ import pytest
 from entry_point import small_backbone  # noqa: F401
 
 from configs import study
+from jrm_jax.data import facts, scenes
 from jrm_jax.errors import UserError
-from jrm_jax.study import analysis, cells, measure, numbers, report, runner
+from jrm_jax.study import analysis, cells, measure, numbers, report, runner, why
 from jrm_jax.study.cells import ARMS, Cell
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,6 +58,13 @@ def test_arms_differ_in_what_they_must_only():
         "generative": {"loss.preference_weight", "loss.centering_weight"},
         "discriminative_x2": {"loss.language_weight", "total_steps"},
         "discriminative_x4": {"loss.language_weight", "total_steps"},
+        "joint_words": {"loss.words_weight"},
+        "joint_through": {"loss.through_reward"},
+        "joint_fade": {"loss.language_weight", "loss.language_end"},
+        "joint_rate": {"optimizer.learning_rate"},
+        "discriminative_rate": {"loss.language_weight", "optimizer.learning_rate"},
+        "joint_long": {"data.world", "total_steps"},
+        "discriminative_long": {"loss.language_weight", "data.world", "total_steps"},
     }
 
 
@@ -70,6 +79,8 @@ def test_a_cell_is_known_by_everything_its_numbers_depend_on():
         other = study.get_config()
         other[section][name] = value
         assert cells.fingerprint(other, cell) != first, name
+    words = cells.fingerprint(config, cell._replace(arm="joint_words"))
+    assert words != cells.fingerprint(config, cell._replace(arm="joint"))
     same = study.get_config()
     same.verdict.gain, same.out = 99.0, "elsewhere"
     assert cells.fingerprint(same, cell) == first
@@ -236,6 +247,10 @@ def test_a_cell_made_again_has_the_same_numbers(again):
     assert found["cost"]["flops_per_group"] == pytest.approx(kept["cost"]["flops_per_group"], 0.02)
     ranks = [r["ranks"]["2"]["effective_rank"] for r in (found, kept)]
     assert ranks[0] == pytest.approx(ranks[1], rel=0.01)
+    for topic, area in kept["says"]["2"].items():
+        assert found["says"]["2"][topic] == pytest.approx(area, abs=0.02)
+    assert found["pulls"] == pytest.approx(kept["pulls"], rel=0.05, abs=0.01)
+    assert found["training"][-1] == pytest.approx(kept["training"][-1], rel=0.01)
     gain = np.array(found["attack"]["after"][0]) - found["attack"]["before"][0]
     assert (gain > 0).all()  # one step along the gradient
 
@@ -302,6 +317,77 @@ def _groups(config):
     from jrm_jax.data import scenes
 
     return [scenes.make_group("hard", i, config.world.seed) for i in range(config.world.hard)]
+
+
+# Reasons
+
+
+def test_committed_cells_count(monkeypatch):
+    """A change that makes them void must be meant: cells are hours of computing."""
+    monkeypatch.chdir(ROOT)
+    config = study.get_config()
+    paths = {path.stem for path in (ROOT / config.out / "cells").glob("*.json")}
+    assert paths and {cell.name for cell in cells.load_cells(config)} == paths
+
+
+def test_facts_are_read_where_they_are():
+    stated_NF, group_N = why.stated_facts("test", 60, 0)
+    groups = [scenes.make_group("test", i, 0) for i in range(60)]
+    assert len(stated_NF) == len(group_N) == sum(len(g.attempts) for g in groups)
+    first = groups[0].attempts[0]
+    said = facts.facts_of(
+        groups[0].source, first.scene, groups[0].edits, first.gold, first.quality
+    )
+    assert sorted(np.flatnonzero(stated_NF[0])) == sorted(said)
+    rng = np.random.default_rng(0)
+    verdicts = [f for f, name in enumerate(facts.FACTS) if name.startswith("verdict")]
+    states = np.concatenate(
+        [stated_NF[:, verdicts] @ rng.normal(size=(len(verdicts), 32)),
+         rng.normal(size=(len(stated_NF), 8))], axis=1,
+    )  # fmt: skip
+    found = why.probe_facts(states, stated_NF, group_N)
+    assert found["verdict"] > 0.97 and found["the edit asked for"] < 0.75
+    noise = why.probe_facts(rng.normal(size=(len(stated_NF), 4)), stated_NF, group_N)
+    assert abs(noise["verdict"] - 0.5) < 0.12
+
+
+def test_area_under_roc_by_hand():
+    score, truth = np.array([0.1, 0.4, 0.35, 0.8]), np.array([False, False, True, True])
+    assert why.area_under_roc(score, truth) == 0.75
+    assert why.area_under_roc(np.zeros(4), truth) == 0.5
+    assert math.isnan(why.area_under_roc(score, np.ones(4, bool)))
+
+
+def test_gradients_compared_by_hand():
+    one = {"a": np.eye(3), "b": np.ones((1, 2, 2))}
+    assert why.compare_gradients(one, one) == pytest.approx(
+        {"ratio": 1.0, "cosine": 1.0, "kept": 1.0}
+    )
+    against = why.compare_gradients({"a": np.eye(3)}, {"a": -3 * np.eye(3)})
+    assert against == pytest.approx({"ratio": 3.0, "cosine": -1.0, "kept": -1.0})
+    # another direction in space, of the same size: the step is turned by 45 degrees
+    beside = why.compare_gradients(
+        {"a": np.array([[1.0, 0.0]])}, {"a": np.array([[0.0, 1.0]])}
+    )
+    assert beside == pytest.approx({"ratio": 1.0, "cosine": 0.0, "kept": 0.7071}, abs=1e-3)
+
+
+def test_a_stopped_study_takes_its_run_along(tmp_path, small_backbone):  # noqa: F811
+    command = [
+        sys.executable, "-m", "jrm_jax.study", "--config=configs/study.py:tiny",
+        f"--config.out={tmp_path}/study", f"--config.workdir={tmp_path}/runs",
+        f"--config.train.backbone.path={small_backbone}", "--config.train.total_steps=100000",
+    ]  # fmt: skip
+    process = subprocess.Popen(command, cwd=ROOT, text=True, stderr=subprocess.PIPE)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    deadline = time.monotonic() + 60
+    while not (running := children.read_text().split()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert running
+    process.terminate()
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 1 and "goes on" in said
+    assert not Path(f"/proc/{running[0]}").exists()
 
 
 @pytest.mark.parametrize("seeds", [2, 5])

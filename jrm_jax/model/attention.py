@@ -2,7 +2,8 @@
 
 A key is visible to a query iff their segment ids are equal and, where `causal_offset` is given,
 key index j <= query index i + causal_offset. Padding has its own id and attends to itself, so no
-query is ever without a key and empty slots stay finite.
+query is ever without a key and empty slots stay finite. Where a `barrier` is given, queries behind
+it see no own key before it.
 
 Letters: B rows, s queries, t keys, H query heads, G key/value heads (G divides H), M = H / G,
 d head width, p prefix keys, J rows that share a prefix (B = J * prefixes).
@@ -51,6 +52,7 @@ def attention(
     implementation: str = "auto",
     mesh: Mesh | None = None,
     prefix: Prefix | None = None,
+    barrier_B: Array | None = None,
 ) -> Array:
     """Scaled dot-product attention, softmax in float32.
 
@@ -63,6 +65,8 @@ def attention(
         mesh: the mesh of a sharded computation; splash then runs per shard, rows over
             ('data', 'fsdp') and heads over 'tensor' where these divide.
         prefix: equal to repeating it for each of its rows and concatenating it before k and v.
+        barrier_B: int32; queries at indices above it see own keys from it on, and the prefix.
+            Query and own key indices must count the same slots.
 
     Returns:
         [B, s, H, d] in q's dtype.
@@ -79,12 +83,15 @@ def attention(
     if chosen != "xla":
         keys = k_BtGd.shape[1] + (0 if prefix is None else prefix.k.shape[1])
         reason = fallback_reason(chosen, q_BsHd.shape, keys, q_BsHd.dtype, platform)
+        if barrier_B is not None:
+            reason = "only 'xla' has barriers"
         if reason is not None:
             if implementation != "auto" or platform == "tpu":
                 warnings.warn(f"attention {chosen!r} replaced by 'xla': {reason}", stacklevel=2)
             chosen = "xla"
     if chosen == "xla":
-        return _xla(q_BsHd, k_BtGd, v_BtGd, q_segments_Bs, kv_segments_Bt, causal_offset, prefix)
+        segments = (q_segments_Bs, kv_segments_Bt)
+        return _xla(q_BsHd, k_BtGd, v_BtGd, *segments, causal_offset, prefix, barrier_B)
     if prefix is not None:
         rows = q_BsHd.shape[0] // prefix.k.shape[0]
         before = [jnp.repeat(x, rows, axis=0) for x in prefix]
@@ -118,12 +125,20 @@ def fallback_reason(
     return None
 
 
-def _visible(q_segments_Bs: Array, kv_segments_Bt: Array, causal_offset: int | None) -> Array:
+def _visible(
+    q_segments_Bs: Array,
+    kv_segments_Bt: Array,
+    causal_offset: int | None,
+    barrier_B: Array | None = None,
+) -> Array:
     """[B, s, t] bool: the rule at the top of this file."""
     visible = q_segments_Bs[:, :, None] == kv_segments_Bt[:, None, :]
+    query, key = jnp.arange(visible.shape[1])[:, None], jnp.arange(visible.shape[2])[None, :]
     if causal_offset is not None:
-        query = jnp.arange(visible.shape[1])[:, None]
-        visible &= jnp.arange(visible.shape[2])[None, :] <= query + causal_offset
+        visible &= key <= query + causal_offset
+    if barrier_B is not None:
+        barrier_B11 = barrier_B[:, None, None]
+        visible &= (query <= barrier_B11) | (key >= barrier_B11)
     return visible
 
 
@@ -135,6 +150,7 @@ def _xla(
     kv_segments: Array,
     causal_offset: int | None,
     prefix: Prefix | None,
+    barrier_B: Array | None,
 ) -> Array:
     """Plain products, without repeating heads or prefixes.
 
@@ -162,7 +178,8 @@ def _xla(
     )
     before = 0 if prefix is None else prefix.k.shape[1]
     offset = None if causal_offset is None else causal_offset - before
-    visible = _visible(q_segments, kv_segments, offset).reshape(shared, each, queries, -1)
+    visible = _visible(q_segments, kv_segments, offset, barrier_B)
+    visible = visible.reshape(shared, each, queries, -1)
     products = [("agjxd,agjtd->agjxt", "agjxt,agjtd->agjxd", k_aGJtd, v_aGJtd, visible)]
     if prefix is not None:
         k_aGpd, v_aGpd = prefix.k.swapaxes(1, 2), prefix.v.swapaxes(1, 2)

@@ -58,6 +58,8 @@ class Backbone(nn.Module):
         hidden_sharding: pins the hidden state [B, S, D] between layers; its mesh also tells
             attention how rows and heads are spread.
         reward_token_id: the token whose input embedding is `reward_embedding_D`; -1 for none.
+        through_reward: what stands behind the reward token sees nothing of its candidate but that
+            token (and the prompt).
     """
 
     config: BackboneConfig
@@ -67,6 +69,7 @@ class Backbone(nn.Module):
     scan_unroll: int | bool = 1
     hidden_sharding: NamedSharding | None = None
     reward_token_id: int = -1
+    through_reward: bool = False
 
     def setup(self):
         config = self.config
@@ -83,7 +86,7 @@ class Backbone(nn.Module):
 
         Args:
             inputs: the batch's prompt_*, candidate_*, patch_*, window_* and position_* arrays;
-                other keys are ignored. P may be 0.
+                other keys are ignored, but for `reward_index` with `through_reward`. P may be 0.
             reward_embedding_D: input embedding of the reward token.
             patches_BINF: normalised pixels (`normalise_patches`), differentiable; I or N may be 0.
         """
@@ -179,6 +182,7 @@ class Backbone(nn.Module):
             prompt_segments=inputs["prompt_segments"],
             candidate_segments=inputs["candidate_segments"],
             visual=visual_BS,
+            barrier=inputs["reward_index"] if self.through_reward else None,
         )
         states["embedded"] = hidden
         states["hidden"], states["collected"] = self.decoder(hidden, deepstack, layout, collect)

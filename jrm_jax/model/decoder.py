@@ -28,6 +28,7 @@ class Layout(NamedTuple):
     prompt_segments: Array  # [B, P]
     candidate_segments: Array  # [B, K, C]
     visual: Array  # [B, S] int32: row among the group's E visual tokens, -1 = text
+    barrier: Array | None = None  # [B, K] int32: see `attention.attention`
 
 
 class Cache(NamedTuple):
@@ -113,9 +114,11 @@ class DecoderAttention(nn.Module):
         (prompt_q, q), (prompt_k, k), (prompt_v, v) = split(q), split(k), split(v)
         segments = layout.candidate_segments.reshape(groups * candidates, length)
         prefix = Prefix(prompt_k, prompt_v, layout.prompt_segments) if prompt else None
+        barrier = None if layout.barrier is None else layout.barrier.reshape(-1)
         out = attention(
-            q, k, v, segments, segments, causal_offset=prompt, prefix=prefix, **options
-        ).reshape(groups, candidates * length, -1)
+            q, k, v, segments, segments, causal_offset=prompt, prefix=prefix, barrier_B=barrier,
+            **options,
+        ).reshape(groups, candidates * length, -1)  # fmt: skip
         if prompt:
             segments = layout.prompt_segments
             before = attention(

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 
 from absl import flags
@@ -25,6 +26,8 @@ _KEEP = flags.DEFINE_bool("keep", False, "Keep the folders of the runs after mea
 def main() -> None:
     try:
         flags.FLAGS(sys.argv)
+        # so that the run of a cell ends with its parent
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped; the same command goes on"))
         from jrm_jax.study import report, runner
 
         config = _CONFIG.value

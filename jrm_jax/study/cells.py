@@ -18,12 +18,15 @@ from jrm_jax.errors import UserError
 BASE = "configs/joint.py"
 VERSION = 1  # raise it when `measure.py` measures something else
 LANGUAGE, FACTS = "loss.language_weight", "loss.facts_weight"
+# Fields that came after the first cells, with the values at which a run is what it was before.
+LATER = {"language_end": 1.0, "through_reward": False, "words_weight": 0.0}  # of config.loss
 
 
 class Arm(NamedTuple):
     """words: what it is. changes: fields of the training config. scaled: the field that the weight
     axis sets, '' for none. steps: times those of the others. judge: its score is read from the
-    critique that it writes. until: the arm whose accuracy on `valid` it is to reach."""
+    critique that it writes. until: the arm whose accuracy on `valid` it is to reach. idea: why it
+    was tried, of an arm that came after the first results."""
 
     words: str
     changes: Mapping[str, Any]
@@ -31,6 +34,7 @@ class Arm(NamedTuple):
     steps: int = 1
     judge: bool = False
     until: str = ""
+    idea: str = ""
 
 
 _ALONE = {LANGUAGE: 0.0}
@@ -56,7 +60,44 @@ ARMS = {
     ),
     "discriminative_x2": Arm("discriminative, twice the steps", _ALONE, "", 2, until="joint"),
     "discriminative_x4": Arm("discriminative, four times the steps", _ALONE, "", 4, until="joint"),
-}
+    "joint_words": Arm(
+        "joint, and the reward token's state predicts the critique's words",
+        {"loss.words_weight": 1.0}, LANGUAGE,
+        idea="the critique is written from the pictures, so its loss asks little of the one state "
+        "that is scored; here that state must itself say what the critique says",
+    ),
+    "joint_through": Arm(
+        "joint, critiques see their candidate by its reward token alone",
+        {"loss.through_reward": True}, LANGUAGE,
+        idea="the same, by what a critique may look at instead of by one more loss",
+    ),
+    "joint_fade": Arm(
+        "joint, twice the language weight at first, none at the end",
+        {"loss.language_weight": 2.0, "loss.language_end": 0.0},
+        idea="the language loss begins at 14 nats a token and is informative late; it should not "
+        "turn the last steps, which settle the ranking",
+    ),
+    "joint_rate": Arm(
+        "joint, 1.7 times the learning rate", {"optimizer.learning_rate": 2.5e-3}, LANGUAGE,
+        idea="Muon's steps have a fixed size, and the language loss takes its share of each",
+    ),
+    "discriminative_rate": Arm(
+        "discriminative, 1.7 times the learning rate",
+        {**_ALONE, "optimizer.learning_rate": 2.5e-3},
+        idea="what the higher rate does without language",
+    ),
+    "joint_long": Arm(
+        "joint, twice the steps on twice the groups",
+        {"data.world.train": 12_800}, LANGUAGE, 2,
+        idea="in 400 steps the language loss is just becoming informative when the run ends",
+    ),
+    "discriminative_long": Arm(
+        "discriminative, twice the steps on twice the groups",
+        {**_ALONE, "data.world.train": 12_800}, "", 2,
+        idea="what joint_long is to be compared with",
+    ),
+}  # fmt: skip
+CHANGES = tuple(name for name, arm in ARMS.items() if arm.idea)
 
 
 class Cell(NamedTuple):
@@ -116,6 +157,9 @@ def fingerprint(config: ConfigDict, cell: Cell) -> str:
     """Of everything a cell's numbers depend on: its config, the measures, the world, the weights it
     starts from."""
     settings = training_config(config, cell).to_dict()
+    for name, value in LATER.items():
+        if settings["loss"][name] == value:
+            del settings["loss"][name]
     settings["backbone"]["path"] = backbone_digest(settings["backbone"]["path"])
     for name in ("cache", "workers", "prefetch"):
         settings["data"].pop(name)

@@ -8,7 +8,7 @@ from typing import Any
 
 from jrm_jax.errors import UserError
 
-COLOURS = {
+COLOURS = {  # of the arms that are drawn; changes tried later are in the tables alone
     "discriminative": "#555555", "joint": "#c0392b", "joint_masked": "#e59866",
     "joint_shuffled": "#8e44ad", "regression": "#2471a3", "generative": "#1e8449",
     "discriminative_x2": "#999999", "discriminative_x4": "#bbbbbb",
@@ -46,7 +46,7 @@ def draw(numbers: Numbers, folder: Path) -> list[Path]:
 
 
 def _arms(numbers: Numbers) -> dict[str, Any]:
-    return {arm: row for arm, row in numbers["arms"].items() if row}
+    return {arm: row for arm, row in numbers["arms"].items() if row and arm in COLOURS}
 
 
 def _line(axis, places, rows, label: str, arm: str) -> bool:

@@ -41,6 +41,7 @@ from jrm_jax.evaluation.statistics import effective_rank
 from jrm_jax.generate import make_generate
 from jrm_jax.model.backbone import Backbone
 from jrm_jax.step import make_score_step
+from jrm_jax.study import why
 from jrm_jax.study.programs import make_attack, make_probe
 from jrm_jax.trained import Trained, load_trained
 
@@ -71,10 +72,11 @@ class Model:
         self._open_world(trained)
         processor = self.encoder.processor
         pixels = (processor.mean, processor.std)
-        backbone = Backbone(
+        self.backbone = backbone = Backbone(
             trained.config,
             scan_unroll=trained.card["config"]["backbone"]["scan_unroll"] or True,
             reward_token_id=self.encoder.tokenizer.reward_id,
+            through_reward=trained.through_reward,
         )
         options = sharding.compiler_options(sharding.make_mesh(1, 1, 1, jax.devices()[:1]))
 
@@ -196,11 +198,14 @@ def measure_contests(model: Model) -> list[list[float | None]]:
     return [scores[i : i + count] for i in range(0, len(scores), count)]
 
 
-def measure_ranks(model: Model) -> dict[str, dict[str, Any]]:
-    """Effective rank and spectrum of the reward token's state on `test`, by kept step."""
+def measure_states(model: Model) -> dict[str, dict[str, Any]]:
+    """'ranks' and 'says', by kept step: effective rank and spectrum of the reward token's state on
+    `test`, and how well the facts of critiques can be read off it. 'pulls': `why.pull`, at the last
+    step."""
     with open_checkpoints(model.workdir / "checkpoints", say=lambda words: None) as checkpoints:
         steps = checkpoints.steps()
-    found = {}
+    stated_NF, group_N = why.stated_facts("test", model.world["test"], model.world["seed"])
+    found: dict[str, dict[str, Any]] = {"ranks": {}, "says": {}}
     for step in steps:
         params = load_trained(model.workdir, step).params
         states = []
@@ -210,11 +215,12 @@ def measure_ranks(model: Model) -> dict[str, dict[str, Any]]:
         states_ND = np.asarray(states, np.float64)
         singular = np.linalg.svd(states_ND - states_ND.mean(0), compute_uv=False)
         share = singular / max(singular.sum(), 1e-30)
-        found[str(step)] = {
+        found["ranks"][str(step)] = {
             "effective_rank": round(effective_rank(states_ND), 4),
             "spectrum": [float(f"{s:.4g}") for s in share[: model.settings.spectrum]],
         }
-    return found
+        found["says"][str(step)] = why.probe_facts(states_ND, stated_NF, group_N)
+    return {**found, "pulls": why.pull(model, params)}
 
 
 def measure_attack(model: Model) -> dict[str, Any] | None:
@@ -308,8 +314,8 @@ def measure(workdir: Path, settings: ConfigDict, judge: bool) -> dict[str, Any]:
     if model.card["config"]["loss"]["language_weight"]:  # it has learnt to write some
         wanted = model.batches("hard", settings.critiques)
         critiques = [row for batch in wanted for row in model.say(batch)]
-    tell("rank of the representation")
-    ranks = measure_ranks(model)
+    tell("states of the reward token, and gradients")
+    states = measure_states(model)
     tell("attack on the pixels")
     attack = measure_attack(model)
     tell("cost")
@@ -321,7 +327,8 @@ def measure(workdir: Path, settings: ConfigDict, judge: bool) -> dict[str, Any]:
         "cost": cost,
         "machine": machine(),
         "seconds": {"train": results["seconds"], "measure": round(time.monotonic() - began, 1)},
-        "ranks": ranks,
+        **states,
+        "training": why.read_training(workdir),
         "attack": attack,
         "contests": contests,
         **{f"scores/{split}": values for split, values in scores.items()},

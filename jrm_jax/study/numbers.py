@@ -97,17 +97,21 @@ class _Table:
             split: self._spread([self.right(c, split) for c in chosen], split) for split in SPLITS
         } if chosen else None  # fmt: skip
 
-    def gaps(self, arm: str, size: int, weight: float, split: str) -> list[np.ndarray]:
-        """Per seed that both have: [N] this arm minus the baseline on the same data."""
+    def gaps(
+        self, arm: str, size: int, weight: float, split: str, other: str = BASELINE
+    ) -> list[np.ndarray]:
+        """Per seed that both have: [N] this arm minus the other on the same data."""
         out = []
         for cell in self.seeds(arm, size, weight):
-            other = Cell(BASELINE, size, 1.0, cell.seed)
-            if other in self.found:
-                out.append(self.right(cell, split) - self.right(other, split))
+            beside = Cell(other, size, 1.0, cell.seed)
+            if beside in self.found and beside != cell:
+                out.append(self.right(cell, split) - self.right(beside, split))
         return out
 
-    def gain(self, arm: str, size: int, weight: float, split: str) -> dict[str, Any] | None:
-        found = self.gaps(arm, size, weight, split) if arm != BASELINE else []
+    def gain(
+        self, arm: str, size: int, weight: float, split: str, other: str = BASELINE
+    ) -> dict[str, Any] | None:
+        found = self.gaps(arm, size, weight, split, other)
         return self._spread(found, split) if found else None
 
     def kinds(self, full: int) -> dict[str, dict[str, Any]]:
@@ -151,6 +155,8 @@ class _Table:
         return {
             **self.accuracy(arm, full, 1.0),
             "gain": {split: self.gain(arm, full, 1.0, split) for split in SPLITS},
+            "over_joint": self.gain(arm, full, 1.0, "hard", TREATED),
+            "why": _why(results),
             "valid": _mean([r["valid"] for r in results]),
             "language": _mean([r["language"]["hard"] for r in results]),
             "step": [r["step"] for r in results],
@@ -187,6 +193,19 @@ class _Table:
             for n in BEST_OF
             if n <= attempts
         }
+
+
+def _why(results) -> dict[str, Any]:
+    """Of the seeds that have them (cells from before these measures have not): what the reward
+    token's state says and how the losses pull, both at the last step; the first seed's losses."""
+    says = [r["says"][max(r["says"], key=int)] for r in results if r.get("says")]
+    pulls = [r["pulls"] for r in results if r.get("pulls")]
+    return {
+        "seeds": len(says),
+        "says": {topic: _mean([s.get(topic) for s in says]) for topic in (says or [{}])[0]},
+        "pulls": {name: _mean([p[name] for p in pulls]) for name in (pulls or [{}])[0]},
+        "training": next((r["training"] for r in results if r.get("training")), []),
+    }
 
 
 def _ranks(results) -> dict[str, dict[str, Any]]:

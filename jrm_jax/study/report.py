@@ -10,11 +10,11 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from jrm_jax.metrics import duration
-from jrm_jax.study import cells, examples, figures
-from jrm_jax.study.cells import ARMS
+from jrm_jax.study import cells, examples, explain, figures
+from jrm_jax.study.cells import ARMS, CHANGES
 from jrm_jax.study.numbers import collect
+from jrm_jax.study.tables import MISSING, absent, number, points, share, table
 
-MISSING = "missing"
 NOTES = "notes.md"
 YES = {True: "yes", False: "**no**", None: MISSING}
 Numbers = Mapping[str, Any]
@@ -71,6 +71,8 @@ def markdown(
         *_axes(config, numbers),
         *figure("sizes", "accuracy by number of groups"),
         *figure("weights", "accuracy by weight of the language loss"),
+        *explain.changes(numbers),
+        *explain.reasons(numbers),
         *_kinds(numbers),
         *figure("kinds", "gain by instruction and flaw"),
         *_longer(numbers),
@@ -86,39 +88,6 @@ def markdown(
 
 
 # Pieces
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = ["| " + " | ".join(row) + " |" for row in (head, *rows)]
-    return [lines[0], "|" + "---|" * len(head), *lines[1:], ""]
-
-
-def share(row: Mapping[str, Any] | None) -> str:
-    """'61.2 (59.8 to 62.5)', in per cent."""
-    if not row:
-        return MISSING
-    return f"{100 * row['value']:.1f} ({100 * row['low']:.1f} to {100 * row['high']:.1f})"
-
-
-def points(row: Mapping[str, Any] | None) -> str:
-    """'+3.1 (+1.2 to +5.0), 5 seeds'."""
-    if not row:
-        return MISSING
-    value, low, high = (100 * row[key] for key in ("value", "low", "high"))
-    seeds = f"{row['seeds']} seed{'s' * (row['seeds'] != 1)}"
-    return f"{value:+.1f} ({low:+.1f} to {high:+.1f}), {seeds}"
-
-
-def _absent(numbers: Numbers, arm: str) -> str:
-    """Why an arm has no numbers: still to be run, not needed, or not in this design."""
-    for words, names in ((MISSING, "missing"), ("not needed", "unneeded")):
-        if any(name.startswith(f"{arm}-n") for name in numbers["budget"][names]):
-            return words
-    return "not planned"
-
-
-def number(value: float | None, form: str = ".3f") -> str:
-    return MISSING if value is None else format(value, form)
 
 
 def _claim(config: ConfigDict, numbers: Numbers) -> list[str]:
@@ -151,7 +120,7 @@ def _claim(config: ConfigDict, numbers: Numbers) -> list[str]:
     so_far = f"After {seeds} of {planned} seeds, so not final: " if seeds < planned else ""
     return [
         *lines,
-        *_table(("on `hard`", "points (interval)", "threshold"), rows),
+        *table(("on `hard`", "points (interval)", "threshold"), rows),
         f"{so_far}**{words[verdict['holds']]}** {numbers['pairs']['hard']:,} pairs of `hard`"
         + (f", fewer than the {settings.pairs:,} asked for" if few else "")
         + ".",
@@ -162,8 +131,10 @@ def _claim(config: ConfigDict, numbers: Numbers) -> list[str]:
 def _arms(numbers: Numbers) -> list[str]:
     rows = []
     for name, arm in ARMS.items():
+        if name in CHANGES:
+            continue
         found = numbers["arms"][name]
-        cells_of = [_absent(numbers, name)] * 5
+        cells_of = [absent(numbers, name)] * 5
         if found:
             own = found["gain"]["hard"]
             cells_of = [
@@ -183,7 +154,7 @@ def _arms(numbers: Numbers) -> list[str]:
         if rule
         else ""
     )
-    return ["## Arms, all data", "", *_table(head, rows), extra, ""]
+    return ["## Arms, all data", "", *table(head, rows), extra, ""]
 
 
 def _axes(config: ConfigDict, numbers: Numbers) -> list[str]:
@@ -202,10 +173,10 @@ def _axes(config: ConfigDict, numbers: Numbers) -> list[str]:
         f"Equal steps at every size ({config.train.total_steps} of {config.train.batch_size} "
         "groups); fewer groups are seen more often. Accuracy on `hard`.",
         "",
-        *_table(("groups", "discriminative", "joint", gain), sizes),
+        *table(("groups", "discriminative", "joint", gain), sizes),
         "## Weight of the language loss",
         "",
-        *_table(("weight", "joint, hard", gain), weights),
+        *table(("weight", "joint, hard", gain), weights),
     ]
 
 
@@ -218,7 +189,7 @@ def _kinds(numbers: Numbers) -> list[str]:
         ]
         if rows:
             head = (title, "pairs", "discriminative, hard", "points of joint over it")
-            lines += _table(head, rows)
+            lines += table(head, rows)
     return lines if len(lines) > 2 else [*lines, f"All {MISSING}.", ""]
 
 
@@ -239,7 +210,7 @@ def _longer(numbers: Numbers) -> list[str]:
     return [
         "## Discriminative, trained until it matches on valid",
         "",
-        *(_table(head, rows) if rows else [f"All {MISSING}.", ""]),
+        *(table(head, rows) if rows else [f"All {MISSING}.", ""]),
     ]
 
 
@@ -248,7 +219,7 @@ def _measures(config: ConfigDict, numbers: Numbers) -> list[str]:
     counts = [n for n in (1, 2, 4, 8, 16) if n <= config.measure.attempts]
     for name, found in numbers["arms"].items():
         if not found:
-            rows.append((name, *[_absent(numbers, name)] * (5 + len(counts))))
+            rows.append((name, *[absent(numbers, name)] * (5 + len(counts))))
             continue
         attack, rank = found["attack"], found["rank"]
         last = rank[max(rank, key=int)]["effective_rank"] if rank else None
@@ -270,21 +241,21 @@ def _measures(config: ConfigDict, numbers: Numbers) -> list[str]:
     head = ("arm", "calibration error", "effective rank", "agrees with pixel distance",
             "pairs turned by the attack", "gain by the attack",
             *(f"best of {n}" for n in counts))  # fmt: skip
-    return ["## Other measures", "", *_table(head, rows)]
+    return ["## Other measures", "", *table(head, rows)]
 
 
 def _costs(numbers: Numbers) -> list[str]:
     rows = []
     for name, found in numbers["arms"].items():
         if not found:
-            rows.append((name, *[_absent(numbers, name)] * 3))
+            rows.append((name, *[absent(numbers, name)] * 3))
             continue
         flops = " / ".join(f"{f:,.1f}" for f in sorted(set(found["flops"])))
         took = f"{1000 * found['seconds']:.1f} ms"
         rows.append((name, flops, took, duration(found["train_seconds"])))
     arms = numbers["arms"]
     lines = ["## Cost of a score", ""]
-    lines += _table(("arm", "FLOPs a group", "time a group", "training"), rows)
+    lines += table(("arm", "FLOPs a group", "time a group", "training"), rows)
     if arms["joint"] and arms["discriminative"]:
         same = {*arms["joint"]["flops"]} == {*arms["discriminative"]["flops"]}
         lines += [f"Joint and discriminative cost the same FLOPs to the last one: {YES[same]}.", ""]
@@ -309,7 +280,7 @@ def _budget(config: ConfigDict, numbers: Numbers) -> list[str]:
         about = f", about {duration(left)}" if left is not None else ""
         lines += [f"Missing ({len(found['missing'])}{about}): {', '.join(found['missing'])}.", ""]
     lines += [f"Not needed: {name}, as {why}." for name, why in found["unneeded"].items()]
-    return [*lines, "", *(_table(("cell", "training", "measuring"), rows) if rows else [])]
+    return [*lines, "", *(table(("cell", "training", "measuring"), rows) if rows else [])]
 
 
 def _protocol(config: ConfigDict, numbers: Numbers) -> list[str]:
