@@ -226,6 +226,7 @@ def make_score_step(
     backbone: Backbone, mean: tuple, std: tuple
 ) -> Callable[[dict, dict], jax.Array]:
     """score_step(params, batch) -> reward_BKR float32, from the discriminative path alone."""
+    backbone = backbone.clone(through_reward=False)  # nothing stands behind the reward token
     forward = make_forward(backbone, mean, std, LossConfig(language_weight=0.0))
 
     def score_step(params: dict, batch: dict) -> jax.Array:

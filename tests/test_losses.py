@@ -136,4 +136,5 @@ def test_term_weights_come_from_the_batch_alone():
     }
     found = {name: float(value) for name, value in term_weights(batch).items()}
     upper = sum(weight[:, i, j].sum() for i, j in itertools.combinations(range(K), 2))
-    assert found == {"preference": upper, "centering": 2.0 * K, "language": float(B * K)}
+    said = float(B * K)
+    assert found == {"preference": upper, "centering": 2.0 * K, "language": said, "words": said}

@@ -20,7 +20,14 @@ from jrm_jax.heads import gather_hidden, init_reward_head, init_words_head, lang
 from jrm_jax.model.backbone import Backbone, init_backbone, normalise_patches
 from jrm_jax.model.config import load_config
 from jrm_jax.optim import flatten, split_params
-from jrm_jax.step import LossConfig, TrainState, make_eval_step, make_forward, make_train_step
+from jrm_jax.step import (
+    LossConfig,
+    TrainState,
+    make_eval_step,
+    make_forward,
+    make_score_step,
+    make_train_step,
+)
 
 BUCKET = Bucket(candidates=4, images=5, patches=36, prompt=64, candidate=96, critique=64)
 HALF = (0.5, 0.5, 0.5)
@@ -300,6 +307,18 @@ def test_frozen_parameters_stay_and_have_no_moments(world):
     assert moved == {"reward_head/kernel": True, "backbone/decoder/norm/scale": True}
     assert len(jax.tree.leaves(after.opt_state)) == 1 + 2 * len(moved)
     assert int(after.step) == 1 and np.isfinite(metrics["param_norm"])
+
+
+def test_a_score_costs_the_same_whatever_critiques_may_see(world):
+    encoder, backbone, params, groups = world
+    short = dataclasses.replace(BUCKET, candidate=32, critique=0)
+    batch = lay(dataclasses.replace(encoder, language=False), groups[:2], short)
+    plain, through = (
+        str(jax.make_jaxpr(make_score_step(backbone.clone(through_reward=t), HALF, HALF))(
+            params, batch))
+        for t in (False, True)
+    )  # fmt: skip
+    assert plain == through
 
 
 def test_a_parameter_that_is_not_finite_is_seen(world):

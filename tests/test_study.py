@@ -13,9 +13,8 @@ import pytest
 from entry_point import small_backbone  # noqa: F401
 
 from configs import study
-from jrm_jax.data import facts, scenes
 from jrm_jax.errors import UserError
-from jrm_jax.study import analysis, cells, measure, numbers, report, runner, why
+from jrm_jax.study import analysis, cells, measure, numbers, report, runner
 from jrm_jax.study.cells import ARMS, Cell
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -319,57 +318,12 @@ def _groups(config):
     return [scenes.make_group("hard", i, config.world.seed) for i in range(config.world.hard)]
 
 
-# Reasons
-
-
 def test_committed_cells_count(monkeypatch):
     """A change that makes them void must be meant: cells are hours of computing."""
     monkeypatch.chdir(ROOT)
     config = study.get_config()
     paths = {path.stem for path in (ROOT / config.out / "cells").glob("*.json")}
     assert paths and {cell.name for cell in cells.load_cells(config)} == paths
-
-
-def test_facts_are_read_where_they_are():
-    stated_NF, group_N = why.stated_facts("test", 60, 0)
-    groups = [scenes.make_group("test", i, 0) for i in range(60)]
-    assert len(stated_NF) == len(group_N) == sum(len(g.attempts) for g in groups)
-    first = groups[0].attempts[0]
-    said = facts.facts_of(
-        groups[0].source, first.scene, groups[0].edits, first.gold, first.quality
-    )
-    assert sorted(np.flatnonzero(stated_NF[0])) == sorted(said)
-    rng = np.random.default_rng(0)
-    verdicts = [f for f, name in enumerate(facts.FACTS) if name.startswith("verdict")]
-    states = np.concatenate(
-        [stated_NF[:, verdicts] @ rng.normal(size=(len(verdicts), 32)),
-         rng.normal(size=(len(stated_NF), 8))], axis=1,
-    )  # fmt: skip
-    found = why.probe_facts(states, stated_NF, group_N)
-    assert found["verdict"] > 0.97 and found["the edit asked for"] < 0.75
-    noise = why.probe_facts(rng.normal(size=(len(stated_NF), 4)), stated_NF, group_N)
-    assert abs(noise["verdict"] - 0.5) < 0.12
-
-
-def test_area_under_roc_by_hand():
-    score, truth = np.array([0.1, 0.4, 0.35, 0.8]), np.array([False, False, True, True])
-    assert why.area_under_roc(score, truth) == 0.75
-    assert why.area_under_roc(np.zeros(4), truth) == 0.5
-    assert math.isnan(why.area_under_roc(score, np.ones(4, bool)))
-
-
-def test_gradients_compared_by_hand():
-    one = {"a": np.eye(3), "b": np.ones((1, 2, 2))}
-    assert why.compare_gradients(one, one) == pytest.approx(
-        {"ratio": 1.0, "cosine": 1.0, "kept": 1.0}
-    )
-    against = why.compare_gradients({"a": np.eye(3)}, {"a": -3 * np.eye(3)})
-    assert against == pytest.approx({"ratio": 3.0, "cosine": -1.0, "kept": -1.0})
-    # another direction in space, of the same size: the step is turned by 45 degrees
-    beside = why.compare_gradients(
-        {"a": np.array([[1.0, 0.0]])}, {"a": np.array([[0.0, 1.0]])}
-    )
-    assert beside == pytest.approx({"ratio": 1.0, "cosine": 0.0, "kept": 0.7071}, abs=1e-3)
 
 
 def test_a_stopped_study_takes_its_run_along(tmp_path, small_backbone):  # noqa: F811
