@@ -63,7 +63,8 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"language_head/kernel", ("fsdp", "tensor")),
     (r"reward_head/kernel", (None, None)),
     (r"reward_embedding", (None,)),
-    (r"(facts|words)_head/kernel", (None, None)),
+    (r"words_head/kernel", ("fsdp", None)),
+    (r"facts_head/kernel", (None, None)),
     (r"facts_head/bias", (None,)),
 )
 
