@@ -338,6 +338,7 @@ def test_a_stopped_study_takes_its_run_along(tmp_path, small_backbone):  # noqa:
     while not (running := children.read_text().split()) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert running
+    time.sleep(1.0)  # the parent may still be in the middle of starting it
     process.terminate()
     _, said = process.communicate(timeout=60)
     assert process.returncode == 1 and "goes on" in said
