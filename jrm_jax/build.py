@@ -6,6 +6,7 @@ Reads the config and the disk; the loop that uses these parts is in `train.py`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -330,10 +331,11 @@ def init_state(
     )(params["backbone"]["embed"]["embedding"])
     params = {**params, "reward_head": head, "reward_embedding": embedding}
     training = {name: s for name, s in shardings.items() if name in heads.TRAINING_HEADS}
-    words = bool(config.loss.words_weight)
-    params |= jax.jit(
-        lambda: heads.init_training_heads(width, encoder.facts, words), out_shardings=training
-    )()
+    if training:
+        make = functools.partial(
+            heads.init_training_heads, width, encoder.facts, "words_head" in training
+        )
+        params |= jax.jit(make, out_shardings=training)()
     params = _with_adapters(config, params, shardings, jax.random.fold_in(key, 3))
     trainable, frozen = optim.split_params(params, patterns)
     optimizer, schedule = make_optimizer(config, trainable)
@@ -374,9 +376,7 @@ def make_steps(config: ConfigDict, backbone: Backbone, data: Data, optimizer, st
     loss = LossConfig(**{name: config.loss[name] for name in LossConfig._fields})
     processor = data.encoder.processor
     forward = make_forward(backbone, processor.mean, processor.std, loss, lora_scale(config))
-    train_step = make_train_step(
-        forward, optimizer, loss, config.accumulation, config.total_steps
-    )
+    train_step = make_train_step(forward, optimizer, loss, config.accumulation, config.total_steps)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     options = sharding.compiler_options(shardings.step.mesh)
     return (

@@ -56,31 +56,6 @@ def init_words_head(width: int) -> dict:
     return {"kernel": jnp.eye(width, dtype=jnp.float32)}
 
 
-def words_nll(
-    params: dict,
-    hidden_BKD: jax.Array,
-    kernel_DW: jax.Array,
-    targets_BKT: jax.Array,
-    weights_BKT: jax.Array,
-    suppressed_id: int,
-) -> Term:
-    """Weighted cross-entropy of all tokens of a critique, each predicted by the state of the reward
-    token alone: a bag of words, through a map of its own and the language head. float32.
-
-    A decoder that sees everything else has no need of one state; this loss asks that state itself
-    for what the critique says (Zhao et al., arXiv 1703.10960, for latent variables of dialogue).
-    """
-    mapped_BKD = hidden_BKD @ params["kernel"].astype(hidden_BKD.dtype)
-    logits_BKW = _logits(mapped_BKD, kernel_DW.astype(hidden_BKD.dtype))
-    logits_BKW = jnp.where(
-        jnp.arange(logits_BKW.shape[-1]) == suppressed_id, -jnp.inf, logits_BKW
-    )
-    picked_BKT = jnp.take_along_axis(logits_BKW, targets_BKT, axis=-1)
-    nll_BKT = jax.nn.logsumexp(logits_BKW, axis=-1)[..., None] - picked_BKT
-    nll_BKT = jnp.where(weights_BKT > 0, nll_BKT, 0.0)
-    return Term(jnp.sum(nll_BKT * weights_BKT), jnp.sum(weights_BKT))
-
-
 def gather_hidden(
     hidden_BSD: jax.Array, index_BKT: jax.Array, prompt: int, slots: int
 ) -> jax.Array:
@@ -120,6 +95,13 @@ _half_logits.defvjp(lambda hidden, kernel: (_logits(hidden, kernel), (hidden, ke
                     _half_logits_backward)  # fmt: skip
 
 
+def _word_logits(kernel_DW: jax.Array, hidden_BXD: jax.Array, suppressed_id: int) -> jax.Array:
+    """[B, X, W] float32, minus infinity at `suppressed_id`."""
+    multiply = _logits if hidden_BXD.dtype == jnp.float32 else _half_logits
+    logits_BXW = multiply(hidden_BXD, kernel_DW.astype(hidden_BXD.dtype))
+    return jnp.where(jnp.arange(logits_BXW.shape[-1]) == suppressed_id, -jnp.inf, logits_BXW)
+
+
 def critique_nll(
     kernel_DW: jax.Array,
     hidden_BXD: jax.Array,
@@ -135,13 +117,8 @@ def critique_nll(
     `suppressed_id` (the reward token) is minus infinity.
     """
 
-    multiply = _logits if hidden_BXD.dtype == jnp.float32 else _half_logits
-
     def chunk_nll(hidden_BXD, targets_BX, weights_BX):
-        logits_BXW = multiply(hidden_BXD, kernel_DW.astype(hidden_BXD.dtype))
-        logits_BXW = jnp.where(
-            jnp.arange(logits_BXW.shape[-1]) == suppressed_id, -jnp.inf, logits_BXW
-        )
+        logits_BXW = _word_logits(kernel_DW, hidden_BXD, suppressed_id)
         picked_BX = jnp.take_along_axis(logits_BXW, targets_BX[..., None], axis=-1)[..., 0]
         nll_BX = jax.nn.logsumexp(logits_BXW, axis=-1) - picked_BX
         return jnp.sum(jnp.where(weights_BX > 0, nll_BX, 0.0) * weights_BX)
@@ -160,3 +137,25 @@ def critique_nll(
     step = jax.checkpoint(lambda total, part: (total + chunk_nll(*part), None))
     parts = (split(hidden_BXD), split(targets_BX), split(weights_BX))
     return Term(jax.lax.scan(step, jnp.float32(0.0), parts)[0], weight)
+
+
+def words_nll(
+    params: dict,
+    hidden_BKD: jax.Array,
+    kernel_DW: jax.Array,
+    targets_BKT: jax.Array,
+    weights_BKT: jax.Array,
+    suppressed_id: int,
+) -> Term:
+    """Weighted cross-entropy of all tokens of a critique, each predicted by the state of the reward
+    token alone: a bag of words, through a map of its own and the language head. float32.
+
+    A decoder that sees everything else has no need of one state; this loss asks that state itself
+    for what the critique says (Zhao et al., arXiv 1703.10960, for latent variables of dialogue).
+    """
+    mapped_BKD = hidden_BKD @ params["kernel"].astype(hidden_BKD.dtype)
+    logits_BKW = _word_logits(kernel_DW, mapped_BKD, suppressed_id)
+    picked_BKT = jnp.take_along_axis(logits_BKW, targets_BKT, axis=-1)
+    nll_BKT = jax.nn.logsumexp(logits_BKW, axis=-1)[..., None] - picked_BKT
+    nll_BKT = jnp.where(weights_BKT > 0, nll_BKT, 0.0)
+    return Term(jnp.sum(nll_BKT * weights_BKT), jnp.sum(weights_BKT))

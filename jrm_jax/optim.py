@@ -93,15 +93,17 @@ def _adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
     return optax.scale_by_adam(b1, b2, eps, mu_dtype=jnp.float32)
 
 
+def takes_muon(path: str) -> bool:
+    """Every kernel of the backbone."""
+    return path.startswith("backbone/") and path.endswith("kernel")
+
+
 def _muon(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
     matrix = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
 
     def matrices(params: dict) -> dict:
         # Axes before the last two count layers or frames: so many matrices of their own.
-        chosen = {
-            path: matrix if path.startswith("backbone/") and path.endswith("kernel") else None
-            for path in flatten(params)
-        }
+        chosen = {path: matrix if takes_muon(path) else None for path in flatten(params)}
         return unflatten(chosen)
 
     return optax.contrib.muon(

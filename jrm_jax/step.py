@@ -240,6 +240,8 @@ def make_state_step(
 ) -> Callable[[dict, dict], jax.Array]:
     """state_step(params, batch) -> [B, K, D] float32: final-normed states of the reward tokens."""
 
+    backbone = backbone.clone(through_reward=False)  # as in `make_score_step`
+
     def state_step(params: dict, batch: dict) -> jax.Array:
         patches_BINF = normalise_patches(batch["patches"], mean, std)
         hidden_BSD = backbone.apply(

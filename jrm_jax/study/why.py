@@ -162,9 +162,7 @@ def orthogonal(matrices: np.ndarray) -> np.ndarray:
 
 def kernels(tree: dict) -> dict[str, np.ndarray]:
     """What Muon updates: the backbone's kernels, by path."""
-    flat = optim.flatten(tree)
-    return {p: np.asarray(x) for p, x in flat.items()
-            if p.startswith("backbone/") and p.endswith("kernel")}  # fmt: skip
+    return {p: np.asarray(x) for p, x in optim.flatten(tree).items() if optim.takes_muon(p)}
 
 
 def pull(model: Any, params: dict) -> dict[str, float]:
