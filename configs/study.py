@@ -17,6 +17,7 @@ HEADLINE = ("discriminative", "joint")
 CONTROLS = ("joint_shuffled", "regression", "joint_masked", "generative")
 LONGER = ("discriminative_x2", "discriminative_x4")
 TRIED = ("joint_words", "joint_through", "joint_fade", "joint_rate", "discriminative_rate")
+HEAD = ("discriminative_head", "joint_head")
 LONG = ("discriminative_long", "joint_long")
 EVERY = 0  # stands for the largest size
 
@@ -44,7 +45,8 @@ def get_config(arg: str | None = None):
         # After the first results, which showed no gain: changes that might bring one.
         (TRIED, EVERY, 1.0, 1),
         (LONG, EVERY, 1.0, 2),
-        (("joint_words",), EVERY, 1.0, 2),
+        (("joint_words", "joint_through"), EVERY, 1.0, 2),
+        (HEAD, EVERY, 1.0, 1),
     )
 
     # Fields of the training config that every cell has.

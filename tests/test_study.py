@@ -62,6 +62,8 @@ def test_arms_differ_in_what_they_must_only():
         "joint_fade": {"loss.language_weight", "loss.language_end"},
         "joint_rate": {"optimizer.learning_rate"},
         "discriminative_rate": {"loss.language_weight", "optimizer.learning_rate"},
+        "joint_head": {"head.scale"},
+        "discriminative_head": {"loss.language_weight", "head.scale"},
         "joint_long": {"data.world", "total_steps"},
         "discriminative_long": {"loss.language_weight", "data.world", "total_steps"},
     }

@@ -86,6 +86,17 @@ ARMS = {
         {**_ALONE, "optimizer.learning_rate": 2.5e-3},
         idea="what the higher rate does without language",
     ),
+    "joint_head": Arm(
+        "joint, the reward head begins at a tenth of its size",
+        {"head.scale": 0.1}, LANGUAGE,
+        idea="a random head asks the backbone for random changes in the first steps; a small one "
+        "leaves these to language",
+    ),
+    "discriminative_head": Arm(
+        "discriminative, the reward head begins at a tenth of its size",
+        {**_ALONE, "head.scale": 0.1},
+        idea="what joint_head is to be compared with",
+    ),
     "joint_long": Arm(
         "joint, twice the steps on twice the groups",
         {"data.world.train": 12_800}, LANGUAGE, 2,
