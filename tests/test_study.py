@@ -274,6 +274,15 @@ def test_the_page_shows_what_is_missing(again):
     flipped = cells.load_cells(config)
     gain = numbers.collect(config, flipped)["arms"]["joint"]["gain"]["hard"]
     assert (gain["value"], gain["low"], gain["high"]) == (0, 0, 0)
+    turned = {
+        **result,
+        "scores/hard": [[-s for s in row] for row in result["scores/hard"]],
+        "attack": {**result["attack"], "after": result["attack"]["before"]},
+    }
+    alone = numbers.collect(config, {cell: result, other: turned})["cells"]
+    assert alone[CELL]["gain"] == pytest.approx(2 * right.mean() - 1) != 0
+    assert alone[CELL]["attack_over"] == pytest.approx(alone[CELL]["attack"]) != 0
+    assert alone[other.name]["gain"] is alone[other.name]["attack_over"] is None
     done = _run(*arguments, "--report")
     assert done.returncode == 0, done.stderr
     text = (folder / "study.md").read_text()

@@ -48,6 +48,7 @@ def collect(config: ConfigDict, found: Found) -> dict[str, Any]:
         "longer": longer(config, found, full),
         "pixel_rule": table.pixel_rule(),
         "contests": _contest_bounds(config) if found else None,
+        "cells": {cell.name: table.cell(cell) for cell in found},
         "budget": budget(config, found),
     }
 
@@ -139,6 +140,25 @@ class _Table:
 
     def _distances(self):
         return analysis.load_distances("hard", self.config.world.hard, self.config.world.seed)
+
+    def cell(self, cell: Cell) -> dict[str, float | None]:
+        """One run alone: accuracies; its accuracy on `hard` beyond that of the discriminative run
+        of its size and seed; the attack's gain in spreads and the same difference of it."""
+        beside = cell._replace(arm=BASELINE, weight=1.0)
+        compared = beside in self.found and beside != cell
+        own, other = self._attack(cell), self._attack(beside) if compared else None
+        right = {split: float(self.right(cell, split).mean()) for split in SPLITS}
+        return {
+            "valid": self.found[cell]["valid"],
+            **right,
+            "gain": right["hard"] - float(self.right(beside, "hard").mean()) if compared else None,
+            "attack": own,
+            "attack_over": None if own is None or other is None else own - other,
+        }
+
+    def _attack(self, cell: Cell) -> float | None:
+        numbers = analysis.attack_numbers(self.pairs["hard"], self.found[cell]["attack"])
+        return numbers and numbers["gain_in_spreads"]
 
     def arm(self, arm: str, full: int) -> dict[str, Any] | None:
         """Every measure of an arm at full data; means over its seeds."""

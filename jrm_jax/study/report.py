@@ -81,6 +81,7 @@ def markdown(
         *figure("ranks", "effective rank and spectrum"),
         *figure("best_of_n", "gold score of the best of n"),
         *_costs(numbers),
+        *_cells(numbers),
         *_budget(config, numbers),
         *_protocol(config, numbers),
     ]
@@ -260,6 +261,24 @@ def _costs(numbers: Numbers) -> list[str]:
         same = {*arms["joint"]["flops"]} == {*arms["discriminative"]["flops"]}
         lines += [f"Joint and discriminative cost the same FLOPs to the last one: {YES[same]}.", ""]
     return lines
+
+
+def _cells(numbers: Numbers) -> list[str]:
+    rows = []
+    for name, own in numbers["cells"].items():
+        accuracies = (f"{100 * own[split]:.1f}" for split in ("valid", "test", "hard"))
+        gain = "-" if own["gain"] is None else f"{100 * own['gain']:+.1f}"
+        pushed = ("-" if own[k] is None else f"{own[k]:+.2f}" for k in ("attack", "attack_over"))
+        rows.append((name, *accuracies, gain, *pushed))
+    head = ("cell", "valid", "test", "hard", "points over discriminative, hard",
+            "gain by the attack", "over discriminative's")  # fmt: skip
+    return [
+        "## Cell by cell",
+        "",
+        "Against the discriminative cell of the same size and seed.",
+        "",
+        *(table(head, rows) if rows else [f"All {MISSING}.", ""]),
+    ]
 
 
 def _budget(config: ConfigDict, numbers: Numbers) -> list[str]:
