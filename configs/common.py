@@ -87,7 +87,7 @@ def base() -> ConfigDict:
     config.data.mixture = ()  # ((path, times seen per epoch), ...), instead of `path`
     config.data.cache = "runs/data"  # where the built-in world is drawn
     config.data.world = ConfigDict()
-    config.data.world.kind = "edits"  # see builders.prepare_world
+    config.data.world.kind = "edits"  # see data/world/prepare.py
     config.data.world.seed = 0
     config.data.world.train = 16_000
     config.data.world.valid = 256

@@ -20,8 +20,8 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from jrm_jax.chips import Topology, parse_topology
 from jrm_jax.errors import UserError
+from jrm_jax.planning.chips import Topology, parse_topology
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "File[:arguments].", lock_config=True)
 _TOPOLOGY = flags.DEFINE_string("topology", None, "CHIP:SHAPE of a slice, such as v5p:4x4x4.")
@@ -51,7 +51,7 @@ def _main(argv: list[str]) -> int:
         raise UserError(f"--steps={','.join(_STEPS.value)}: use train, score or both")
     topology = parse_topology(_TOPOLOGY.value, _SLICES.value)
     os.environ["JAX_PLATFORMS"] = "cpu"  # nothing runs here, least of all on an accelerator
-    from jrm_jax import compiling, fitting
+    from jrm_jax.planning import compiling, fitting
 
     config = _CONFIG.value
     backbone = compiling.architecture(config)

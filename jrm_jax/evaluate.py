@@ -144,7 +144,7 @@ def _threshold(args: argparse.Namespace) -> float:
 
 
 def _load(args: argparse.Namespace):
-    from jrm_jax.score import RewardModel
+    from jrm_jax.serving.reward_model import RewardModel
 
     options = {"compute_dtype": args.compute_dtype, "batch_size": args.batch_size}
     return RewardModel.load(args.checkpoint, args.step, **options)

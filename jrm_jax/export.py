@@ -22,7 +22,7 @@ from jrm_jax.data.images import read_config as read_processor_config
 from jrm_jax.data.template import Template, save_tokenizer
 from jrm_jax.errors import UserError
 from jrm_jax.model import weights
-from jrm_jax.trained import STAMP, Trained, load_trained
+from jrm_jax.serving.trained import STAMP, Trained, load_trained
 
 ASSETS = Path(__file__).parent / "assets" / "export"
 CODE = "modeling_jrm"

@@ -24,7 +24,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from jrm_jax import build, distributed
+from jrm_jax import build, build_data, distributed
 from jrm_jax.checkpoint import Checkpoints, open_checkpoints
 from jrm_jax.errors import UserError
 from jrm_jax.metrics import Accumulator, Writer
@@ -77,7 +77,7 @@ class _Run:
         backbone_config = build.load_backbone_config(config)
         self.mesh = build.make_mesh(config, backbone_config)
         with distributed.leader_first("data"):  # who comes later finds it drawn and measured
-            self.data = build.build_data(config, backbone_config, say)
+            self.data = build_data.build_data(config, backbone_config, say)
         backbone = build.make_backbone(
             config, backbone_config, self.mesh, self.data.encoder.tokenizer.reward_id
         )
@@ -143,7 +143,7 @@ class _Run:
     def train(self) -> int:
         config, total = self.config, self.config.total_steps
         began = time.monotonic()
-        batches = build.batches(config, self.data, "train", self.mesh, self.start, total)
+        batches = build_data.batches(config, self.data, "train", self.mesh, self.start, total)
         pending: tuple[int, dict] | None = None
         window, window_began = Accumulator(), time.monotonic()
         valid: dict[str, float] = {}
@@ -183,7 +183,7 @@ class _Run:
                         break
                     self.trace.at(step, self.state)
                     with self._timed("data"):
-                        placed = build.place(config, next(batches), self.mesh)
+                        placed = build_data.place(config, next(batches), self.mesh)
                     self.state, metrics = self.train_step(self.state, placed)
                     if pending is not None:
                         self._check(pending, window)
@@ -248,11 +248,11 @@ class _Run:
         totals = Accumulator()
         plan = self.data.eval_plans[split]
         groups = sum(int((plan.batch(i)[1] >= 0).sum()) for i in range(len(plan)))  # of all hosts
-        with build.batches(self.config, self.data, split, self.mesh) as batches:
+        with build_data.batches(self.config, self.data, split, self.mesh) as batches:
             for batch in batches:
                 self.watchdog.beat()
                 terms, _ = self.eval_step(
-                    trainable, self.state.frozen, build.place(self.config, batch, self.mesh)
+                    trainable, self.state.frozen, build_data.place(self.config, batch, self.mesh)
                 )
                 totals.add(jax.device_get(terms))
         return totals.summary() | {"groups": float(groups)}

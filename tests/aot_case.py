@@ -6,8 +6,9 @@ from types import SimpleNamespace
 import jax
 
 from configs import joint
-from jrm_jax import build, compiling, sharding
+from jrm_jax import build, sharding
 from jrm_jax.model.published import PUBLISHED
+from jrm_jax.planning import compiling
 
 _PUBLISHED = PUBLISHED["qwen3_vl_2b"]
 SMALL = dataclasses.replace(

@@ -10,7 +10,7 @@ from entry_point import EXAMPLE, make_small_backbone
 
 from configs import joint
 from jrm_jax import export, train
-from jrm_jax.data import scenes
+from jrm_jax.data.world import scenes
 from jrm_jax.model.backbone import init_backbone
 from jrm_jax.model.config import load_config
 from jrm_jax.model.weights import save_params

@@ -31,11 +31,11 @@ if __name__ == "__main__":
             self.step += 1
             return batch
 
-    batches = train.build.batches
+    batches = train.build_data.batches
 
     def record(config, data, which, mesh, start=0, stop=None):
         made = batches(config, data, which, mesh, start, stop)
         return Recorder(made, start) if which == "train" else made
 
-    train.build.batches = record
+    train.build_data.batches = record
     main.main()

@@ -21,11 +21,12 @@ from aot_case import one_device, small_case, traced
 
 from configs import joint
 from configs.common import TINY
-from jrm_jax import build, compiling, fitting, sharding
-from jrm_jax.chips import CHIPS, Topology, parse_topology
+from jrm_jax import build, sharding
 from jrm_jax.errors import UserError
 from jrm_jax.model import weights
 from jrm_jax.model.published import PARAMETERS, PUBLISHED, check_variant
+from jrm_jax.planning import compiling, fitting
+from jrm_jax.planning.chips import CHIPS, Topology, parse_topology
 
 ROOT = Path(__file__).resolve().parents[1]
 MIB = 2**20

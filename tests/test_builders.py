@@ -9,8 +9,9 @@ import pytest
 from PIL import Image as Pillow
 
 from jrm_jax.data import builders, store
-from jrm_jax.data.pairs import EDITREWARD as DIMENSIONS
+from jrm_jax.data.ingest.pairs import EDITREWARD as DIMENSIONS
 from jrm_jax.data.schema import from_record
+from jrm_jax.data.world.prepare import prepare_world
 from jrm_jax.errors import UserError
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "shared" / "data" / "editreward_example"
@@ -335,9 +336,9 @@ def world(path):
 
 def test_the_world_is_drawn_once_and_the_same_from_the_same_seed(tmp_path, capsys):
     counts = {"train": 40, "valid": 3}
-    path = builders.prepare_world(tmp_path / "first", counts, 0)
+    path = prepare_world(tmp_path / "first", counts, 0)
     stamps = {file: file.stat().st_mtime_ns for file in path.rglob("*")}
-    assert builders.prepare_world(tmp_path / "first", counts, 0) == path
+    assert prepare_world(tmp_path / "first", counts, 0) == path
     assert stamps == {file: file.stat().st_mtime_ns for file in path.rglob("*")}
     first = world(path)
     assert {split: len(records) for split, records in first.items()} == counts
@@ -350,7 +351,7 @@ def test_the_world_is_drawn_once_and_the_same_from_the_same_seed(tmp_path, capsy
     assert again != path and again.parent == tmp_path / "second"
     assert world(again) == first
 
-    other = builders.prepare_world(tmp_path / "first", counts, 1)
+    other = prepare_world(tmp_path / "first", counts, 1)
     assert other != path
     assert not {r for _, r, _ in world(other)["train"]} & {r for _, r, _ in first["train"]}
 

@@ -16,8 +16,9 @@ import pyarrow.parquet
 import pytest
 
 from jrm_jax.benchmarks import build_scale
-from jrm_jax.data import builders, building, rows, store
-from jrm_jax.data.pairs import Pairs
+from jrm_jax.data import builders, store
+from jrm_jax.data.ingest import building, rows
+from jrm_jax.data.ingest.pairs import Pairs
 from jrm_jax.data.schema import from_record
 from jrm_jax.errors import UserError
 

@@ -6,7 +6,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jrm_jax import sharding
-from jrm_jax.collectives import Traffic, read_collectives
+from jrm_jax.planning.collectives import Traffic, read_collectives
 
 
 def test_collectives_of_a_compiled_program():

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from configs import discriminative, generative, joint
 from configs.common import REAL, TINY, base, parse_arg
-from jrm_jax.data import describe
+from jrm_jax.data.world import describe
 from jrm_jax.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]

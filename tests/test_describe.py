@@ -8,9 +8,9 @@ import re
 import numpy as np
 from world_case import a_scene
 
-from jrm_jax.data import describe
 from jrm_jax.data.schema import Image
-from jrm_jax.data.world import PLACES, Scene, pool_of, sample_scene
+from jrm_jax.data.world import describe
+from jrm_jax.data.world.vocabulary import PLACES, Scene, pool_of, sample_scene
 
 SEED = 11
 

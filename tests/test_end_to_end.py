@@ -25,7 +25,7 @@ from entry_point import (  # noqa: F401  fixtures among them
 from PIL import Image as Pillow
 
 from configs import joint
-from jrm_jax import build, train, watch
+from jrm_jax import build, build_data, train, watch
 from jrm_jax import sharding as mesh_module
 from jrm_jax.checkpoint import open_checkpoints
 from jrm_jax.data import builders, store
@@ -195,7 +195,7 @@ def in_process_config(runner, **changes):
 
 def test_special_tokens_in_the_users_text_are_plain_text(runner, mixed):
     config = in_process_config(runner, data__path=str(mixed))
-    data = build.build_data(config, build.load_backbone_config(config), print)
+    data = build_data.build_data(config, build.load_backbone_config(config), print)
     tokens, kinds = {}, data.encoder.tokenizer.ids
     for record in store.open_dataset(mixed)["train"]:
         example = from_record(record)
@@ -281,9 +281,9 @@ def test_discriminative_feeds_no_critique(runner, finished):
     backbone = build.load_backbone_config(fields)
     for weight in (0.0, 1.0):
         config = in_process_config(runner, loss__language_weight=weight)
-        data = build.build_data(config, backbone, print)
+        data = build_data.build_data(config, backbone, print)
         mesh = mesh_module.make_mesh(devices=jax.devices()[:1])
-        with build.batches(config, data, "train", mesh, 0, 1) as batches:
+        with build_data.batches(config, data, "train", mesh, 0, 1) as batches:
             batch = next(batches)
         last = batch["candidate_segments"].sum(-1) - 1
         present = batch["candidate_mask"] > 0

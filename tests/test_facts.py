@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from world_case import a_scene
 
-from jrm_jax.data import facts, scenes
 from jrm_jax.data.schema import from_record, to_record
-from jrm_jax.data.world import make_scene
-from jrm_jax.data.world_edits import Edit, apply_all, compare
+from jrm_jax.data.world import facts, scenes
+from jrm_jax.data.world.edits import Edit, apply_all, compare
+from jrm_jax.data.world.vocabulary import make_scene
 from jrm_jax.losses import facts_loss, term_weights
 
 
@@ -127,7 +127,7 @@ def test_the_facts_head_learns_and_is_absent_when_off(tmp_path):
     from entry_point import make_small_backbone
 
     from configs import joint
-    from jrm_jax import build, sharding
+    from jrm_jax import build, build_data, sharding
     from jrm_jax.data.pipeline import assemble_batch
     from jrm_jax.data.plan import Bucket
     from jrm_jax.errors import UserError
@@ -141,7 +141,7 @@ def test_the_facts_head_learns_and_is_absent_when_off(tmp_path):
     architecture = load_config(config.backbone.path)
     assert "facts_head" not in build.abstract_params(config, architecture, 1)
     config.loss.update({"facts_weight": 1.0, "language_weight": 0.0})
-    encoder = build.make_run_encoder(config, architecture)
+    encoder = build_data.make_run_encoder(config, architecture)
     mesh = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
     state, _ = build.init_state(config, architecture, mesh, encoder)
     assert state.trainable["facts_head"]["kernel"].shape[1] == facts.COUNT

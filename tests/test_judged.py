@@ -5,7 +5,7 @@ import json
 from benchmark_files import png
 from layout_case import build, lines, pictures  # noqa: F401
 
-from jrm_jax.data.judged import DIMENSIONS as JUDGED
+from jrm_jax.data.ingest.judged import DIMENSIONS as JUDGED
 
 
 def judged_row(edit="1.png", sc=(20, 10), pq=(16, 25), **changes):

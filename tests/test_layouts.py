@@ -9,7 +9,7 @@ from benchmark_files import png
 from layout_case import build, lines, parquet, pictures  # noqa: F401
 
 from jrm_jax.data import builders, store
-from jrm_jax.data.pairs import EDITREWARD
+from jrm_jax.data.ingest.pairs import EDITREWARD
 
 SIDES = ("left", "right")
 

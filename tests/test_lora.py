@@ -7,12 +7,12 @@ import pytest
 from entry_point import make_small_backbone, parameters, quick_compilation
 
 from configs import joint
-from jrm_jax import build, export, lora, sharding, train
+from jrm_jax import build, build_data, export, lora, sharding, train
 from jrm_jax.errors import UserError
 from jrm_jax.model.layers import Linear
 from jrm_jax.optim import flatten
+from jrm_jax.serving.trained import load_trained
 from jrm_jax.step import make_score_step
-from jrm_jax.trained import load_trained
 
 STEPS, RANK = 3, 4
 
@@ -160,7 +160,7 @@ def test_an_export_is_merged_and_scores_as_the_unmerged_model(folder, trained):
     assert not any(path.endswith(lora.LEAVES) for path in flatten(exported.params))
     architecture = build.load_backbone_config(config)
     mesh = build.make_mesh(config, architecture)
-    data = build.build_data(config, architecture, print)
+    data = build_data.build_data(config, architecture, print)
     module = build.make_backbone(config, architecture, mesh, data.encoder.tokenizer.reward_id)
     processor = data.encoder.processor
     optimizer, _ = build.make_optimizer(config, state.trainable)
@@ -169,9 +169,9 @@ def test_an_export_is_merged_and_scores_as_the_unmerged_model(folder, trained):
         make_score_step(module, processor.mean, processor.std),
         compiler_options=sharding.compiler_options(mesh),
     )
-    with build.batches(config, data, "train", mesh, 0, 2) as batches:
+    with build_data.batches(config, data, "train", mesh, 0, 2) as batches:
         for batch in batches:
-            placed = build.place(config, batch, mesh)
+            placed = build_data.place(config, batch, mesh)
             wanted = unmerged(state.trainable, state.frozen, placed)[1]
             found = merged(exported.params, placed)
             assert np.ptp(np.asarray(wanted)) > 1e-3

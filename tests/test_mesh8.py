@@ -6,7 +6,7 @@ import pytest
 from entry_point import make_small_backbone, quick_compilation
 
 from configs import joint
-from jrm_jax import build, sharding
+from jrm_jax import build, build_data, sharding
 from jrm_jax.optim import flatten
 
 STEPS = 5
@@ -58,15 +58,15 @@ def train(folder, backbone, sizes):
         patch.setattr(sharding, "make_mesh", lambda *asked: make(*asked, devices=devices))
         architecture = build.load_backbone_config(config)
         mesh = build.make_mesh(config, architecture)
-    data = build.build_data(config, architecture, print)
+    data = build_data.build_data(config, architecture, print)
     module = build.make_backbone(config, architecture, mesh, data.encoder.tokenizer.reward_id)
     state, (optimizer, _) = build.init_state(config, architecture, mesh, data.encoder)
     step, _ = build.make_steps(config, module, data, optimizer, state)
     before, held = shards(state), bytes_per_device((state.trainable, state.opt_state))
     measured = []
-    with build.batches(config, data, "train", mesh, 0, STEPS) as batches:
+    with build_data.batches(config, data, "train", mesh, 0, STEPS) as batches:
         for batch in batches:
-            placed = build.place(config, batch, mesh)
+            placed = build_data.place(config, batch, mesh)
             rows = {s.data.shape[0] for s in placed["patches"].addressable_shards}
             assert rows == {8 // (sizes[0] * sizes[1])}
             state, metrics = step(state, placed)

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 from configs import joint
-from jrm_jax import build, sharding
+from jrm_jax import build, build_data, sharding
 from jrm_jax.benchmarks import make_tiny_backbone
 from jrm_jax.benchmarks.kill_test import SMALL
-from jrm_jax.data import scenes, store
+from jrm_jax.data import store
 from jrm_jax.data.pipeline import assemble_batch
 from jrm_jax.data.schema import from_record
+from jrm_jax.data.world import scenes
 from jrm_jax.errors import UserError
 from jrm_jax.losses import combine, term_weights
 from jrm_jax.optim import flatten
@@ -80,10 +81,11 @@ def config(tmp_path_factory, data_sets):
 
 def test_a_batch_of_a_mixture_holds_what_each_record_has(config, data_sets):
     backbone = build.load_backbone_config(config)
-    data = build.build_data(config, backbone, print)
+    data = build_data.build_data(config, backbone, print)
     mesh = build.make_mesh(config, backbone, jax.devices()[:1])
     seen = dict.fromkeys(KINDS, 0)
-    with build.batches(config, data, "train", mesh, 0, data.train_plan.steps_per_epoch) as batches:
+    epoch = data.train_plan.steps_per_epoch
+    with build_data.batches(config, data, "train", mesh, 0, epoch) as batches:
         for batch in batches:
             for row, name in enumerate(data.example_names(batch["example_index"])):
                 kind = name.split("(")[1].split()[0]
@@ -103,7 +105,7 @@ def test_weights_of_a_mixture_say_how_often_each_set_is_seen(config, data_sets):
         (str(data_sets["both"]), 2.0), (str(data_sets["preferences"]), 0.5),
         (str(data_sets["critiques"]), 0.0),
     )  # fmt: skip
-    data = build.build_data(config, build.load_backbone_config(config), print)
+    data = build_data.build_data(config, build.load_backbone_config(config), print)
     plan = data.train_plan
     ids = [int(i) for step in range(2 * plan.steps_per_epoch) for i in plan(step)[1]]
     kinds = [data.example_names([i])[0].split("(")[1].split()[0] for i in ids]
@@ -112,13 +114,13 @@ def test_weights_of_a_mixture_say_how_often_each_set_is_seen(config, data_sets):
     assert COUNT <= found["preferences"] <= COUNT + config.batch_size
     config.data.dimensions = ("overall", "beauty")
     with pytest.raises(UserError, match="'beauty' is not in the data, which has overall"):
-        build.build_data(config, build.load_backbone_config(config), print)
+        build_data.build_data(config, build.load_backbone_config(config), print)
 
 
 def test_gradients_of_a_mixture_are_the_sum_of_those_computed_apart(config):
     """A batch of all three kinds against a run on its preferences and one on its critiques."""
     backbone_config = build.load_backbone_config(config)
-    data = build.build_data(config, backbone_config, print)
+    data = build_data.build_data(config, backbone_config, print)
     mesh = build.make_mesh(config, backbone_config, jax.devices()[:1])
     encoder = data.encoder
     backbone = build.make_backbone(config, backbone_config, mesh, encoder.tokenizer.reward_id)

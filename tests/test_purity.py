@@ -1,6 +1,7 @@
 """What may import what, and how long a file may be."""
 
 import ast
+import graphlib
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,71 @@ def test_torch_stays_in_the_benchmarks_and_exports_and_tensorflow_out():
     homes = {PACKAGE / "benchmarks", PACKAGE / "assets" / "export"}
     assert {path.parent for path in FILES if "torch" in imports(path)} == homes
     assert not [p for p in FILES if "tensorflow" in imports(p)]
+
+
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in FILES
+    if "assets" not in path.relative_to(ROOT).parts
+}
+# A room imports from its own row and from rows below; the package itself only looks RewardModel up.
+ROWS = (
+    {"main", "score", "export", "evaluate", "aot", "benchmarks"},
+    {"study"},
+    {"serving", "planning", "evaluation"},
+    {"train"},
+    {"build", "build_data", "checkpoint", "metrics", "report", "watch", "distributed", "cli"},
+    {"step", "data"},
+    {"heads", "losses", "optim", "lora", "sharding", "model"},
+    {"errors"},
+)
+ROW_OF = {room: row for row, rooms in enumerate(ROWS) for room in rooms}
+CORE_ROOMS = {"step", "losses", "heads", "optim", "lora", "sharding", "model", "errors"}
+MAY = {  # exceptions that are narrower than their row
+    "data": {"data", "model", "errors"},
+    **{room: CORE_ROOMS for room in ("step", "losses", "heads", "model")},
+}
+
+
+def imported_modules(name: str) -> set[str]:
+    """The project's modules that a module imports anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(MODULES[name].read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {m if m in MODULES else node.module for m in inner}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return {module for module in found - {name} if module in MODULES and module != "jrm_jax"}
+
+
+def room_of(module: str) -> str:
+    return module.split(".")[1]
+
+
+IMPORTS = {name: imported_modules(name) for name in MODULES}
+INNER = {name: found for name, found in IMPORTS.items() if name != "jrm_jax"}
+
+
+def test_every_file_has_a_room():
+    assert {room_of(name) for name in INNER} == set(ROW_OF)
+    assert {path.parent for path in MODULES.values()} == {
+        path.parent for path in MODULES.values() if path.name == "__init__.py"
+    }
+    empty = [n for n, p in MODULES.items() if p.name == "__init__.py" and len(p.read_text()) < 80]
+    assert not empty  # each says what the room is for
+
+
+def test_there_is_no_circle():
+    order = list(graphlib.TopologicalSorter(IMPORTS).static_order())
+    assert len(order) == len(MODULES)
+
+
+@pytest.mark.parametrize("name", INNER)
+def test_imports_run_downwards(name):
+    room = room_of(name)
+    allowed = MAY.get(room, {other for other in ROW_OF if ROW_OF[other] >= ROW_OF[room]})
+    assert {room_of(module) for module in INNER[name]} <= allowed
 
 
 def test_files_are_short():

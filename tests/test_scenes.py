@@ -13,9 +13,11 @@ import pytest
 from PIL import Image
 from world_case import a_scene
 
-from jrm_jax.data import describe, scenes, world_text
-from jrm_jax.data.draw import coverage, degrade, draw, encode_png
-from jrm_jax.data.world import (
+from jrm_jax.data.world import describe, scenes
+from jrm_jax.data.world import text as world_text
+from jrm_jax.data.world.draw import coverage, degrade, draw, encode_png
+from jrm_jax.data.world.edits import Edit, apply, apply_all, changes, compare
+from jrm_jax.data.world.vocabulary import (
     COLOURS,
     HELD_OUT_KINDS,
     HELD_OUT_PAIRS,
@@ -26,7 +28,6 @@ from jrm_jax.data.world import (
     Thing,
     scene_split,
 )
-from jrm_jax.data.world_edits import Edit, apply, apply_all, changes, compare
 
 SEED = 11
 PLAIN_SPLITS = ("train", "valid", "test")

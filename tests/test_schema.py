@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image as Pillow
 
-from jrm_jax.data.pictures import check_image, image_reader
+from jrm_jax.data.ingest.pictures import check_image, image_reader
 from jrm_jax.data.schema import (
     Candidate,
     Image,

@@ -11,6 +11,7 @@ from export_case import make_folder, make_groups, start
 from jrm_jax import RewardModel, score
 from jrm_jax.data import images
 from jrm_jax.errors import UserError
+from jrm_jax.serving.reward_model import read_picture
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def files(groups, tmp_path):
         ("source.png", source),
         *((f"{i}.png", c) for i, c in enumerate(candidates)),
     ):
-        (tmp_path / name).write_bytes(score.read_picture(data))
+        (tmp_path / name).write_bytes(read_picture(data))
     return text, tmp_path / "source.png", [tmp_path / f"{i}.png" for i in range(len(candidates))]
 
 

@@ -11,15 +11,15 @@ import pytest
 from entry_point import make_small_backbone
 
 from jrm_jax import sharding
-from jrm_jax.data import scenes
 from jrm_jax.data.pipeline import assemble_batch, make_encoder, repeat_prompt
 from jrm_jax.data.plan import Bucket
 from jrm_jax.data.schema import Candidate, Image, Text
-from jrm_jax.generate import make_generate
+from jrm_jax.data.world import scenes
 from jrm_jax.heads import gather_hidden, init_reward_head, init_words_head, language_kernel
 from jrm_jax.model.backbone import Backbone, init_backbone, normalise_patches
 from jrm_jax.model.config import load_config
 from jrm_jax.optim import flatten, split_params
+from jrm_jax.serving.generate import make_generate
 from jrm_jax.step import (
     LossConfig,
     TrainState,

@@ -324,7 +324,7 @@ def test_examples_where_arms_disagree_are_shown():
 
 
 def _groups(config):
-    from jrm_jax.data import scenes
+    from jrm_jax.data.world import scenes
 
     return [scenes.make_group("hard", i, config.world.seed) for i in range(config.world.hard)]
 

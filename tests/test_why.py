@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from jrm_jax.data import facts, scenes
+from jrm_jax.data.world import facts, scenes
 from jrm_jax.study import why
 
 

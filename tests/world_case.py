@@ -1,6 +1,6 @@
 """A small scene that the tests of the built-in world share."""
 
-from jrm_jax.data.world import Scene, Thing
+from jrm_jax.data.world.vocabulary import Scene, Thing
 
 
 def a_scene():

@@ -25,12 +25,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs import joint
-from jrm_jax import build, cli
-from jrm_jax.data import scenes
+from jrm_jax import build, build_data, cli
 from jrm_jax.data.pipeline import assemble_batch
 from jrm_jax.data.plan import make_buckets
 from jrm_jax.data.schema import PreferenceExample
 from jrm_jax.data.sizes import measure
+from jrm_jax.data.world import scenes
 from jrm_jax.sharding import compiler_options
 from jrm_jax.step import LossConfig, make_forward, make_train_step
 
@@ -81,7 +81,7 @@ class Sides:
         config.optimizer.update(settings)
         backbone_config = build.load_backbone_config(config)
         mesh = build.make_mesh(config, backbone_config, check_batch=False)
-        self.encoder = build.make_run_encoder(config, backbone_config)
+        self.encoder = build_data.make_run_encoder(config, backbone_config)
         backbone = build.make_backbone(
             config, backbone_config, mesh, self.encoder.tokenizer.reward_id
         )

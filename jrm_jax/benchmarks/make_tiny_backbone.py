@@ -20,7 +20,8 @@ import argparse
 import json
 import pathlib
 
-from jrm_jax.data import describe, scenes, world_text
+from jrm_jax.data.world import describe, scenes
+from jrm_jax.data.world import text as world_text
 
 # Qwen's split of text into pieces, before any merge.
 QWEN_PIECES = (

@@ -30,7 +30,7 @@ import torch
 from ml_collections import ConfigDict
 
 from configs import joint
-from jrm_jax import build, cli
+from jrm_jax import build, build_data, cli
 from jrm_jax.benchmarks import torch_reference
 from jrm_jax.data.pipeline import repeat_prompt
 from jrm_jax.losses import combine, term_weights
@@ -58,7 +58,7 @@ class JaxSides:
     def __init__(self, config: ConfigDict, batches: int):
         backbone_config = build.load_backbone_config(config)
         self.config, self.mesh = config, build.make_mesh(config, backbone_config)
-        self.data = build.build_data(config, backbone_config, print)
+        self.data = build_data.build_data(config, backbone_config, print)
         encoder = self.data.encoder
         backbone = build.make_backbone(
             config, backbone_config, self.mesh, encoder.tokenizer.reward_id
@@ -79,7 +79,7 @@ class JaxSides:
         self.two_pass_step = jax.jit(
             self._two_pass(ranking, language, optimizer), compiler_options=options
         )
-        with build.batches(config, self.data, "train", self.mesh, 0, batches) as source:
+        with build_data.batches(config, self.data, "train", self.mesh, 0, batches) as source:
             self.host_batches = list(source)
         self.short_batches = [self._without_critiques(batch) for batch in self.host_batches]
 

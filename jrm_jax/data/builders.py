@@ -12,24 +12,21 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import multiprocessing
-import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from jrm_jax.data import building
-from jrm_jax.data.judged import Judged
-from jrm_jax.data.pairs import Pairs
-from jrm_jax.data.records import Records
-from jrm_jax.data.schema import to_record
-from jrm_jax.data.store import SHARD_EXAMPLES, write_dataset
-from jrm_jax.data.table import Table
+from jrm_jax.data.ingest import building
+from jrm_jax.data.ingest.judged import Judged
+from jrm_jax.data.ingest.pairs import Pairs
+from jrm_jax.data.ingest.records import Records
+from jrm_jax.data.ingest.table import Table
+from jrm_jax.data.store import SHARD_EXAMPLES
+from jrm_jax.data.world.prepare import prepare_world
 from jrm_jax.errors import UserError
 
-WORLD_VERSION = 5  # raise it when the same seed gives other examples
 SHOWN = 20  # problems that are printed; all are listed in the data set's problems.txt
 TELL_SECONDS = 30
 LAYOUTS = {
@@ -37,79 +34,12 @@ LAYOUTS = {
     "genai_bench": "GenAI-Bench's image editing, parquet or EditReward's JSON of it",
     "editscore": "edits with a judge's reasoning and scores, as EditScore's training data",
     "jsonl": "examples as JSON lines, JSON list or parquet, see jrm_jax/data/schema.py",
-    "csv": "a folder of pictures with a CSV file, see jrm_jax/data/table.py",
+    "csv": "a folder of pictures with a CSV file, see jrm_jax/data/ingest/table.py",
 }
 
 
-# The built-in world
-
-
-def _world_record(task: tuple[str, str, int, int]) -> dict:
-    from jrm_jax.data import describe, scenes
-
-    kind, split, index, seed = task
-    if kind in describe.KINDS:
-        # `valid` takes its own range of indices
-        example = describe.make_description(index + (split == "valid") * 10**7, seed, kind)
-    else:
-        example = scenes.make_example(split, index, seed, kind=kind)
-    return to_record(example)
-
-
-def prepare_world(
-    cache: str | Path, counts: Mapping[str, int], seed: int, kind: str = "edits"
-) -> Path:
-    """Draw the built-in world once; later calls with the same arguments find it.
-
-    Args:
-        counts: examples per split.
-        kind: one of `scenes.KINDS_OF_EXAMPLE` (preferences and critiques), or of `describe.KINDS`
-            (pretraining; only train and valid).
-    """
-    # Before the bar's thread starts: while this import runs, rich cannot import its own parts.
-    import tensorflow_datasets  # noqa: F401
-
-    from jrm_jax.data import scenes
-
-    sizes = "-".join(f"{split}{count}" for split, count in counts.items())
-    path = Path(cache) / f"world-{kind}-v{WORLD_VERSION}-seed{seed}-{sizes}"
-    if path.is_dir():
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # A clean interpreter per worker: forking one that runs jax's threads can hang.
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(os.cpu_count()) as pool, _progress(sum(counts.values())) as advance:
-
-        def stream(split: str, count: int) -> Iterator[dict]:
-            tasks = ((kind, split, index, seed) for index in range(count))
-            for record in pool.imap(_world_record, tasks, chunksize=32):
-                advance()
-                yield record
-
-        splits = {split: stream(split, count) for split, count in counts.items() if count}
-        try:
-            write_dataset(path, splits, scenes.DIMENSIONS, "world", {"kind": kind, "seed": seed})
-        except UserError:
-            if not path.is_dir():  # else another process finished it first
-                raise
-    return path
-
-
-@contextlib.contextmanager
-def _progress(total: int):
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("drawing the built-in world", total=total)
-        yield lambda: progress.advance(task)
-
-
-# Command line
-
-
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    from jrm_jax.data import describe, scenes
+    from jrm_jax.data.world import describe, scenes
 
     parser = argparse.ArgumentParser(
         prog="python -m jrm_jax.data.builders", description=__doc__.splitlines()[0]
@@ -229,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.command != "world":
             build(args)
             return 0
-        from jrm_jax.data import scenes
+        from jrm_jax.data.world import scenes
 
         names = ("train", "valid")
         if args.kind in scenes.KINDS_OF_EXAMPLE:

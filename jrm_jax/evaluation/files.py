@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jrm_jax.data import rows
+from jrm_jax.data.ingest import rows
 from jrm_jax.errors import UserError
 from jrm_jax.evaluation.cases import Picture
 

@@ -88,7 +88,7 @@ def read_world(counts: dict[str, int], seed: int, issues: Issues) -> Benchmark:
 def _draw(split: str, count: int, seed: int) -> Iterator[PreferenceExample]:
     from rich.progress import track
 
-    from jrm_jax.data.scenes import make_example
+    from jrm_jax.data.world.scenes import make_example
 
     for index in track(range(count), f"drawing {split}", transient=True):
         yield make_example(split, index, seed)

@@ -1,0 +1,4 @@
+"""The controlled study of joint training in the built-in world: `python -m jrm_jax.study`.
+
+Begin at `cells.py` (which runs); `runner.py` makes them, `report.py` writes docs/study.md.
+"""

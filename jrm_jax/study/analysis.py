@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jrm_jax.data import scenes
 from jrm_jax.data.images import open_image
+from jrm_jax.data.world import scenes
 from jrm_jax.evaluation.statistics import Interval, calibration
 
 Scores = Sequence[Sequence[float | None]]  # per group, per candidate

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from jrm_jax import optim
-from jrm_jax.data.builders import WORLD_VERSION
+from jrm_jax.data.world.prepare import VERSION as WORLD_VERSION
 from jrm_jax.errors import UserError
 
 BASE = "configs/joint.py"

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from jrm_jax.data import scenes
 from jrm_jax.data.schema import Image
+from jrm_jax.data.world import scenes
 from jrm_jax.evaluation.page import STYLE
 from jrm_jax.study import analysis
 from jrm_jax.study.cells import ARMS, Cell

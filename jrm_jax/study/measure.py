@@ -29,21 +29,23 @@ from ml_collections import ConfigDict
 
 from jrm_jax import sharding
 from jrm_jax.checkpoint import open_checkpoints
-from jrm_jax.data import builders, scenes, store
-from jrm_jax.data.draw import PIXELS, draw, encode_png, encode_scene
+from jrm_jax.data import store
 from jrm_jax.data.pipeline import assemble_batch, make_iterator
 from jrm_jax.data.plan import EvalPlan, Source, make_buckets
 from jrm_jax.data.schema import Candidate, Image, Text
 from jrm_jax.data.sizes import measure as measure_sizes
-from jrm_jax.data.world_text import NUMBERS
+from jrm_jax.data.world import scenes
+from jrm_jax.data.world.draw import PIXELS, draw, encode_png, encode_scene
+from jrm_jax.data.world.prepare import prepare_world
+from jrm_jax.data.world.text import NUMBERS
 from jrm_jax.errors import UserError
 from jrm_jax.evaluation.statistics import effective_rank
-from jrm_jax.generate import make_generate
 from jrm_jax.model.backbone import Backbone
+from jrm_jax.serving.generate import make_generate
+from jrm_jax.serving.trained import Trained, load_trained
 from jrm_jax.step import make_score_step
 from jrm_jax.study import why
 from jrm_jax.study.programs import make_attack, make_probe
-from jrm_jax.trained import Trained, load_trained
 
 SPLITS = ("valid", "test", "hard")
 TIMED = 5  # batches
@@ -94,7 +96,7 @@ class Model:
 
     def _open_world(self, trained: Trained) -> None:
         counts = {s: self.world[s] for s in ("train", *SPLITS) if self.world[s]}
-        folder = builders.prepare_world(
+        folder = prepare_world(
             trained.card["config"]["data"]["cache"], counts, self.world["seed"], self.world["kind"]
         )
         self.records = store.open_dataset(folder)

@@ -14,9 +14,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jrm_jax.data.building import Member, Problems
+from jrm_jax.data.ingest.layout import Member, Problems
+from jrm_jax.data.ingest.pictures import GroupPictures
 from jrm_jax.data.labels import field_error, parse_labels
-from jrm_jax.data.pictures import GroupPictures
 from jrm_jax.data.schema import (
     DEFAULT_DIMENSIONS,
     Candidate,

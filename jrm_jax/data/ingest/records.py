@@ -11,9 +11,9 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jrm_jax.data.building import Member, Problems
+from jrm_jax.data.ingest.layout import Member, Problems
+from jrm_jax.data.ingest.pictures import check_image, image_reader
 from jrm_jax.data.labels import check_type, field_error
-from jrm_jax.data.pictures import check_image, image_reader
 from jrm_jax.data.schema import PreferenceExample, from_record, parse_json, validate
 from jrm_jax.errors import RecordError
 

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jrm_jax.data.building import Member, Problems
+from jrm_jax.data.ingest.layout import Member, Problems
+from jrm_jax.data.ingest.pictures import GroupPictures, picture_name
 from jrm_jax.data.labels import check_type, field_error
-from jrm_jax.data.pictures import GroupPictures, picture_name
 from jrm_jax.data.schema import Candidate, Image, PreferenceExample, Text, validate
 from jrm_jax.errors import RecordError
 

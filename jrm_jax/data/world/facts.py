@@ -1,14 +1,16 @@
 """What a critique of the built-in world says, as yes-or-no facts instead of words.
 
 Two critiques are equal exactly where their facts are. The facts are computed from what
-`world_text.critique` is computed from, never from its words.
+`text.critique` is computed from, never from its words.
 
 Letters: F facts.
 """
 
 from __future__ import annotations
 
-from jrm_jax.data.world import (
+from jrm_jax.data.world.edits import Edit, Gold
+from jrm_jax.data.world.text import verdict
+from jrm_jax.data.world.vocabulary import (
     BACKGROUNDS,
     COLOURS,
     KINDS,
@@ -19,8 +21,6 @@ from jrm_jax.data.world import (
     Scene,
     Thing,
 )
-from jrm_jax.data.world_edits import Edit, Gold
-from jrm_jax.data.world_text import verdict
 
 _VERDICTS = (
     "Correct", "Too much", "Nothing changed", "Wrong object", "Not done", "Half done",
@@ -67,7 +67,7 @@ _INDEX = {
 def facts_of(
     source: Scene, candidate: Scene, edits: tuple[Edit, ...], gold: Gold, quality: str | None
 ) -> tuple[int, ...]:
-    """Indices into FACTS of what `world_text.critique` states, ascending; arguments as there."""
+    """Indices into FACTS of what `text.critique` states, ascending; arguments as there."""
     said: dict[str, object] = {
         "verdict": verdict(source, candidate, gold, quality),
         "quality": quality,

@@ -13,7 +13,7 @@ import zlib
 
 import numpy as np
 
-from jrm_jax.data.world import BACKGROUNDS, COLOURS, SIZES, Scene
+from jrm_jax.data.world.vocabulary import BACKGROUNDS, COLOURS, SIZES, Scene
 
 PIXELS = 96  # default side of a picture
 _SAMPLES = 8  # samples per pixel and axis

@@ -14,21 +14,11 @@ import random
 
 import numpy as np
 
-from jrm_jax.data import facts, world_text
-from jrm_jax.data.draw import PIXELS, draw, encode_png, encode_scene
 from jrm_jax.data.schema import Candidate, Image, PreferenceExample, Text
-from jrm_jax.data.world import (
-    HELD_OUT_PAIRS,
-    KINDS,
-    QUALITIES,
-    SPLITS,
-    Pool,
-    Scene,
-    pool_of,
-    sample_scene,
-    scene_split,
-)
-from jrm_jax.data.world_edits import (
+from jrm_jax.data.world import facts
+from jrm_jax.data.world import text as world_text
+from jrm_jax.data.world.draw import PIXELS, draw, encode_png, encode_scene
+from jrm_jax.data.world.edits import (
     Edit,
     Gold,
     apply_all,
@@ -38,6 +28,17 @@ from jrm_jax.data.world_edits import (
     held_out_kind,
     keeps_names,
     propose,
+)
+from jrm_jax.data.world.vocabulary import (
+    HELD_OUT_PAIRS,
+    KINDS,
+    QUALITIES,
+    SPLITS,
+    Pool,
+    Scene,
+    pool_of,
+    sample_scene,
+    scene_split,
 )
 
 DIMENSIONS = ("overall", "following", "preservation")

@@ -15,14 +15,15 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from jrm_jax import build, compiling, sharding
-from jrm_jax.chips import GIB, Chip, Topology
-from jrm_jax.collectives import Collectives, Traffic, read_collectives
+from jrm_jax import build, build_data, sharding
 from jrm_jax.data.plan import Bucket
 from jrm_jax.errors import UserError
-from jrm_jax.flops import StepFlops, score_flops, train_flops
 from jrm_jax.model.config import BackboneConfig
 from jrm_jax.model.layers import REMAT
+from jrm_jax.planning import compiling
+from jrm_jax.planning.chips import GIB, Chip, Topology
+from jrm_jax.planning.collectives import Collectives, Traffic, read_collectives
+from jrm_jax.planning.flops import StepFlops, score_flops, train_flops
 
 CHEAPEST_FIRST = ("none", "dots", "full")  # what the backward pass computes again
 assert set(CHEAPEST_FIRST) == set(REMAT)
@@ -44,7 +45,7 @@ class Case:
     images: int
 
     def bucket(self, which: str) -> Bucket:
-        language = which == "train" and build.reads_critiques(self.config)
+        language = which == "train" and build_data.reads_critiques(self.config)
         critique = self.critique if language else 0
         return compiling.make_bucket(
             self.backbone, self.visual, self.text, critique, self.candidates, self.images,

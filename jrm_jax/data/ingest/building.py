@@ -23,10 +23,12 @@ import sqlite3
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
-from jrm_jax.data import card, store
-from jrm_jax.data.rows import find, read_rows
+from jrm_jax.data import store
+from jrm_jax.data.ingest import card
+from jrm_jax.data.ingest.layout import Layout, Member, Options, Problems, Result
+from jrm_jax.data.ingest.rows import find, read_rows
 from jrm_jax.data.schema import Image, PreferenceExample, to_record
 from jrm_jax.errors import RecordError, UserError
 
@@ -41,81 +43,6 @@ CREATE TABLE IF NOT EXISTS waiting (key TEXT, number INTEGER, content BLOB);
 CREATE INDEX IF NOT EXISTS waiting_key ON waiting (key);
 CREATE TABLE IF NOT EXISTS problems (kept INTEGER, kind TEXT, detail TEXT);
 """
-
-Member = tuple[str, dict[str, Any]]  # where a row stands, and the row
-
-
-class Layout(Protocol):
-    """What a kind of source looks like. Everything here raises RecordError for a bad row."""
-
-    suffixes: tuple[str, ...]
-    columns: Callable[[list[str]], list[str]] | None  # of parquet's, those that `key` and `label`
-    # read; None: everything
-    gathers: bool  # rows with the same key become one group
-
-    def key(self, row: dict[str, Any], where: str) -> str | None:
-        """Of the group that a row belongs to (or the record's own id; None: it has none)."""
-
-    def label(self, row: dict[str, Any]) -> str:
-        """What must be equal where a key comes again; read where rows are not gathered."""
-
-    def make(
-        self, members: list[Member], problems: Problems, dimensions: tuple[str, ...]
-    ) -> list[PreferenceExample]:
-        """Examples of one group; rows that cannot be used are given to `problems.leave`.
-
-        dimensions: those of the data set so far; () before the first example.
-        """
-
-
-class Options(NamedTuple):
-    """skip_bad: leave bad rows out instead of stopping at the first.
-
-    valid_fraction: of the prompts, those that go into the split `valid`; all others go to `split`.
-    shard_examples: groups after which a file is complete; it may be complete earlier, by its size.
-    """
-
-    skip_bad: bool = False
-    valid_fraction: float = 0.0
-    split: str = "train"
-    shard_examples: int = store.SHARD_EXAMPLES
-
-
-class Problems:
-    """Rows that are left out, and oddities of rows that are kept, each with its kind."""
-
-    def __init__(self, connection: sqlite3.Connection, skip_bad: bool, counts: Counter):
-        self._connection, self._skip_bad, self._counts = connection, skip_bad, counts
-        self.left: set[str] = set()  # of the group at hand
-
-    def leave(self, where: str, error: UserError) -> None:
-        """
-        Raises:
-            UserError: the error, where bad rows are not to be skipped.
-        """
-        if not self._skip_bad:
-            raise error
-        if where not in self.left:
-            self.left.add(where)
-            self._counts["rows left out"] += 1
-            self._add(0, getattr(error, "kind", "row that cannot be read"), str(error))
-
-    def note(self, kind: str, detail: str) -> None:
-        self._add(1, kind, detail)
-
-    def _add(self, kept: int, kind: str, detail: str) -> None:
-        self._connection.execute("INSERT INTO problems VALUES (?, ?, ?)", (kept, kind, detail))
-
-
-class Result(NamedTuple):
-    """counts: groups per split. left, notes: {kind: how many}."""
-
-    counts: dict[str, int]
-    dimensions: tuple[str, ...]
-    rows: int
-    left: dict[str, int]
-    notes: dict[str, int]
-
 
 def build(
     layout: Layout,

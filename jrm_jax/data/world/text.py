@@ -10,8 +10,8 @@ from __future__ import annotations
 import random
 import re
 
-from jrm_jax.data.world import PLACES, Scene, Thing
-from jrm_jax.data.world_edits import Change, Edit, Gold
+from jrm_jax.data.world.edits import Change, Edit, Gold
+from jrm_jax.data.world.vocabulary import PLACES, Scene, Thing
 
 NUMBERS = (
     "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten",

@@ -32,9 +32,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jrm_jax.data.draw import PIXELS, draw, encode_png, encode_scene
 from jrm_jax.data.schema import Candidate, Image, PreferenceExample, Text
-from jrm_jax.data.world import (
+from jrm_jax.data.world.draw import PIXELS, draw, encode_png, encode_scene
+from jrm_jax.data.world.edits import changes, collateral
+from jrm_jax.data.world.text import NUMBERS, name, noun, place, refer
+from jrm_jax.data.world.vocabulary import (
     PLACES,
     QUALITIES,
     Pool,
@@ -44,8 +46,6 @@ from jrm_jax.data.world import (
     sample_scene,
     scene_split,
 )
-from jrm_jax.data.world_edits import changes, collateral
-from jrm_jax.data.world_text import NUMBERS, name, noun, place, refer
 
 DIMENSIONS = ("overall", "following", "preservation")
 COUNT = 4  # pictures per example

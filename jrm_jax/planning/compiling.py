@@ -18,12 +18,12 @@ import jax
 from ml_collections import ConfigDict
 
 from jrm_jax import build, lora, sharding
-from jrm_jax.chips import Topology
 from jrm_jax.data.pipeline import empty_batch
 from jrm_jax.data.plan import Bucket
 from jrm_jax.errors import UserError
 from jrm_jax.model.config import BackboneConfig
 from jrm_jax.model.published import PIXELS, PUBLISHED, UNUSED_TOKEN
+from jrm_jax.planning.chips import Topology
 from jrm_jax.step import make_score_step
 
 # libtpu would ask a cloud machine's metadata server what it runs on; two compiles may run at once

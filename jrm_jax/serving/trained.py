@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from jrm_jax import build, heads, lora, optim
+from jrm_jax import build, build_data, heads, lora, optim
 from jrm_jax.checkpoint import open_checkpoints
 from jrm_jax.data.encode import Encoder, make_encoder
 from jrm_jax.data.template import Template, protocol_stamp
@@ -65,9 +65,9 @@ def load_trained(path: str | Path, step: int | str = "best") -> Trained:
 def _load_run(workdir: Path, step: int | str) -> Trained:
     settings = json.loads((workdir / "config.json").read_text())
     config = ConfigDict(settings)
-    folder = build.backbone_folder(config)
+    folder = build_data.backbone_folder(config)
     architecture = load_config(folder)
-    encoder = build.make_run_encoder(config, architecture)
+    encoder = build_data.make_run_encoder(config, architecture)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     whole = build.abstract_params(config, architecture, len(encoder.dimensions), encoder.facts)
     whole = jax.tree.map(

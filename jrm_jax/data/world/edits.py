@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import random
 
-from jrm_jax.data.world import (
+from jrm_jax.data.world.vocabulary import (
     BACKGROUNDS,
     COLOURS,
     HELD_OUT_KINDS,

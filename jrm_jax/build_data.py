@@ -1,0 +1,172 @@
+"""A config becomes the data of a run: encoder, data sets, buckets, plans, batches on the mesh.
+
+Reads the config and the disk. Mesh, backbone, state and steps are made in `build.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from jrm_jax import sharding
+from jrm_jax.data import plan, store
+from jrm_jax.data.encode import Encoder, make_encoder
+from jrm_jax.data.pipeline import BatchIterator, make_iterator, repeat_prompt
+from jrm_jax.data.sizes import Sizes, as_example, measure
+from jrm_jax.data.template import Template, protocol_stamp
+from jrm_jax.data.world.facts import COUNT as FACTS
+from jrm_jax.data.world.prepare import prepare_world
+from jrm_jax.errors import UserError
+from jrm_jax.model.config import BackboneConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Everything about the examples of a run."""
+
+    encoder: Encoder
+    train_plan: plan.Plan
+    train_sets: tuple[Sequence[Any], ...]
+    eval_plans: dict[str, plan.EvalPlan]
+    eval_sets: dict[str, Sequence[Any]]
+    buckets: tuple[plan.Bucket, ...]
+    stamp: dict[str, Any]
+
+    def example_names(self, ids: Sequence[int]) -> list[str]:
+        """String ids of global training ids, for messages."""
+        names = []
+        for example_id in ids:
+            which, index = self.train_plan.locate(int(example_id))
+            names.append(f"{example_id} ({as_example(self.train_sets[which][index]).id})")
+        return names
+
+
+def backbone_folder(config: ConfigDict) -> Path:
+    """Raises UserError unless `config.backbone.path` is a folder."""
+    path = config.backbone.path
+    if not path or not Path(path).is_dir():
+        wanted = f" of {config.variant}" if config.get("variant") else ""
+        found = f"{path!r} is no folder" if path else "is not set"
+        raise UserError(
+            f"config.backbone.path {found}: give the Hugging Face folder{wanted}, "
+            "--config.backbone.path=FOLDER"
+        )
+    return Path(path)
+
+
+def reads_critiques(config: ConfigDict) -> bool:
+    """Whether a run's losses need critiques; without, they are left out of the batches."""
+    return bool(config.loss.language_weight or config.loss.get("words_weight"))
+
+
+def make_run_encoder(config: ConfigDict, backbone: BackboneConfig) -> Encoder:
+    """The encoder of a run's examples."""
+    return make_encoder(
+        backbone_folder(config),
+        backbone,
+        template=Template(rubric=config.data.rubric),
+        max_visual_tokens=config.data.max_visual_tokens or None,
+        dimensions=tuple(config.data.dimensions),
+        language=reads_critiques(config),
+        score_line=config.loss.score_line,
+        positions=config.backbone.positions,
+        facts=FACTS if config.loss.get("facts_weight") else 0,
+    )
+
+
+def build_data(config: ConfigDict, backbone: BackboneConfig, say: Callable[[str], None]) -> Data:
+    """Prepare or open the data, measure it, and plan every step."""
+    language = reads_critiques(config)
+    encoder = make_run_encoder(config, backbone)
+    folders = _data_folders(config)
+    store.check_dimensions(config.data.dimensions, [path for path, _ in folders])
+    caps = plan.Bucket(0, 0, 0, 0, 0, config.data.max_critique)
+    sources: dict[str, list[plan.Source]] = {}
+    sets: dict[str, list[Sequence[Any]]] = {}
+    for folder, weight in folders:
+        for split, records in store.open_dataset(folder).items():
+            name = f"{folder.name}/{split}"
+            sizes = measure(records, encoder.sizes, encoder.key, name=name, folder=folder)
+            kept, words = plan.select(sizes, caps, language, config.data.skip_large, name)
+            if words:
+                say(words)
+            sources.setdefault(split, []).append(plan.Source(sizes, weight, kept))
+            sets.setdefault(split, []).append(records)
+    if "train" not in sources:
+        raise UserError(f"{', '.join(str(f) for f, _ in folders)}: there is no split 'train'")
+    buckets = plan.make_buckets(
+        [Sizes.from_rows(s.sizes.rows()[s.kept]) for each in sources.values() for s in each],
+        language=language,
+        merge=backbone.vision.merge,
+        candidate_cuts=tuple(config.data.candidate_cuts),
+        visual_cuts=tuple(config.data.visual_cuts),
+        round_to=config.data.round_to,
+        round_patches=0 if config.data.round_to < 128 else 128,
+    )
+    size = config.batch_size
+    held_out = [split for split in ("valid", "test", "hard") if split in sources]
+    return Data(
+        encoder=encoder,
+        train_plan=plan.Plan(sources["train"], buckets, size, config.seed, language),
+        train_sets=tuple(sets["train"]),
+        eval_plans={s: plan.EvalPlan(sources[s], buckets, size, language) for s in held_out},
+        eval_sets={split: tuple(sets[split]) for split in held_out},
+        buckets=buckets,
+        stamp=protocol_stamp(
+            encoder.template,
+            encoder.tokenizer,
+            encoder.processor,
+            encoder.positions,
+            encoder.dimensions,
+        ),
+    )
+
+
+def _data_folders(config: ConfigDict) -> list[tuple[Path, float]]:
+    if config.data.mixture:
+        return [(Path(path), float(weight)) for path, weight in config.data.mixture]
+    if config.data.path:
+        return [(Path(config.data.path), 1.0)]
+    world = config.data.world
+    counts = {s: world[s] for s in ("train", "valid", "test", "hard") if world[s]}
+    return [(prepare_world(config.data.cache, counts, world.seed, world.kind), 1.0)]
+
+
+def batches(
+    config: ConfigDict, data: Data, which: str, mesh: jax.sharding.Mesh, start: int = 0,
+    stop: int | None = None,
+) -> BatchIterator:
+    """This host's batches of a split, prepared ahead; 'train' follows the seeded plan."""
+    chosen = data.train_plan if which == "train" else data.eval_plans[which]
+    rows = sharding.local_rows(config.batch_size, mesh)
+    process, count = jax.process_index(), jax.process_count()
+    own = np.arange(process * len(rows), (process + 1) * len(rows))
+    if len(rows) * count != config.batch_size or (rows != own).any():
+        raise UserError(
+            "this mesh does not give each host one contiguous share of the batch: make "
+            "config.mesh.tensor no larger than the devices of a host"
+        )
+    return make_iterator(
+        chosen,
+        data.train_sets if which == "train" else data.eval_sets[which],
+        data.encoder,
+        start=start,
+        stop=stop,
+        process_index=process,
+        process_count=count,
+        workers=config.data.workers if which == "train" else 0,
+        prefetch=config.data.prefetch,
+    )
+
+
+def place(config: ConfigDict, batch: dict, mesh: jax.sharding.Mesh) -> dict:
+    """Host arrays -> arrays on the mesh."""
+    if not config.data.share_prompt:
+        batch = repeat_prompt(batch)
+    return sharding.place_batch(batch, mesh)

@@ -1,0 +1,76 @@
+"""Draw the built-in world into a folder, once, with all cores."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from jrm_jax.data.schema import to_record
+from jrm_jax.data.store import write_dataset
+from jrm_jax.errors import UserError
+
+VERSION = 5  # raise it when the same seed gives other examples
+
+
+def _world_record(task: tuple[str, str, int, int]) -> dict:
+    from jrm_jax.data.world import describe, scenes
+
+    kind, split, index, seed = task
+    if kind in describe.KINDS:
+        # `valid` takes its own range of indices
+        example = describe.make_description(index + (split == "valid") * 10**7, seed, kind)
+    else:
+        example = scenes.make_example(split, index, seed, kind=kind)
+    return to_record(example)
+
+
+def prepare_world(
+    cache: str | Path, counts: Mapping[str, int], seed: int, kind: str = "edits"
+) -> Path:
+    """Draw the built-in world once; later calls with the same arguments find it.
+
+    Args:
+        counts: examples per split.
+        kind: one of `scenes.KINDS_OF_EXAMPLE` (preferences and critiques), or of `describe.KINDS`
+            (pretraining; only train and valid).
+    """
+    # Before the bar's thread starts: while this import runs, rich cannot import its own parts.
+    import tensorflow_datasets  # noqa: F401
+
+    from jrm_jax.data.world import scenes
+
+    sizes = "-".join(f"{split}{count}" for split, count in counts.items())
+    path = Path(cache) / f"world-{kind}-v{VERSION}-seed{seed}-{sizes}"
+    if path.is_dir():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A clean interpreter per worker: forking one that runs jax's threads can hang.
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(os.cpu_count()) as pool, _progress(sum(counts.values())) as advance:
+
+        def stream(split: str, count: int) -> Iterator[dict]:
+            tasks = ((kind, split, index, seed) for index in range(count))
+            for record in pool.imap(_world_record, tasks, chunksize=32):
+                advance()
+                yield record
+
+        splits = {split: stream(split, count) for split, count in counts.items() if count}
+        try:
+            write_dataset(path, splits, scenes.DIMENSIONS, "world", {"kind": kind, "seed": seed})
+        except UserError:
+            if not path.is_dir():  # else another process finished it first
+                raise
+    return path
+
+
+@contextlib.contextmanager
+def _progress(total: int):
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("drawing the built-in world", total=total)
+        yield lambda: progress.advance(task)
