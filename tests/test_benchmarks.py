@@ -11,6 +11,7 @@ from benchmark_files import (
     editscore_rows,
     judge_editscore,
     judge_mmrb2,
+    write_arrow,
     write_mmrb2,
     write_pairs,
     write_parquet,
@@ -192,6 +193,22 @@ def test_editscore_averages_subtasks_and_counts_equal_as_wrong(editscore, tmp_pa
     names = ("prompt_following", "consistency", "overall")
     wanted = [f"{name}: accuracy over all pairs" for name in names]
     assert [row["metric"] for row in found["rows"]] == wanted
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_editscore_as_the_arrow_folder_that_is_downloaded(editscore, tmp_path, stream):
+    _, rows, path = editscore
+    folder = write_arrow(tmp_path / "bench", rows, stream=stream)
+    wanted = LAYOUTS["editscore_bench"].read(str(path), Issues()).cases
+    issues = Issues()
+    found = LAYOUTS["editscore_bench"].read(str(folder), issues).cases
+    assert not issues.found
+    assert [(c.fields, c.prompt[0]) for c in found] == [(c.fields, c.prompt[0]) for c in wanted]
+    assert [p.read() for p in found[-1].pictures] == [p.read() for p in wanted[-1].pictures]
+    broken = folder / "data-00001-of-00002.arrow"
+    broken.write_bytes(broken.read_bytes()[:-200])
+    with pytest.raises(UserError, match="data-00001-of-00002.arrow"):
+        LAYOUTS["editscore_bench"].read(str(folder), Issues())
 
 
 def test_editscore_files_hold_the_subtasks_and_nothing_else(editscore, tmp_path):

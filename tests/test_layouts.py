@@ -5,7 +5,7 @@ import itertools
 import json
 
 import numpy as np
-from benchmark_files import png
+from benchmark_files import png, write_arrow
 from layout_case import build, lines, parquet, pictures  # noqa: F401
 
 from jrm_jax.data import builders, store
@@ -77,6 +77,12 @@ def test_votes_count_and_dimensions_keep_their_own_order(tmp_path, build):
         ("kept", "pair that is judged more than once (its weight grows)"): 1,
         ("kept", "pair with contradicting judgements (a tie where they do)"): 1,
     }
+
+
+def test_rows_of_a_saved_arrow_folder(tmp_path, build):
+    rows = [hub_row(0, i, j) for i, j in itertools.combinations(range(1, 5), 2)]
+    ((group,), kinds) = build("editreward", write_arrow(tmp_path / "train", rows))
+    assert len(group.candidates) == 4 and not kinds
 
 
 def test_bad_rows_of_the_parquet_layout(tmp_path, build):

@@ -27,6 +27,7 @@ import numpy as np
 
 from jrm_jax.data.ingest.layout import Member, Problems
 from jrm_jax.data.ingest.pictures import GroupPictures, picture_name
+from jrm_jax.data.ingest.rows import SUFFIXES
 from jrm_jax.data.labels import check_type, field_error, parse_labels
 from jrm_jax.data.schema import Candidate, Image, PreferenceExample, Text, validate
 from jrm_jax.errors import RecordError
@@ -55,7 +56,7 @@ class Judged(NamedTuple):
 
     folder: Path
     labels: bool = True
-    suffixes: tuple[str, ...] = (".json", ".jsonl", ".parquet")
+    suffixes: tuple[str, ...] = SUFFIXES
     gathers: bool = True
 
     def columns(self, names: list[str]) -> list[str]:

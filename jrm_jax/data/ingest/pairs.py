@@ -18,6 +18,7 @@ import numpy as np
 
 from jrm_jax.data.ingest.layout import Member, Problems
 from jrm_jax.data.ingest.pictures import GroupPictures, picture_name
+from jrm_jax.data.ingest.rows import SUFFIXES
 from jrm_jax.data.labels import check_type, field_error
 from jrm_jax.data.schema import Candidate, Image, PreferenceExample, Text, validate
 from jrm_jax.errors import RecordError
@@ -76,7 +77,7 @@ class Pairs(NamedTuple):
 
     name: str
     folder: Path
-    suffixes: tuple[str, ...] = (".json", ".jsonl", ".parquet")
+    suffixes: tuple[str, ...] = SUFFIXES
     gathers: bool = True
 
     @property

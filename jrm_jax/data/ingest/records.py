@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from jrm_jax.data.ingest.layout import Member, Problems
 from jrm_jax.data.ingest.pictures import check_image, image_reader
+from jrm_jax.data.ingest.rows import SUFFIXES
 from jrm_jax.data.labels import check_type, field_error
 from jrm_jax.data.schema import PreferenceExample, from_record, parse_json, validate
 from jrm_jax.errors import RecordError
@@ -24,7 +25,7 @@ class Records(NamedTuple):
     """Layout. folder: where pictures' names lead."""
 
     folder: Path
-    suffixes: tuple[str, ...] = (".jsonl", ".json", ".parquet")
+    suffixes: tuple[str, ...] = SUFFIXES
     gathers: bool = False
 
     def columns(self, names: list[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Rows of what lies on disk after a download, one at a time: JSON, JSON lines, parquet, CSV.
+"""Rows of what lies on disk after a download, one at a time: JSON, JSON lines, parquet, Arrow, CSV.
 
 Nothing is held but the row at hand (of parquet: a few rows), however large a file is.
 """
@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from jrm_jax.errors import UserError
 
-SUFFIXES = (".json", ".jsonl", ".parquet")
+SUFFIXES = (".json", ".jsonl", ".parquet", ".arrow")
+# what the `datasets` library writes beside the rows of a folder that it saved
+NO_ROWS = re.compile(r"state\.json|dataset_infos?\.json|dataset_dict\.json|cache-.*\.arrow")
 Pick = Callable[[list[str]], list[str]]
 _BLOCK = 1 << 16  # characters
 _BATCH = 16  # rows of parquet
@@ -28,7 +31,8 @@ def find(path: str | Path, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
     path = Path(path)
     if path.is_file():
         return [path]
-    found = sorted(p for p in path.rglob("*") if p.suffix in suffixes) if path.is_dir() else []
+    there = sorted(p for p in path.rglob("*") if p.suffix in suffixes) if path.is_dir() else []
+    found = [p for p in there if not NO_ROWS.fullmatch(p.name)]
     if not found:
         what = "holds none of" if path.is_dir() else "is not there; expected one of"
         raise UserError(f"{path} {what} {', '.join('*' + s for s in suffixes)}")
@@ -38,19 +42,19 @@ def find(path: str | Path, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
 def read_rows(
     path: Path, columns: Pick | None = None, skip: int = 0
 ) -> Iterator[tuple[str, dict[str, Any] | UserError]]:
-    """(where, row) of a file: a JSON list, JSON lines, parquet or CSV, by its suffix.
+    """(where, row) of a file: a JSON list, JSON lines, parquet, Arrow or CSV, by its suffix.
 
-    A row that is none comes as the error that tells why. `where` is 'file[index]' in lists and
-    parquet, 'file:line' in lines.
+    A row that is none comes as the error that tells why. `where` is 'file[index]' in lists,
+    parquet and Arrow, 'file:line' in lines.
 
     Args:
-        columns: picks of parquet's columns those that are read; None: all.
+        columns: picks of the columns of parquet and Arrow those that are read; None: all.
         skip: rows at the beginning that are not wanted.
 
     Raises:
         UserError: a file that cannot be read on.
     """
-    readers = {".parquet": _parquet, ".jsonl": _lines, ".csv": _csv}
+    readers = {".parquet": _parquet, ".arrow": _arrow, ".jsonl": _lines, ".csv": _csv}
     rows = readers.get(path.suffix, _json_list)(path, columns, skip)
     try:
         for where, row in rows:
@@ -143,6 +147,38 @@ def _parquet(path: Path, columns, skip: int) -> Iterator[tuple[str, Any]]:
                     index += 1
     except pyarrow.ArrowException as error:
         raise UserError(f"{path} is no readable parquet file ({error})") from error
+
+
+def _arrow(path: Path, columns, skip: int) -> Iterator[tuple[str, Any]]:
+    """Arrow IPC: the stream that `Dataset.save_to_disk` writes, or the file format."""
+    import pyarrow
+
+    try:
+        with pyarrow.memory_map(str(path)) as source:
+            index = 0
+            for batch in _record_batches(source):
+                wanted = batch.select(columns(batch.schema.names)) if columns else batch
+                for start in range(max(0, skip - index), batch.num_rows, _BATCH):
+                    rows = wanted.slice(start, _BATCH).to_pylist()
+                    for place, row in enumerate(rows, index + start):
+                        yield f"{path}[{place}]", row
+                index += batch.num_rows
+    except pyarrow.ArrowException as error:
+        raise UserError(f"{path} is no readable Arrow file ({error})") from error
+
+
+def _record_batches(source) -> Iterator[Any]:
+    import pyarrow
+
+    try:
+        stream = pyarrow.ipc.open_stream(source)
+    except pyarrow.ArrowInvalid:
+        source.seek(0)
+        file = pyarrow.ipc.open_file(source)
+        for number in range(file.num_record_batches):
+            yield file.get_batch(number)
+        return
+    yield from stream
 
 
 def _csv(path: Path, columns, skip: int) -> Iterator[tuple[str, Any]]:
