@@ -55,6 +55,59 @@ def encoded(image: Pillow.Image, kind: str = "PNG", **options) -> bytes:
     return file.getvalue()
 
 
+RAMP = np.linspace(0, 1, 64 * 48).reshape(48, 64)
+
+
+def deep_picture(kind: str) -> Pillow.Image:
+    """The same grey ramp in a mode of more than 8 bits."""
+    if kind == "I;16":
+        return Pillow.fromarray((RAMP * 65535).astype(np.uint16))
+    if kind == "I":
+        return Pillow.fromarray((RAMP * 65535).astype(np.int32))
+    if kind == "I8":
+        return Pillow.fromarray((RAMP * 255).astype(np.int32))
+    return Pillow.fromarray((RAMP * {"F1": 1, "F255": 255}[kind]).astype(np.float32))
+
+
+@pytest.mark.parametrize("kind", ["I;16", "I", "I8", "F1", "F255"])
+def test_deep_modes_are_scaled_to_8_bits(kind):
+    image = deep_picture(kind)
+    assert images.is_deep(image.mode)
+    files = [encoded(image, "TIFF")] + ([encoded(image)] if kind == "I;16" else [])
+    for data in files:
+        grey = images.decode(data)
+        assert (grey[..., 0] == grey[..., 1]).all() and (grey[..., 0] == grey[..., 2]).all()
+        assert np.abs(grey[..., 0] - RAMP * 255).max() <= 1.0
+
+
+def test_deep_values_out_of_range_are_clipped():
+    odd = np.array([[np.nan, -3.0, 0.5, 1.0, np.inf]], np.float32)
+    assert images.eight_bits(odd, "F").tolist() == [[0, 0, 128, 255, 0]]
+    dark = np.array([[0, 255, 256, 65535]], np.uint16)  # the file says 16 bits, however dark
+    assert images.eight_bits(dark, "I;16").tolist() == [[0, 0, 1, 255]]
+
+
+def test_16_bit_colour_keeps_its_upper_bytes(tmp_path):
+    values = np.random.default_rng(0).integers(0, 65536, (8, 9, 3))
+    raw = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    header = (9).to_bytes(4, "big") + (8).to_bytes(4, "big") + b"\x10\x02\0\0\0"
+    data = images._PNG + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(raw))
+    np.testing.assert_array_equal(images.decode(data + chunk(b"IEND", b"")), values >> 8)
+
+
+def test_a_broken_exif_tag_does_not_cost_the_picture():
+    plain = picture("RGB", 64, 48)
+    data = encoded(plain)
+    broken = data[:33] + chunk(b"eXIf", b"MM\0*\xff\xff\xff\xff\0") + data[33:]
+    np.testing.assert_array_equal(images.decode(broken), np.asarray(plain))
+    exif = Pillow.Exif()
+    exif[0x0112] = 6
+    jpeg = bytearray(encoded(plain, "JPEG", exif=exif))
+    at = jpeg.index(b"Exif\0\0")
+    jpeg[at + 6 : at + 14] = b"\xff" * 8
+    assert images.decode(bytes(jpeg)).shape == (48, 64, 3)
+
+
 @pytest.mark.parametrize("fields", [QWEN2_5, QWEN3], ids=["qwen2_5", "qwen3"])
 @pytest.mark.parametrize(
     "mode, width, height",

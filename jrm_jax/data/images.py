@@ -5,8 +5,8 @@ h, w pixels. Patches are merge-block major: the merge x merge patches that becom
 are neighbours, tokens are row-major. The frames of a still are equal, so only one is stored, and
 pixels stay uint8: the model normalises them on the device with `mean` and `std`.
 
-Pictures are turned upright by their EXIF tag and transparency is laid on white: what a person saw
-who judged them, and what the processor does with a file and with an RGBA image.
+Pictures are turned upright by their EXIF tag, transparency is laid on white and deep modes are
+scaled to 8 bits (`to_rgb`): what a person saw who judged them.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ MAX_PIXELS = 100_000_000  # beyond it a small file may be a decompression bomb
 _PNG = b"\x89PNG\r\n\x1a\n"
 _BICUBIC = 3
 _ORIENTATION = 0x0112  # EXIF tag
+_RANGES = {"I": (2.0**8, 2.0**16, 2.0**32), "F": (1.0, 2.0**8, 2.0**16, 2.0**32)}
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -181,17 +182,52 @@ def open_image(data: bytes):
     if width * height > MAX_PIXELS:
         raise ValueError(f"a picture of {width} x {height} pixels; at most {MAX_PIXELS:,} pixels")
     try:
-        image = PIL.Image.open(io.BytesIO(data))
-        image.load()
-        if image.getexif().get(_ORIENTATION, 1) != 1:
-            image = PIL.ImageOps.exif_transpose(image)
-        if "A" in image.getbands() or image.info.get("transparency") is not None:
-            image = image.convert("RGBA")
-            white = PIL.Image.new("RGBA", image.size, (255, 255, 255, 255))
-            image = PIL.Image.alpha_composite(white, image)
-        return image.convert("RGB")
+        return to_rgb(PIL.Image.open(io.BytesIO(data)))
     except Exception as error:  # Pillow's readers raise many kinds for broken files
         raise ValueError(f"not a readable image ({_one_line(error)})") from error
+
+
+def to_rgb(image):
+    """Any Pillow image -> upright, opaque, 8-bit RGB; the one rule for every picture, and the
+    exported PyTorch file's own copy of it follows this one.
+
+    Turned by its EXIF tag (one that cannot be read is ignored), deep modes scaled to 8 bits
+    (`eight_bits`), transparency laid on white.
+    """
+    import PIL.Image
+    import PIL.ImageOps
+
+    image.load()
+    try:
+        if image.getexif().get(_ORIENTATION, 1) != 1:
+            image = PIL.ImageOps.exif_transpose(image)
+    except Exception:  # a broken tag of a good picture; Pillow raises many kinds
+        pass
+    if is_deep(image.mode):
+        image = PIL.Image.fromarray(eight_bits(np.asarray(image), image.mode))
+    if "A" in image.getbands() or image.info.get("transparency") is not None:
+        image = image.convert("RGBA")
+        white = PIL.Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = PIL.Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def is_deep(mode: str) -> bool:
+    """Whether a Pillow mode has more than 8 bits a channel ('I;16...', 'I', 'F')."""
+    return mode[0] in "IF"
+
+
+def eight_bits(values: np.ndarray, mode: str) -> np.ndarray:
+    """Values of a deep mode -> uint8 of the same shape: value * 256 / range, rounded down.
+
+    The range of 16-bit modes is 65536: the upper byte is kept, as Pillow does with 16-bit colour.
+    'I' and 'F' do not say theirs: it is the first of 1 ('F' alone), 256, 65536 and 2^32 that holds
+    the largest value. What is below zero, or no number, is black.
+    """
+    values = np.nan_to_num(values.astype(np.float32), nan=0.0, posinf=0.0, neginf=0.0)
+    ranges = _RANGES.get(mode, (2.0**16,))
+    span = next((r for r in ranges if values.max(initial=0.0) <= r), ranges[-1])
+    return np.clip(values * (256.0 / span), 0.0, 255.0).astype(np.uint8)
 
 
 def image_size(data: bytes) -> tuple[int, int]:

@@ -25,6 +25,7 @@ import numpy as np
 
 from jrm_jax import build, sharding
 from jrm_jax.data.encode import EncodedExample
+from jrm_jax.data.images import to_rgb
 from jrm_jax.data.pipeline import assemble_batch
 from jrm_jax.data.plan import Bucket
 from jrm_jax.data.schema import Candidate, Image, Part, Text
@@ -280,7 +281,6 @@ def read_picture(picture: Picture) -> bytes:
     if isinstance(picture, str | Path):
         return Path(picture).read_bytes()
     import PIL.Image
-    import PIL.ImageOps
 
     if isinstance(picture, np.ndarray):
         if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
@@ -290,10 +290,8 @@ def read_picture(picture: Picture) -> bytes:
     if not isinstance(picture, PIL.Image.Image):
         kind = type(picture).__name__
         raise ValueError(f"a {kind}: give a path, bytes, a PIL image or a uint8 array")
-    if picture.mode not in ("RGB", "RGBA", "L", "LA", "P"):
-        picture = picture.convert("RGB")
     file = io.BytesIO()
-    PIL.ImageOps.exif_transpose(picture).save(file, "PNG", compress_level=1)
+    to_rgb(picture).save(file, "PNG", compress_level=1)
     return file.getvalue()
 
 
