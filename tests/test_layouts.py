@@ -10,6 +10,7 @@ from layout_case import build, lines, parquet, pictures  # noqa: F401
 
 from jrm_jax.data import builders, store
 from jrm_jax.data.ingest.pairs import EDITREWARD
+from jrm_jax.data.schema import in_dimensions, to_record
 
 SIDES = ("left", "right")
 
@@ -188,6 +189,42 @@ def test_parquet_of_examples_and_of_a_prepared_set(pictures, build, tmp_path):
         (e.id, e.prompt, e.candidates) for e in found
     ]
     assert kinds == {("left out", "field 'record'"): 1}
+
+
+def test_reward_dimensions_are_those_of_all_rows(pictures, build, tmp_path):
+    def line(name, **labels):
+        edits = [{"image": "1.png"}, {"image": "2.png"}]
+        return {"id": name, "prompt": "Add", "candidates": edits} | labels
+
+    rows = [
+        line("a", scores={"overall": [2, 1]}),
+        line("b", scores={"overall": [1, 2], "quality": [2, 1]}),
+        line("c", ranks=[1, 2]),  # without a name: overall
+        line("d", preference=[[[0.5, 0.5], [0, 1]], [[1, 0], [0.5, 0.5]]],
+             dimensions=["speed", "quality"]),
+    ]  # fmt: skip
+    found, kinds = build("jsonl", lines(pictures / "own.jsonl", rows))
+    assert not kinds and {e.dimensions for e in found} == {("overall", "quality", "speed")}
+    assert [e.preference[0, 1].tolist() for e in found] == [
+        [1, 0.5, 0.5], [0, 1, 0.5], [1, 0.5, 0.5], [0.5, 1, 0],
+    ]  # fmt: skip
+    assert [e.weight[0, 1].tolist() for e in found] == [[1, 0, 0], [1, 1, 0], [1, 0, 0], [0, 1, 1]]
+    again = tmp_path / "again"  # rows of prepared sets with different dimensions, too
+    again.mkdir()
+    records = [to_record(e) for e in (found[0], in_dimensions(found[1], ("quality",)))]
+    parquet(again / "prepared.parquet", records)
+    found, _ = build("jsonl", again)
+    assert [e.weight[0, 1].tolist() for e in found] == [[1, 0, 0], [0, 1, 0]]
+    folder = tmp_path / "tables"
+    folder.mkdir()
+    for name, columns in (("a", {"score": 3}), ("b", {"score": 2, "score_quality": 1})):
+        rows = [{"source": f"{tmp_path}/0.png", "instruction": "Add",
+                 "edit": f"{tmp_path}/{i}.png"} | columns for i in (range(1, 3) if name == "a"
+                                                                     else range(3, 5))]  # fmt: skip
+        table(folder / f"{name}.csv", rows)
+    ((example,), kinds) = build("csv", folder)
+    assert not kinds and example.dimensions == ("overall", "quality")
+    assert example.weight[0, 2].tolist() == [1, 0] and example.weight[2, 3].tolist() == [1, 1]
 
 
 def test_repeated_ids_are_told(pictures, build):

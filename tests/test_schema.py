@@ -16,6 +16,7 @@ from jrm_jax.data.schema import (
     PreferenceExample,
     Text,
     from_record,
+    in_dimensions,
     parse_json,
     to_record,
     validate,
@@ -75,12 +76,16 @@ def test_scores_of_several_dimensions_with_gaps():
     assert example.preference[0, 1, 0] == 0.5
 
 
-def test_missing_dimension_is_unlabelled_and_foreign_one_refused():
-    obj = {"prompt": "p", "candidates": ["x", "y"], "scores": {"b": [1, 2]}}
-    example = parse(obj, dimensions=("a", "b"))
-    assert example.weight[..., 0].sum() == 0 and example.weight[..., 1].sum() == 2
+def test_an_example_over_other_dimensions():
+    example = parse({"prompt": "p", "candidates": ["x", "y"], "scores": {"b": [1, 2]}})
+    wide = in_dimensions(example, ("a", "b"))
+    assert wide.dimensions == ("a", "b")
+    assert wide.weight[..., 0].sum() == 0 and wide.weight[..., 1].sum() == 2
+    assert wide.preference[0, 1].tolist() == [0.5, 0]
+    assert in_dimensions(wide, ("b",)).preference.tolist() == example.preference.tolist()
     with pytest.raises(UserError, match=r"scores\.b'?: is unknown"):
-        parse(obj, dimensions=("a",))
+        parse({"prompt": "p", "candidates": ["x", "y"], "scores": {"b": [1, 2]},
+               "dimensions": ["a"]})  # fmt: skip
 
 
 def test_preference_matrix_keeps_cycles_gaps_and_weights():

@@ -16,7 +16,14 @@ from typing import NamedTuple
 import numpy as np
 
 from jrm_jax.data.images import Processor, load_processor
-from jrm_jax.data.schema import DEFAULT_DIMENSIONS, Candidate, Image, Part, PreferenceExample
+from jrm_jax.data.schema import (
+    DEFAULT_DIMENSIONS,
+    Candidate,
+    Image,
+    Part,
+    PreferenceExample,
+    in_dimensions,
+)
 from jrm_jax.data.template import Piece, Template, Token, Tokenizer, load_tokenizer
 from jrm_jax.errors import UserError
 from jrm_jax.model.config import BackboneConfig, VisionConfig
@@ -123,10 +130,10 @@ class Encoder:
             ValueError: a picture that cannot be decoded.
             UserError: facts that the example does not have.
         """
-        columns, known = _columns(self.dimensions, example.dimensions)
+        labels = in_dimensions(example, self.dimensions)
         return self.encode_group(example.prompt, example.candidates)._replace(
-            preference=np.where(known, example.preference[..., columns], np.float32(0.5)),
-            weight=np.where(known, example.weight[..., columns], np.float32(0)),
+            preference=labels.preference,
+            weight=labels.weight,
             facts=self._facts(example.candidates) if self.facts else None,
         )
 
@@ -206,13 +213,6 @@ class Encoder:
 
 
 _positions = functools.lru_cache(maxsize=16384)(mrope_positions)
-
-
-@functools.lru_cache(maxsize=64)
-def _columns(wanted: tuple[str, ...], found: tuple[str, ...]) -> tuple[list[int], np.ndarray]:
-    """(place in `found`, or 0; whether it is there) of each dimension wanted."""
-    columns = [found.index(name) if name in found else 0 for name in wanted]
-    return columns, np.array([name in found for name in wanted])
 
 
 def make_encoder(

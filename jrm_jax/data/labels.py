@@ -9,7 +9,7 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -50,6 +50,18 @@ def parse_labels(
         weight = np.where(labelled, np.nan_to_num(factor, nan=0.0), 0.0)
     preference = np.where(off_diagonal, preference, 0.5)
     return preference.astype(np.float32), weight.astype(np.float32)
+
+
+def labels_in(
+    preference: np.ndarray, weight: np.ndarray, found: Sequence[str], wanted: Sequence[str]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Both [K, K, R] in the order of `wanted`; a dimension that is not in `found` is unlabelled."""
+    columns = [found.index(name) if name in found else 0 for name in wanted]
+    known = np.array([name in found for name in wanted])
+    return (
+        np.where(known, preference[..., columns], np.float32(0.5)),
+        np.where(known, weight[..., columns], np.float32(0)),
+    )
 
 
 def _values(

@@ -27,13 +27,14 @@ from typing import Any
 
 import numpy as np
 
-from jrm_jax.data.labels import check_keys, check_type, field_error, parse_labels
+from jrm_jax.data.labels import check_keys, check_type, field_error, labels_in, parse_labels
 from jrm_jax.errors import RecordError
 
 DEFAULT_DIMENSIONS = ("overall",)
 _EXAMPLE_KEYS = (
     "id", "prompt", "candidates", "dimensions", "ranks", "scores", "preference", "weight",
 )  # fmt: skip
+_LABELS = ("ranks", "scores", "preference")
 _CANDIDATE_KEYS = ("parts", "critique", "score_line")
 
 
@@ -172,7 +173,6 @@ def parse_json(
     read_image: Callable[[str], bytes],
     where: str,
     *,
-    dimensions: Sequence[str] | None = None,
     default_id: str | None = None,
 ) -> PreferenceExample:
     """Turn one JSON object (see the top of this file) into a validated example.
@@ -180,9 +180,9 @@ def parse_json(
     Args:
         read_image: image name -> encoded bytes, e.g. `pictures.image_reader(folder)`.
         where: 'file:line', the beginning of every message.
-        dimensions: the data set's reward dimensions; default: the object's own `dimensions`, else
-            the names in `scores` / `ranks`, else ('overall',).
         default_id: id of an object without one; default: `where`.
+
+    Reward dimensions: `named_dimensions`, else ('overall',).
 
     Labels, one of: `ranks` (1 = best, equal = tie), `scores` (larger = better), each a list of K
     numbers or {dimension: list}, null = unlabelled; or `preference` [K][K] or [K][K][R]. `weight`
@@ -205,7 +205,11 @@ def parse_json(
         for index, value in enumerate(obj["candidates"])
     )
     _check_count(candidates, where)
-    names = _parse_dimensions(obj, dimensions, where)
+    if obj.get("dimensions") is not None:
+        check_type(obj["dimensions"], list, where, "dimensions", "a list of names")
+        for name in obj["dimensions"]:
+            check_type(name, str, where, "dimensions", "a list of names")
+    names = named_dimensions(obj) or DEFAULT_DIMENSIONS
     preference, weight = parse_labels(obj, len(candidates), names, where)
     if not weight.any() and not all(candidate.critique for candidate in candidates):
         raise field_error(
@@ -256,21 +260,27 @@ def _parse_parts(value: Any, read_image, where: str, field: str) -> tuple[Part, 
     return tuple(parts)
 
 
-def _parse_dimensions(obj: dict, given: Sequence[str] | None, where: str) -> tuple[str, ...]:
+def named_dimensions(obj: Mapping[str, Any]) -> tuple[str, ...]:
+    """Reward dimensions that a line of JSON names: its `dimensions`, else the names in `scores` or
+    `ranks`, else 'overall' where it has labels without names, else none."""
     names = obj.get("dimensions")
     if names is not None:
-        check_type(names, list, where, "dimensions", "a list of names")
-        for name in names:
-            check_type(name, str, where, "dimensions", "a list of names")
-        if given is not None and tuple(names) != tuple(given):
-            raise field_error(where, "dimensions", f"is {names}, the data set has {list(given)}")
-        return tuple(names)
-    if given is not None:
-        return tuple(given)
-    for key in ("ranks", "scores"):
-        if isinstance(obj.get(key), dict) and obj[key]:
-            return tuple(obj[key])
-    return DEFAULT_DIMENSIONS
+        right = isinstance(names, list) and all(isinstance(name, str) for name in names)
+        return tuple(names) if right else ()
+    labels = [obj[key] for key in _LABELS if obj.get(key) is not None]
+    named = [tuple(value) for value in labels if isinstance(value, dict) and value]
+    return named[0] if named else DEFAULT_DIMENSIONS if labels else ()
+
+
+def in_dimensions(example: PreferenceExample, dimensions: tuple[str, ...]) -> PreferenceExample:
+    """The same example over these dimensions; those that it does not have are unlabelled."""
+    if example.dimensions == dimensions:
+        return example
+    labels = example.preference, example.weight
+    preference, weight = labels_in(*labels, example.dimensions, dimensions)
+    return dataclasses.replace(
+        example, preference=preference, weight=weight, dimensions=dimensions
+    )
 
 
 # Records of a prepared data set

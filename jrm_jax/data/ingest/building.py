@@ -29,10 +29,16 @@ from jrm_jax.data import store
 from jrm_jax.data.ingest import card
 from jrm_jax.data.ingest.layout import Layout, Member, Options, Problems, Result
 from jrm_jax.data.ingest.rows import find, read_rows
-from jrm_jax.data.schema import Image, PreferenceExample, to_record
+from jrm_jax.data.schema import (
+    DEFAULT_DIMENSIONS,
+    Image,
+    PreferenceExample,
+    in_dimensions,
+    to_record,
+)
 from jrm_jax.errors import RecordError, UserError
 
-VERSION = 1  # raise it when the same files give other data sets
+VERSION = 2  # raise it when the same files give other data sets
 STATE, LOCK, PROBLEMS = "state.sqlite", "lock", "problems.txt"
 WAITING_BYTES = 128 * 2**20  # of rows in memory that wait for the others of their group
 _TABLES = """
@@ -150,10 +156,10 @@ class _Work:
         return self._finish(source, sum(total))
 
     def _index(self) -> None:
-        """First pass: how many rows each group has, how many each file."""
+        """First pass: rows of each group and of each file, and the reward dimensions."""
         self.state.execute("BEGIN")
         self.state.execute("DELETE FROM groups")
-        rows_of_files, done = [], 0
+        rows_of_files, done, named = [], 0, {}
         for file in self.files:
             count = 0
             for where, row in read_rows(file, self.layout.columns):
@@ -164,6 +170,7 @@ class _Work:
                     key = self.layout.key(row, where)
                 except RecordError:
                     continue
+                named |= dict.fromkeys(self.layout.dimensions(row))
                 if key is not None:
                     label = "" if self.layout.gathers else self.layout.label(row)
                     self.state.execute(
@@ -177,7 +184,8 @@ class _Work:
             done += count
         if not done:
             raise UserError(f"{self.files[0]}: no usable record (the file is empty)")
-        self._set(**{"rows of files": rows_of_files})
+        self.dimensions = tuple(named) or DEFAULT_DIMENSIONS
+        self._set(**{"rows of files": rows_of_files, "dimensions": self.dimensions})
         self.state.execute("COMMIT")
 
     def _rows(self, total: Sequence[int], position: int) -> Iterator[tuple[int, str, Any]]:
@@ -242,18 +250,13 @@ class _Work:
 
     def _emit(self, members: list[Member]) -> None:
         try:
-            examples = self.layout.make(members, self.problems, self.dimensions)
+            examples = self.layout.make(members, self.problems)
         except RecordError as error:
             for where, _ in members:
                 self.problems.leave(where, error)
             return
         for example in examples:
-            self.dimensions = self.dimensions or example.dimensions
-            if example.dimensions != self.dimensions:
-                raise UserError(
-                    f"{members[0][0]}: has the dimensions {', '.join(example.dimensions)}, earlier"
-                    f" records {', '.join(self.dimensions)}: give all the same"
-                )
+            example = in_dimensions(example, self.dimensions)
             record, split = to_record(example), self._split(example)
             self.shards.add(split, record)
             card.count(self.counts, split, example, record)
@@ -272,10 +275,7 @@ class _Work:
     def _commit(self, position: int) -> None:
         self._spill()
         self.shards.close_files()
-        self._set(
-            shards=self.shards.done, counts=self.counts, position=position,
-            dimensions=self.dimensions,
-        )  # fmt: skip
+        self._set(shards=self.shards.done, counts=self.counts, position=position)
         self.state.execute("COMMIT")
         self.state.execute("BEGIN")
 

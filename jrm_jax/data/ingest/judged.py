@@ -25,12 +25,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jrm_jax.data.ingest.layout import Member, Problems
+from jrm_jax.data.ingest.layout import Member, Problems, read_each
 from jrm_jax.data.ingest.pictures import GroupPictures, picture_name
 from jrm_jax.data.ingest.rows import SUFFIXES
 from jrm_jax.data.labels import check_type, field_error, parse_labels
 from jrm_jax.data.schema import Candidate, Image, PreferenceExample, Text, validate
-from jrm_jax.errors import RecordError
 
 DIMENSIONS = ("overall", "instruction_following", "consistency", "visual_quality")
 LARGEST = 25  # of EditScore's scales
@@ -74,18 +73,17 @@ class Judged(NamedTuple):
     def label(self, row: dict[str, Any]) -> str:
         return ""
 
-    def make(
-        self, members: list[Member], problems: Problems, dimensions: tuple[str, ...]
-    ) -> list[PreferenceExample]:
-        read = GroupPictures(self.folder)
+    def dimensions(self, row: dict[str, Any]) -> tuple[str, ...]:
+        return DIMENSIONS
+
+    def make(self, members: list[Member], problems: Problems) -> list[PreferenceExample]:
+        pictures = GroupPictures(self.folder)
+
+        def read(row: dict[str, Any], where: str) -> Said:
+            return (_of_talk if "conversations" in row else _of_row)(row, where, pictures)
+
         instruction, sources, judgements, used = "", (), [], []
-        for where, row in members:
-            try:
-                talk = "conversations" in row
-                said = (_of_talk if talk else _of_row)(row, where, read)
-            except RecordError as error:
-                problems.leave(where, error)
-                continue
+        for where, said in read_each(members, problems, read):
             used.append(where)
             instruction, sources = said[0] or instruction, said[1] or sources
             judgements += said[2]

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import sqlite3
 from collections import Counter
-from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from jrm_jax.data import store
 from jrm_jax.data.schema import PreferenceExample
-from jrm_jax.errors import UserError
+from jrm_jax.errors import RecordError, UserError
 
+Found = TypeVar("Found")
 Member = tuple[str, dict[str, Any]]  # where a row stands, and the row
 
 
@@ -29,13 +30,24 @@ class Layout(Protocol):
     def label(self, row: dict[str, Any]) -> str:
         """What must be equal where a key comes again; read where rows are not gathered."""
 
-    def make(
-        self, members: list[Member], problems: Problems, dimensions: tuple[str, ...]
-    ) -> list[PreferenceExample]:
-        """Examples of one group; rows that cannot be used are given to `problems.leave`.
+    def dimensions(self, row: dict[str, Any]) -> Sequence[str]:
+        """Reward dimensions that a row names; the data set has those of all its rows."""
 
-        dimensions: those of the data set so far; () before the first example.
-        """
+    def make(self, members: list[Member], problems: Problems) -> list[PreferenceExample]:
+        """Examples of one group; rows that cannot be used are given to `problems.leave`."""
+
+
+def read_each(
+    members: list[Member], problems: Problems, read: Callable[[dict[str, Any], str], Found]
+) -> Iterator[tuple[str, Found]]:
+    """(where, read(row, where)) of the rows of a group; a row that cannot be read is left out."""
+    for where, row in members:
+        try:
+            found = read(row, where)
+        except RecordError as error:
+            problems.leave(where, error)
+            continue
+        yield where, found
 
 
 class Options(NamedTuple):

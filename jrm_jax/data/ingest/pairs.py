@@ -11,19 +11,20 @@ from __future__ import annotations
 
 import hashlib
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from jrm_jax.data.ingest.layout import Member, Problems
+from jrm_jax.data.ingest.layout import Member, Problems, read_each
 from jrm_jax.data.ingest.pictures import GroupPictures, picture_name
 from jrm_jax.data.ingest.rows import SUFFIXES
 from jrm_jax.data.labels import check_type, field_error
 from jrm_jax.data.schema import Candidate, Image, PreferenceExample, Text, validate
-from jrm_jax.errors import RecordError
 
 EDITREWARD = ("overall", "instruction_following", "visual_quality")
+DIMENSIONS = {"editreward": EDITREWARD, "genai_bench": EDITREWARD[:1]}
 VOTES = {"leftvote": 1.0, "rightvote": 0.0, "tie": 0.5, "tievote": 0.5}
 BOTH_BAD = ("bothbad", "bothbad_vote")
 _SIDES = ("left", "right")
@@ -80,9 +81,8 @@ class Pairs(NamedTuple):
     suffixes: tuple[str, ...] = SUFFIXES
     gathers: bool = True
 
-    @property
-    def dimensions(self) -> tuple[str, ...]:
-        return EDITREWARD if self.name == "editreward" else EDITREWARD[:1]
+    def dimensions(self, row: dict[str, Any]) -> tuple[str, ...]:
+        return DIMENSIONS[self.name]
 
     def columns(self, names: list[str]) -> list[str]:
         """Of parquet, what `key` needs: no picture at all where the rows have a key."""
@@ -107,17 +107,10 @@ class Pairs(NamedTuple):
     def label(self, row: dict[str, Any]) -> str:
         return ""
 
-    def make(
-        self, members: list[Member], problems: Problems, dimensions: tuple[str, ...]
-    ) -> list[PreferenceExample]:
+    def make(self, members: list[Member], problems: Problems) -> list[PreferenceExample]:
         read = GroupPictures(self.folder)
         by_source: dict[bytes, list[Pair]] = {}
-        for where, row in members:
-            try:
-                pair = self._pair(row, where, read, problems)
-            except RecordError as error:
-                problems.leave(where, error)
-                continue
+        for _, pair in read_each(members, problems, partial(self._pair, read, problems)):
             by_source.setdefault(pair.source, []).append(pair)
         if len(by_source) > 1:
             where = next(iter(by_source.values()))[0].where
@@ -125,7 +118,7 @@ class Pairs(NamedTuple):
         return [self._group(pairs, problems) for pairs in by_source.values()]
 
     def _pair(
-        self, row: dict[str, Any], where: str, read: GroupPictures, problems: Problems
+        self, read: GroupPictures, problems: Problems, row: dict[str, Any], where: str
     ) -> Pair:
         columns = self._columns_of(row, where)
         shares, odd = _shares(row, columns, where)
@@ -160,8 +153,8 @@ class Pairs(NamedTuple):
 
     def _group(self, pairs: list[Pair], problems: Problems) -> PreferenceExample:
         edits = list(dict.fromkeys(edit for p in pairs for edit in (p.first, p.second)))
-        count = len(edits)
-        votes_KKR = np.zeros((count, count, len(self.dimensions)))  # for i against j
+        count, dimensions = len(edits), DIMENSIONS[self.name]
+        votes_KKR = np.zeros((count, count, len(dimensions)))  # for i against j
         seen: set[frozenset[int]] = set()
         for pair in pairs:
             i, j = edits.index(pair.first), edits.index(pair.second)
@@ -188,7 +181,7 @@ class Pairs(NamedTuple):
             candidates=tuple(Candidate((Image(edit),)) for edit in edits),
             preference=preference_KKR.astype(np.float32),
             weight=total_KKR.astype(np.float32),
-            dimensions=self.dimensions,
+            dimensions=dimensions,
         )
         validate(example, pairs[0].where)
         return example

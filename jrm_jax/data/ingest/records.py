@@ -15,7 +15,13 @@ from jrm_jax.data.ingest.layout import Member, Problems
 from jrm_jax.data.ingest.pictures import check_image, image_reader
 from jrm_jax.data.ingest.rows import SUFFIXES
 from jrm_jax.data.labels import check_type, field_error
-from jrm_jax.data.schema import PreferenceExample, from_record, parse_json, validate
+from jrm_jax.data.schema import (
+    PreferenceExample,
+    from_record,
+    named_dimensions,
+    parse_json,
+    validate,
+)
 from jrm_jax.errors import RecordError
 
 _LABELS = ("dimensions", "ranks", "scores", "preference", "weight")
@@ -42,9 +48,15 @@ class Records(NamedTuple):
         said = row.get("record") or {name: row.get(name) for name in _LABELS}
         return hashlib.sha256(json.dumps(said, default=str).encode()).hexdigest()[:16]
 
-    def make(
-        self, members: list[Member], problems: Problems, dimensions: tuple[str, ...]
-    ) -> list[PreferenceExample]:
+    def dimensions(self, row: dict[str, Any]) -> tuple[str, ...]:
+        if not isinstance(row.get("record"), str):
+            return named_dimensions(row)
+        try:
+            return named_dimensions(json.loads(row["record"]))
+        except (ValueError, AttributeError):  # told when the row is read
+            return ()
+
+    def make(self, members: list[Member], problems: Problems) -> list[PreferenceExample]:
         ((where, row),) = members
         if "record" in row and "images" in row:
             return [_prepared(row, where)]
@@ -58,7 +70,7 @@ class Records(NamedTuple):
             check_image(pictures[name], "the picture")
             return pictures[name]
 
-        return [parse_json(plain, picture, where, dimensions=dimensions or None)]
+        return [parse_json(plain, picture, where)]
 
 
 def _plain(value: Any, pictures: dict[str, bytes]) -> Any:

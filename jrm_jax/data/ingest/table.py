@@ -14,7 +14,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jrm_jax.data.ingest.layout import Member, Problems
+from jrm_jax.data.ingest.layout import Member, Problems, read_each
 from jrm_jax.data.ingest.pictures import GroupPictures
 from jrm_jax.data.labels import field_error, parse_labels
 from jrm_jax.data.schema import (
@@ -25,7 +25,7 @@ from jrm_jax.data.schema import (
     Text,
     validate,
 )
-from jrm_jax.errors import RecordError, UserError
+from jrm_jax.errors import UserError
 
 _KNOWN = ("source", "instruction", "edit", "group", "critique")
 
@@ -48,51 +48,65 @@ class Table(NamedTuple):
     def label(self, row: dict[str, str]) -> str:
         return ""
 
-    def make(
-        self, members: list[Member], problems: Problems, dimensions: tuple[str, ...]
-    ) -> list[PreferenceExample]:
-        read = GroupPictures(self.folder)
-        prompts, edits, values, critiques, used = [], [], [], [], []
-        for where, row in members:
-            try:
-                source = row.get("source", "")
-                prompt = (row["instruction"], read(source, where, "source") if source else b"")
-                if prompts and prompt != prompts[0]:
-                    raise field_error(where, "group", "has several sources or instructions")
-                edit = read(row["edit"], where, "edit")
-                if edit in edits:
-                    raise field_error(where, "edit", f"is in its group twice ({row['edit']})")
-                found = [_number(row, name, where) for name in _labels(row, where)[1].values()]
-            except RecordError as error:
-                problems.leave(where, error)
-                continue
-            prompts.append(prompt)
+    def dimensions(self, row: dict[str, str]) -> tuple[str, ...]:
+        return tuple(_labels(row, "")[1])
+
+    def make(self, members: list[Member], problems: Problems) -> list[PreferenceExample]:
+        pictures = GroupPictures(self.folder)
+        edits: list[_Edit] = []
+
+        def read(row: dict[str, str], where: str) -> _Edit:
+            source = row.get("source", "")
+            kind, columns = _labels(row, where)
+            edit = _Edit(
+                (row["instruction"], pictures(source, where, "source") if source else b""),
+                pictures(row["edit"], where, "edit"),
+                kind,
+                {name: _number(row, column, where) for name, column in columns.items()},
+                row.get("critique", "").strip() or None,
+            )
+            if edits and edit.prompt != edits[0].prompt:
+                raise field_error(where, "group", "has several sources or instructions")
+            if edits and edit.kind != edits[0].kind:
+                raise field_error(where, "group", "has scores in one file and ranks in another")
+            if edit.picture in [other.picture for other in edits]:
+                raise field_error(where, "edit", f"is in its group twice ({row['edit']})")
+            return edit
+
+        used = []
+        for where, edit in read_each(members, problems, read):
             edits.append(edit)
-            values.append(found)
-            critiques.append(row.get("critique", "").strip() or None)
             used.append(where)
         if not used:
             return []
-        kind, names = _labels(members[0][1], used[0])
-        names = names or dict.fromkeys(DEFAULT_DIMENSIONS)
-        columns = list(map(list, zip(*values, strict=True)))
-        shown = {kind: dict(zip(names, columns, strict=True))} if kind else {}
-        preference, weight = parse_labels(shown, len(edits), tuple(names), used[0])
-        if not weight.any() and not any(critiques):
+        kind = edits[0].kind
+        named = tuple(dict.fromkeys(name for edit in edits for name in edit.values))
+        names = named or DEFAULT_DIMENSIONS
+        values = {name: [edit.values.get(name) for edit in edits] for name in named}
+        shown = {kind: values} if kind else {}
+        preference, weight = parse_labels(shown, len(edits), names, used[0])
+        if not weight.any() and not any(edit.critique for edit in edits):
             raise field_error(used[0], "edit", "its group has neither two edits with scores or"
                               " ranks nor a critique", "group without a judgement")  # fmt: skip
-        text, source = prompts[0]
+        text, source = edits[0].prompt
         example = PreferenceExample(
             id=f"{Path(used[0]).name}:{text}"[:120],
             prompt=(Text(text), *([Image(source)] if source else [])),
-            candidates=tuple(
-                Candidate((Image(edit),), critique)
-                for edit, critique in zip(edits, critiques, strict=True)
-            ),
-            preference=preference, weight=weight, dimensions=tuple(names),
+            candidates=tuple(Candidate((Image(edit.picture),), edit.critique) for edit in edits),
+            preference=preference, weight=weight, dimensions=names,
         )  # fmt: skip
         validate(example, used[0])
         return [example]
+
+
+class _Edit(NamedTuple):
+    """A row. prompt: instruction and source picture. kind: 'scores', 'ranks' or ''."""
+
+    prompt: tuple[str, bytes]
+    picture: bytes
+    kind: str
+    values: dict[str, float | None]  # by dimension
+    critique: str | None
 
 
 def _labels(row: dict[str, Any], where: str) -> tuple[str, dict[str, str]]:
