@@ -20,6 +20,7 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
+from jrm_jax import cli, config_cli
 from jrm_jax.errors import UserError
 from jrm_jax.planning.chips import Topology, parse_topology
 
@@ -38,9 +39,8 @@ _CANDIDATES = flags.DEFINE_integer("candidates", 2, "Of a group.")
 _IMAGES = flags.DEFINE_integer("images", -1, "Of a group; default: a source and the candidates.")
 
 
-def _main(argv: list[str]) -> int:
-    if len(argv) > 1:
-        raise UserError(f"unexpected argument {argv[1]!r}")
+def _main() -> int:
+    config_cli.parse(sys.argv, __doc__)
     if _CONFIG.value is None or _TOPOLOGY.value is None:
         raise UserError(
             "give --config and --topology: --config=configs/joint.py:qwen3_vl_8b "
@@ -112,11 +112,11 @@ def _say(words: str) -> None:
 def main() -> None:
     """Bad input and a step that does not fit are one line and status 1."""
     try:
-        status = _main(flags.FLAGS(sys.argv))
-    except (UserError, flags.Error, AttributeError, KeyError, OSError) as error:
-        if not isinstance(error, UserError | flags.Error) and flags.FLAGS.is_parsed():
+        status = _main()
+    except cli.REPORTED as error:
+        if not cli.is_expected(error) and flags.FLAGS.is_parsed():
             raise
-        sys.exit(f"error: {' '.join(str(error).split())}")
+        sys.exit(f"error: {cli.one_line(error)}")
     sys.exit(status)
 
 

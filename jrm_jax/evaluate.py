@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from jrm_jax import cli
+from jrm_jax.arguments import Parser
 from jrm_jax.errors import UserError
 from jrm_jax.evaluation import report
 from jrm_jax.evaluation.cases import Issues
@@ -28,7 +29,7 @@ WORLD = {"test": 512, "hard": 512}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m jrm_jax.evaluate", description="Benchmark a model, or predictions."
     )
     parser.add_argument("--benchmark", choices=tuple(LAYOUTS))

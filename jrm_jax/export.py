@@ -18,6 +18,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jrm_jax.arguments import Parser
 from jrm_jax.data.images import read_config as read_processor_config
 from jrm_jax.data.template import Template, save_tokenizer
 from jrm_jax.errors import UserError
@@ -180,7 +181,7 @@ def _model_card(trained: Trained, dtype: str) -> str:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m jrm_jax.export", description=__doc__.splitlines()[0]
     )
     parser.add_argument("--checkpoint", required=True, help="folder of a run")

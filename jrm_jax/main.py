@@ -6,7 +6,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from jrm_jax import cli
+from jrm_jax import cli, config_cli
 from jrm_jax.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "File[:arguments].", lock_config=True)
@@ -19,9 +19,8 @@ _DISTRIBUTED = flags.DEFINE_enum(
 )
 
 
-def _main(argv: list[str]) -> int:
-    if len(argv) > 1:
-        raise UserError(f"unexpected argument {argv[1]!r}")
+def _main() -> int:
+    config_cli.parse(sys.argv, __doc__)
     if _CONFIG.value is None:
         raise UserError("--config is missing: --config=configs/joint.py")
     cli.keep_memory()
@@ -36,8 +35,7 @@ def _main(argv: list[str]) -> int:
 def main() -> None:
     """Bad input is one line and status 1, whether the flags or the run find it."""
     try:
-        # flags that name no field, and configs that refuse their argument, fail in the parser
-        status = _main(flags.FLAGS(sys.argv))
+        status = _main()
     except cli.REPORTED as error:
         if not cli.is_expected(error) and flags.FLAGS.is_parsed():
             raise

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from jrm_jax import build
+from jrm_jax.arguments import Parser
 from jrm_jax.errors import UserError
 from jrm_jax.serving.reward_model import Group, RewardModel
 from jrm_jax.serving.sheet import draw_sheet
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m jrm_jax.score", description="Rank edited pictures."
     )
     parser.add_argument("--model", required=True, help="a run's folder, or an exported one")

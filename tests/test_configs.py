@@ -11,8 +11,10 @@ from ml_collections import ConfigDict
 
 from configs import discriminative, generative, joint
 from configs.common import REAL, TINY, base, parse_arg
+from jrm_jax import config_cli
 from jrm_jax.data.world import describe
 from jrm_jax.errors import UserError
+from jrm_jax.packaged import CONFIGS, config_names, find_config, load_config_module
 
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = {"joint": joint, "discriminative": discriminative, "generative": generative}
@@ -91,14 +93,25 @@ def test_parse_arg_refuses(arg, words):
 # The command line. The name of a case, its arguments, and what the one line must say.
 JOINT = "--config=configs/joint.py"
 REFUSED = {
-    "field": ((JOINT, "--config.los.margin=1"), ("'los'", '"loss"')),
-    "subfield": ((JOINT, "--config.loss.margn=1"), ("'margn'", '"margin"')),
+    "field": (
+        (JOINT, "--config.los.margin=1"),
+        ("--config.los.margin: there is no such field", "did you mean config.loss.margin?"),
+    ),
+    "subfield": ((JOINT, "--config.loss.margn=1"), ("did you mean config.loss.margin?",)),
+    "short form": (
+        (JOINT, "--config.optimizer.lr=1"), ("did you mean config.optimizer.learning_rate?",)
+    ),
+    "switch": ((JOINT, "--noconfig.data.skip_lrge"), ("did you mean config.data.skip_large?",)),
     "no config": ((), ("--config", "configs/joint.py")),
-    "no such file": (("--config=configs/jont.py",), ("No such file", "configs/jont.py")),
+    "no such file": (
+        ("--config=configs/jont.py",), ("configs/jont.py: no such file", "configs/joint.py?")
+    ),
     "no such file, field": (
         ("--config=configs/jont.py", "--config.seed=1"),
-        ("No such file", "configs/jont.py"),
+        ("configs/jont.py: no such file",),
     ),
+    "bucket": ((JOINT, "--config.data.path=gs://b/set"), ("must be local; mount the bucket",)),
+    "address in a file": (("--config={folder}/own.py",), ("config.data.cache=s3://", "must be")),
     "word for int": ((JOINT, "--config.batch_size=abc"), ("config.batch_size", "'abc'")),
     "fraction for int": ((JOINT, "--config.total_steps=1.5"), ("config.total_steps", "'1.5'")),
     "value for group": ((JOINT, "--config.loss=3"), ("config.loss", "'3'")),
@@ -120,10 +133,15 @@ REFUSED = {
 def refusals(tmp_path_factory):
     """All cases run at the same time: each mostly waits for imports."""
     folder = tmp_path_factory.mktemp("refused")
+    (folder / "own.py").write_text(
+        "from configs import joint\n\n\ndef get_config():\n    config = joint.get_config()\n"
+        "    config.data.cache = 's3://bucket/world'\n    return config\n"
+    )
 
     def run(name):
         workdir = folder / name.replace(" ", "_")
-        command = [sys.executable, "-m", "jrm_jax.main", *REFUSED[name][0]]
+        words = [word.format(folder=folder) for word in REFUSED[name][0]]
+        command = [sys.executable, "-m", "jrm_jax.main", *words]
         done = subprocess.run(
             [*command, f"--workdir={workdir}"],
             capture_output=True, text=True, cwd=ROOT, timeout=300, env={**os.environ},
@@ -145,3 +163,88 @@ def test_the_command_line_refuses_in_one_line(refusals, name):
         assert words in lines[0], lines[0]
     # what could not start may be corrected and run again
     assert not (workdir / "config.json").exists()
+
+
+# Near misses, in the parser itself
+
+FIELDS = list(dict(config_cli._fields(joint.get_config())))
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("lr", "config.optimizer.learning_rate?"),
+        ("learning_rate", "did you mean config.optimizer.learning_rate?"),
+        ("optimizer.rate", "did you mean config.optimizer.learning_rate"),
+        ("bs", "did you mean config.batch_size?"),
+        ("max_steps", "did you mean config.total_steps"),
+        ("wd", "did you mean config.optimizer.weight_decay?"),
+        ("model.path", "config.backbone.path"),
+        ("data.dimension", "did you mean config.data.dimensions?"),
+        ("optimizer.zzz", "config.optimizer has b1, b2, clip_norm"),
+        ("zzz", "config has accumulation, batch_size, best_metric"),
+        ("batch_size.x", "--help lists the fields"),
+    ],
+)
+def test_a_field_that_is_not_there_brings_a_suggestion(name, words):
+    with pytest.raises(UserError) as caught:
+        config_cli.check_field(name, FIELDS)
+    assert words in str(caught.value), caught.value
+    for known in ("seed", "optimizer", "data.world.seed"):
+        config_cli.check_field(known, FIELDS)
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (("jrm_jax.main", "--help"), ("--workdir", "optimizer.learning_rate = 0.0015")),
+        (
+            ("jrm_jax.main", "--config=joint:qwen3_vl_8b", "-h"),
+            ("optimizer.learning_rate = 2e-06", "batch_size = 64", "groups per step, all hosts"),
+        ),
+        (("jrm_jax.aot", "--helpfull"), ("--topology", "loss.chunk = 0")),
+        (("jrm_jax.study", "--help"), ("--minutes", "measure.attempts = 16", "study.py")),
+    ],
+    ids=lambda value: value[0].removeprefix("jrm_jax."),
+)
+def test_help_shows_the_flags_and_the_fields(command, words):
+    done = subprocess.run(
+        [sys.executable, "-m", *command], capture_output=True, text=True, cwd=ROOT, timeout=120
+    )
+    assert done.returncode == 0 and not done.stderr
+    for each in (*words, "--config", "discriminative"):
+        assert each in done.stdout, done.stdout
+
+
+# Configs that come with the code, found from anywhere
+
+
+def test_a_packaged_config_is_known_by_its_name(tmp_path, monkeypatch):
+    assert find_config("configs/joint.py") == "configs/joint.py"  # here it is a file
+    monkeypatch.chdir(tmp_path)
+    assert {"joint", "discriminative", "study"} <= set(config_names())
+    assert "common" not in config_names()
+    for words in ("joint", "joint.py", "configs/joint.py", "configs/joint"):
+        assert find_config(words) == str(CONFIGS / "joint.py")
+        assert find_config(f"{words}:qwen3_vl_8b,a=b") == f"{CONFIGS / 'joint.py'}:qwen3_vl_8b,a=b"
+    (tmp_path / "joint.py").write_text("")
+    assert find_config("joint.py") == "joint.py"  # the user's own comes first
+    for words in ("jont", "other/joint.py", "../configs/joint.py", ""):
+        with pytest.raises(UserError, match="no such file"):
+            find_config(words)
+
+
+def test_packaged_configs_do_not_mind_a_folder_of_the_same_name(tmp_path):
+    """`python -m` looks for modules in the working directory first."""
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "__init__.py").write_text("mine = True")
+    done = subprocess.run(
+        [sys.executable, "-m", "jrm_jax.main", "--config=discriminative", "--help"],
+        capture_output=True, text=True, cwd=tmp_path, timeout=120,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0 and "loss.language_weight = 0.0" in done.stdout, done.stderr
+
+
+def test_a_module_of_the_configs_is_loaded_by_its_name():
+    assert load_config_module("common").base().to_dict() == base().to_dict()

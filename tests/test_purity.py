@@ -60,15 +60,17 @@ ROWS = (
     {"study"},
     {"serving", "planning", "evaluation"},
     {"train"},
-    {"build", "build_data", "checkpoint", "metrics", "report", "watch", "distributed", "cli"},
+    {"build", "build_data", "checkpoint", "metrics", "report", "watch", "distributed", "cli",
+     "config_cli"},
     {"step", "data"},
     {"heads", "losses", "optim", "lora", "sharding", "model"},
+    {"arguments", "packaged"},
     {"errors"},
 )
 ROW_OF = {room: row for row, rooms in enumerate(ROWS) for room in rooms}
 CORE_ROOMS = {"step", "losses", "heads", "optim", "lora", "sharding", "model", "errors"}
 MAY = {  # exceptions that are narrower than their row
-    "data": {"data", "model", "errors"},
+    "data": {"data", "model", "arguments", "errors"},
     **{room: CORE_ROOMS for room in ("step", "losses", "heads", "model")},
 }
 

@@ -10,7 +10,6 @@ undisturbed one byte for byte.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import io
 import itertools
@@ -27,6 +26,8 @@ from pathlib import Path
 
 import numpy as np
 import PIL.Image
+
+from jrm_jax.arguments import Parser
 
 EDITS = 7
 WINDOW = 420  # rows that are mixed: those of twenty sources
@@ -175,7 +176,7 @@ def run(folder: Path, records: int, small: int, side: int) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--records", type=int, default=50_000)
     parser.add_argument("--small", type=int, default=5_000)
     parser.add_argument("--side", type=int, default=64, help="pixels of a picture's side")

@@ -10,7 +10,6 @@ both must agree. With critiques (`joint`) and without (`ranking`).
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import itertools
 import json
@@ -26,6 +25,7 @@ import numpy as np
 
 from configs import joint
 from jrm_jax import build, build_data, cli
+from jrm_jax.arguments import Parser
 from jrm_jax.data.pipeline import assemble_batch
 from jrm_jax.data.plan import make_buckets
 from jrm_jax.data.schema import PreferenceExample
@@ -149,7 +149,7 @@ def compare(groups: list[PreferenceExample], language: bool, rounds: int) -> dic
 
 
 def main(argv: list[str] | None = None) -> dict:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--groups", type=int, default=4, help="per step; each 21 comparisons")
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--out", type=Path)

@@ -9,7 +9,6 @@ the final parameters, optimizer state and losses equal the undisturbed run's bit
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -22,6 +21,8 @@ import time
 from pathlib import Path
 
 import numpy as np
+
+from jrm_jax.arguments import Parser
 
 SMALL = (
     "--corpus=60", "--hidden=32", "--layers=2", "--heads=4", "--kv-heads=2", "--head-dim=16",
@@ -180,7 +181,7 @@ def run(folder: Path, kills: int, steps: int, seed: int, fields: tuple[str, ...]
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")

@@ -20,6 +20,7 @@ import argparse
 import json
 import pathlib
 
+from jrm_jax.arguments import Parser
 from jrm_jax.data.world import describe, scenes
 from jrm_jax.data.world import text as world_text
 
@@ -252,7 +253,7 @@ def save_run_weights(folder: pathlib.Path, run: pathlib.Path) -> int:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=pathlib.Path, required=True, help="folder to write")
     parser.add_argument("--seed", type=int, default=0, help="of the text and of the weights")
     parser.add_argument(

@@ -18,7 +18,6 @@ difference for the bfloat16 export in units of the spread of the rewards, comput
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import os
@@ -36,6 +35,7 @@ import torch
 import transformers
 
 from jrm_jax import cli
+from jrm_jax.arguments import Parser
 from jrm_jax.data.world import scenes
 from jrm_jax.export import export
 from jrm_jax.serving.reward_model import Group, RewardModel
@@ -129,7 +129,7 @@ def compare(ours: list[np.ndarray], theirs: np.ndarray, rough: dict[str, np.ndar
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="a run's folder")
     parser.add_argument("--groups", type=int, default=64)
     parser.add_argument("--judged", type=int, default=16, help="groups that the judge reads")

@@ -31,6 +31,7 @@ from ml_collections import ConfigDict
 
 from configs import joint
 from jrm_jax import build, build_data, cli
+from jrm_jax.arguments import Parser
 from jrm_jax.benchmarks import torch_reference
 from jrm_jax.data.pipeline import repeat_prompt
 from jrm_jax.losses import combine, term_weights
@@ -184,7 +185,7 @@ def mean_flops(step, state: TrainState, inputs: list[tuple[dict, ...]]) -> float
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--backbone", default="", help="default: the packaged tiny one")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--batches", type=int, default=8, help="different ones")

@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from jrm_jax.arguments import Parser
 from jrm_jax.data.ingest import building
 from jrm_jax.data.ingest.judged import Judged
 from jrm_jax.data.ingest.pairs import Pairs
@@ -41,7 +42,7 @@ LAYOUTS = {
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     from jrm_jax.data.world import describe, scenes
 
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m jrm_jax.data.builders", description=__doc__.splitlines()[0]
     )
     commands = parser.add_subparsers(dest="command", required=True)

@@ -14,9 +14,9 @@ import sys
 from absl import flags
 from ml_collections import config_flags
 
-from jrm_jax.errors import UserError
+from jrm_jax import cli, config_cli
 
-_CONFIG = config_flags.DEFINE_config_file("config", "configs/study.py", lock_config=True)
+_CONFIG = config_flags.DEFINE_config_file("config", None, "File[:arguments].", lock_config=True)
 _MINUTES = flags.DEFINE_float("minutes", 0.0, "Stop after so many; 0: when all is done.")
 _REPORT = flags.DEFINE_bool("report", False, "Only write the page, from the cells there are.")
 _CELL = flags.DEFINE_string("cell", "", "Make this cell (again), and nothing else.")
@@ -25,7 +25,7 @@ _KEEP = flags.DEFINE_bool("keep", False, "Keep the folders of the runs after mea
 
 def main() -> None:
     try:
-        flags.FLAGS(sys.argv)
+        config_cli.parse(sys.argv, __doc__, default="configs/study.py")
         # so that the run of a cell ends with its parent
         signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped; the same command goes on"))
         from jrm_jax.study import report, runner
@@ -38,13 +38,10 @@ def main() -> None:
             runner.run(config, minutes=_MINUTES.value, keep=_KEEP.value)
         for path in report.write(config):
             print(path)
-    except (UserError, flags.Error) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
-    except (AttributeError, KeyError) as error:
-        if flags.FLAGS.is_parsed():
+    except cli.REPORTED as error:
+        if not cli.is_expected(error) and flags.FLAGS.is_parsed():
             raise
-        # what the config library raises for a field that is not there
-        sys.exit(f"error: --config has no such field: {error.args[0] if error.args else error}")
+        sys.exit(f"error: {cli.one_line(error)}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ Letters: B groups, K candidates, N patch slots, D hidden width.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import os
@@ -28,6 +27,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jrm_jax import sharding
+from jrm_jax.arguments import Parser
 from jrm_jax.checkpoint import open_checkpoints
 from jrm_jax.data import store
 from jrm_jax.data.pipeline import assemble_batch, make_iterator
@@ -339,7 +339,7 @@ def measure(workdir: Path, settings: ConfigDict, judge: bool) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m jrm_jax.study.measure")
+    parser = Parser(prog="python -m jrm_jax.study.measure")
     parser.add_argument("--workdir", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--settings", required=True, help="config.measure as JSON")
