@@ -23,6 +23,7 @@ from jrm_jax.arguments import Parser
 from jrm_jax.errors import UserError
 from jrm_jax.evaluation import report
 from jrm_jax.evaluation.cases import Issues
+from jrm_jax.evaluation.files import Images
 from jrm_jax.evaluation.layouts import LAYOUTS
 
 WORLD = {"test": 512, "hard": 512}
@@ -34,6 +35,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--benchmark", choices=tuple(LAYOUTS))
     parser.add_argument("--data", help="the benchmark's files as downloaded; not for 'world'")
+    parser.add_argument("--images", metavar="FOLDER", help="of the pictures that the files name")
     parser.add_argument("--checkpoint", help="a run's folder, or an exported one")
     parser.add_argument("--step", default="best", help="of a run: a number, 'best' or 'latest'")
     parser.add_argument("--predictions", nargs="+", metavar="FILE",
@@ -72,7 +74,10 @@ def check_args(args: argparse.Namespace) -> None:
     layout = LAYOUTS[args.benchmark]
     needed = args.benchmark != "world" and (layout.needs_data or not args.predictions)
     if needed and not args.data:
-        raise UserError(f"--benchmark={args.benchmark} needs --data=PATH (its files)")
+        how = f": {layout.download}" if layout.download else ""
+        raise UserError(f"--benchmark={args.benchmark} needs --data=PATH (its files{how})")
+    if args.images and not args.data:
+        raise UserError("--images goes with --data=PATH, the files that name the pictures")
     if args.limit is not None and args.limit < 1:
         raise UserError("--limit must be at least 1")
 
@@ -94,12 +99,13 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     name = args.name or _name(args)
     if model is not None:
-        judged = scoring.score_cases(model, benchmark.cases, issues)
-        _write_predictions(layout, judged, args.out, name)
+        judged = scoring.score_cases(model, benchmark.cases, issues, layout.download)
+        _write_predictions(layout, judged, args.out, name, threshold)
     else:
         judged = layout.read_predictions(benchmark, args.predictions)
     if not judged:
-        raise UserError("nothing to measure: no case has a prediction"
+        what = "no case has a prediction" if benchmark.cases else "the files hold no case to judge"
+        raise UserError(f"nothing to measure: {what}"
                         + "".join(f"; {kind}: {items[0]}" for kind, items in issues.found.items()))
 
     def measure(found):
@@ -140,7 +146,10 @@ def _threshold(args: argparse.Namespace) -> float:
         )
     found = other["tie_threshold_tuned_here"]
     if found is None:
-        raise UserError(f"--tie_from={args.tie_from} holds votes without scores: no threshold")
+        raise UserError(
+            f"--tie_from={args.tie_from} holds no scores of pairs that people call equal, so no"
+            " threshold can be taken from it"
+        )
     return float(found)
 
 
@@ -153,7 +162,7 @@ def _load(args: argparse.Namespace):
 
 def _read(args: argparse.Namespace, layout, issues: Issues, model: Any):
     if args.benchmark != "world" or args.data:
-        return layout.read(args.data, issues)
+        return layout.read(args.data, issues, Images(args.images) if args.images else None)
     from jrm_jax.evaluation.preferences import WORLD_SPLITS, read_world
 
     config = (model.card.get("config") or {}) if model is not None else {}
@@ -166,11 +175,11 @@ def _name(args: argparse.Namespace) -> str:
     return Path(args.checkpoint or args.predictions[0]).resolve().name
 
 
-def _write_predictions(layout, judged, out: Path, name: str) -> None:
+def _write_predictions(layout, judged, out: Path, name: str, threshold: float) -> None:
     folder = out.with_name(f"{out.stem}_predictions")
     shutil.rmtree(folder, ignore_errors=True)  # a file of an earlier run would be counted too
     folder.mkdir()
-    layout.write(judged, folder, name)
+    layout.write(judged, folder, name, threshold)
 
 
 def _dimension_remarks(model: Any, benchmark) -> list[str]:

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import io
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,6 +39,16 @@ class Picture(NamedTuple):
             UserError: missing, unreadable, or no picture.
         """
         return _read(self)
+
+    def digest(self) -> str:
+        """Of the encoded bytes, wherever they lie; of the name where they cannot be read."""
+        data = self.data
+        if data is None:
+            try:
+                data = Path(self.name).read_bytes()
+            except OSError:
+                data = self.name.encode()
+        return hashlib.sha256(data).hexdigest()
 
     @property
     def key(self) -> tuple:
@@ -154,6 +165,15 @@ def note_duplicates(issues: Issues, ids_and_labels: list[tuple[str, Any]]) -> No
             if len(labels[name]) > 1:
                 said = ", ".join(sorted(map(str, labels[name])))
                 issues.add("id with contradicting labels", f"{name}: {said}")
+
+
+def content_id(prompt: Sequence[Part], candidates: Sequence[Sequence[Part]]) -> str:
+    """A name for a case that has none: the same for the same texts and pictures anywhere."""
+
+    def one(parts: Sequence[Part]) -> list:
+        return [p.digest() if isinstance(p, Picture) else ["text", p.text] for p in parts]
+
+    return f"content-{digest(one(prompt), list(map(one, candidates)))}"
 
 
 def missing_pictures(case: Case) -> list[str]:

@@ -21,7 +21,6 @@ from jrm_jax.data.schema import Text
 from jrm_jax.errors import UserError
 from jrm_jax.evaluation import files
 from jrm_jax.evaluation.cases import (
-    Answer,
     Benchmark,
     Case,
     Comparison,
@@ -31,6 +30,7 @@ from jrm_jax.evaluation.cases import (
     note_duplicates,
 )
 from jrm_jax.evaluation.metrics import Metric, accuracy, strict, verdicts
+from jrm_jax.evaluation.predictions import Collected, entries
 from jrm_jax.evaluation.statistics import (
     fisher_mean,
     published_mean,
@@ -47,6 +47,7 @@ COLUMNS = {
 }
 VOTES = {"leftvote": 1, "rightvote": -1, "tievote": 0, "tie": 0, "bothbad_vote": 0, "bothbad": 0}
 PAIRS, RATINGS = "pairs", "ratings"
+CORRELATIONS = "spearman.json"
 PROTOCOL = (
     "Pairs: people prefer the edit with the larger first-dimension score. Accuracy with ties has"
     " three answers; ours takes the threshold from elsewhere, the published one tunes it on these"
@@ -56,15 +57,11 @@ PROTOCOL = (
 
 
 def reader(name: str, kinds: Sequence[str]):
-    """read(path, issues) of a benchmark that has these kinds of rows."""
+    """read(path, issues, images) of a benchmark that has these kinds of rows."""
 
-    def read(path: str, issues: Issues) -> Benchmark:
-        cases: list[Case] = []
-        for file in files.find(path):
-            for row in files.read_rows(file):
-                where = f"{file}: row {len(cases)}"
-                kind = _kind(row, kinds, where)
-                cases.append(_case(row, kind, len(cases), where, file.parent, issues))
+    def read(path: str, issues: Issues, images: files.Images | None = None) -> Benchmark:
+        rows = files.read_rows(path, images)
+        cases = [_case(row, _kind(row, kinds), index) for index, row in enumerate(rows)]
         note_duplicates(
             issues,
             [(case.fields["name"], case.fields["label"]) for case in cases],
@@ -74,37 +71,36 @@ def reader(name: str, kinds: Sequence[str]):
     return read
 
 
-def _kind(row: dict, kinds: Sequence[str], where: str) -> str:
+def _kind(row: files.Row, kinds: Sequence[str]) -> str:
     for kind in kinds:
         instruction, source, candidates = COLUMNS[kind]
-        if all(name in row for name in (instruction, source, *candidates)):
+        if all(name in row.fields for name in (instruction, source, *candidates)):
             return kind
     wanted = " or ".join(str([c[0], c[1], *c[2]]) for c in map(COLUMNS.get, kinds))
-    raise UserError(f"{where}: needs the fields {wanted}; has {', '.join(row)}")
+    raise UserError(f"{row.where}: needs the fields {wanted}; has {', '.join(row.fields)}")
 
 
-def _case(
-    row: dict, kind: str, index: int, where: str, folder: Path, issues: Issues
-) -> Case:
+def _case(row: files.Row, kind: str, index: int) -> Case:
     words, source_name, edit_names = COLUMNS[kind]
-    instruction = str(row[words])
-    source = files.picture(row[source_name], folder, f"{where} {source_name}")
-    edits = [files.picture(row[name], folder, f"{where} {name}") for name in edit_names]
+    fields = row.fields
+    instruction = str(fields[words])
+    source = row.picture(fields[source_name], source_name)
+    edits = [row.picture(fields[name], name) for name in edit_names]
     rated = len(edits) == 1
-    name = row.get("id") or row.get("filename") if not rated else None
-    label = None if rated else _pair_label(row, kind, where)
+    name = fields.get("id") or fields.get("filename") if not rated else None
+    label = None if rated else _pair_label(row, kind)
     if rated:
-        name = digest(instruction, source.key, edits[0].key, row.get("model"))
-        label = files.number(row, "score", where)
-    models = (str(row.get("model", "unknown")),) if rated else (
-        str(row.get("model1", row.get("left_model", ""))),
-        str(row.get("model2", row.get("right_model", ""))),
+        name = digest(instruction, source.key, edits[0].key, fields.get("model"))
+        label = row.number("score")
+    models = (str(fields.get("model", "unknown")),) if rated else (
+        str(fields.get("model1", fields.get("left_model", ""))),
+        str(fields.get("model2", fields.get("right_model", ""))),
     )  # fmt: skip
     return Case(
         id=str(index),
         group=digest(instruction, source.key),
         section=RATINGS if rated else PAIRS,
-        subtask=models[0] if rated else str(row.get("task_type", "")),
+        subtask=models[0] if rated else str(fields.get("task_type", "")),
         prompt=(Text(instruction), source),
         candidates=tuple((edit,) for edit in edits),
         comparisons=() if rated else (Comparison("pair", 0, 1, label),),
@@ -115,17 +111,19 @@ def _case(
     )  # fmt: skip
 
 
-def _pair_label(row: dict, kind: str, where: str) -> int:
+def _pair_label(row: files.Row, kind: str) -> int:
     if kind == "vote":
-        vote = str(row.get("vote_type"))
+        vote = str(row.fields.get("vote_type"))
         if vote not in VOTES:
-            raise UserError(f"{where}: field 'vote_type' is {vote!r}, none of {', '.join(VOTES)}")
+            raise UserError(
+                f"{row.where}: field 'vote_type' is {vote!r}, none of {', '.join(VOTES)}"
+            )
         return VOTES[vote]
-    first, second = (files.number(row, f"model{i}_dim1_score", where) for i in (1, 2))
+    first, second = (row.number(f"model{i}_dim1_score") for i in (1, 2))
     return (first > second) - (first < second)
 
 
-def write(judged: Sequence[Judged], out: Path, model: str) -> None:
+def write(judged: Sequence[Judged], out: Path, model: str, threshold: float = 0.0) -> None:
     """predictions.json: [{'index', 'scores', ...}]; spearman.json as EditReward writes it."""
     rows = [
         {"index": int(case.id), "scores": list(answer.scores), "models": list(case.names)}
@@ -138,7 +136,7 @@ def write(judged: Sequence[Judged], out: Path, model: str) -> None:
         names = list(dict.fromkeys(one.case.subtask for one in rated))
         content = dict(zip(names, rhos, strict=True)) | {"average": published_mean(rhos)}
         content = {k: v if math.isfinite(v) else None for k, v in content.items()}
-        (out / "spearman.json").write_text(json.dumps(content, indent=2))
+        (out / CORRELATIONS).write_text(json.dumps(content, indent=2))
 
 
 def read_predictions(benchmark: Benchmark, paths: Sequence[str]) -> list[Judged]:
@@ -147,24 +145,12 @@ def read_predictions(benchmark: Benchmark, paths: Sequence[str]) -> list[Judged]
     Raises:
         UserError: files of another shape.
     """
-    by_id, found = {case.id: case for case in benchmark.cases}, {}
-    for path in (file for given in paths for file in files.find(given, (".json", ".jsonl"))):
-        if path.name == "spearman.json":
-            continue
-        for number, row in enumerate(files.read_rows(path)):
-            where = f"{path}: entry {number}"
-            name = str(files.field(row, "index", where))
-            scores = tuple(float(score) for score in files.field(row, "scores", where, list))
-            case = by_id.get(name)
-            if case is None:
-                benchmark.issues.add("prediction for an id that is not in the benchmark", name)
-            elif name in found:
-                benchmark.issues.add("second prediction for an id (the first counts)", name)
-            elif len(scores) != len(case.candidates):
-                raise UserError(f"{where}: {len(scores)} scores for {len(case.candidates)} edits")
-            else:
-                found[name] = Judged(case, Answer(scores))
-    return list(found.values())
+    found = Collected(benchmark)
+    given = [file for path in paths for file in files.find(path, (".json", ".jsonl"))]
+    own = [file for file in given if file.name != CORRELATIONS]
+    for row in entries(own, (".json", ".jsonl"), benchmark.issues):
+        found.add(str(row.field("index")), row.field("scores"), row.where)
+    return found.judged
 
 
 def measure(benchmark: Benchmark, judged: Sequence[Judged], threshold: float) -> list[Metric]:

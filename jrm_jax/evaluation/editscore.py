@@ -2,8 +2,9 @@
 
 (TIGER-Lab's benchmark of the same name is `tiger.py`; their numbers cannot be compared.)
 
-On disk: parquet or JSON lines with key (2 ids, the preferred first), instruction, input_image,
-output_images (2), task_type, dimension. Predictions: <task>/<dimension>.jsonl with key, idx, score.
+On disk: the Arrow folder that is downloaded, parquet or JSON lines with key (2 ids, the preferred
+first), instruction, input_image, output_images (2), task_type, dimension. Predictions:
+<task>/<dimension>.jsonl with key, idx, score.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from jrm_jax.evaluation.cases import (
     note_duplicates,
 )
 from jrm_jax.evaluation.metrics import Metric, accuracy, sections, verdicts
+from jrm_jax.evaluation.predictions import entries, to_scores
 
 DIMENSIONS = ("prompt_following", "consistency", "overall")
 CATEGORIES = {
@@ -46,16 +48,14 @@ PROTOCOL = (
 )
 
 
-def read(path: str | None, issues: Issues) -> Benchmark:
+def read(path: str | None, issues: Issues, images: files.Images | None = None) -> Benchmark:
     """Rows of a downloaded benchmark; None: only predictions are known.
 
     Raises:
         UserError: no such files, or a row that lacks a field.
     """
-    cases: list[Case] = []
-    for file in files.find(path) if path else ():
-        for row in files.read_rows(file):
-            cases.append(_case(row, file, len(cases), issues))
+    rows = files.read_rows(path, images) if path else ()
+    cases = [_case(row, index, issues) for index, row in enumerate(rows)]
     note_duplicates(issues, [(f"{c.subtask}/{c.dimension}/{_key(c)}", "") for c in cases])
     known = {(c.subtask, c.dimension, _key(c)) for c in cases}
     for case in cases:
@@ -70,36 +70,34 @@ def _key(case: Case) -> str:
     return " > ".join(case.fields["key"])
 
 
-def _case(row: dict[str, Any], file: Path, index: int, issues: Issues) -> Case:
-    where = f"{file}: row {index}"
-    key = files.field(row, "key", where, (list, tuple))
-    edits = files.field(row, "output_images", where, (list, tuple))
+def _case(row: files.Row, index: int, issues: Issues) -> Case:
+    key = row.field("key", (list, tuple))
+    edits = row.field("output_images", (list, tuple))
     if len(key) != 2 or len(edits) != 2:
-        raise UserError(f"{where}: 'key' and 'output_images' must have two entries each")
-    task = files.field(row, "task_type", where, str)
-    dimension = files.field(row, "dimension", where, str)
+        raise UserError(f"{row.where}: 'key' and 'output_images' must have two entries each")
+    task, dimension = row.field("task_type", str), row.field("dimension", str)
     if dimension not in DIMENSIONS:
-        issues.add("row of an unknown dimension", f"{where}: {dimension}")
-    source = files.picture(files.field(row, "input_image", where), file.parent, f"{where} source")
-    instruction = str(files.field(row, "instruction", where))
+        issues.add("row of an unknown dimension", f"{row.where}: {dimension}")
+    source = row.picture(row.field("input_image"), "source")
+    # what `evaluation.py` writes beside its scores repeats the rows without their instructions
+    instruction = str(row.fields.get("instruction") or "")
     return Case(
         id=f"{index}",
         group=digest(instruction, source.key),
         section=dimension,
         subtask=task,
-        prompt=(Text(instruction), source),
+        prompt=(Text(instruction), source) if instruction else (),
         candidates=tuple(
-            (files.picture(edit, file.parent, f"{where} edit {i}", like=source),)
-            for i, edit in enumerate(edits)
+            (row.picture(edit, f"edit {i}", like=source),) for i, edit in enumerate(edits)
         ),
         comparisons=(Comparison("pair", 0, 1, 1),),
         dimension=dimension,
         names=tuple(map(str, key)),
-        fields={"key": [str(key[0]), str(key[1])], "idx": index},
+        fields={"key": [str(key[0]), str(key[1])], "idx": row.fields.get("idx", index)},
     )
 
 
-def write(judged: Sequence[Judged], out: Path, model: str) -> None:
+def write(judged: Sequence[Judged], out: Path, model: str, threshold: float = 0.0) -> None:
     """<task>/<dimension>.jsonl, anew (EditScore's own script appends)."""
     parts = sections(judged, lambda one: f"{one.case.subtask}/{one.case.dimension}.jsonl")
     for name, items in parts.items():
@@ -128,10 +126,8 @@ def read_predictions(benchmark: Benchmark, paths: Sequence[str]) -> list[Judged]
         if dimension not in DIMENSIONS:
             issues.add("prediction file of an unknown dimension (not read)", path)
             continue
-        for number, row in enumerate(files.read_rows(path), 1):
-            where = f"{path}:{number}"
-            key = files.field(row, "key", where, list)
-            scores = _scores(row, where)
+        for row in entries([path], (".jsonl",), issues):
+            key, scores = row.field("key", list), _scores(row, issues)
             name = " > ".join(map(str, key))
             case = by_key.get((task, dimension, name))
             if case is None:
@@ -144,7 +140,8 @@ def read_predictions(benchmark: Benchmark, paths: Sequence[str]) -> list[Judged]
                     names=tuple(map(str, key)), fields={"key": [str(k) for k in key]},
                 )  # fmt: skip
             seen.append((f"{task}/{dimension}/{name}", ""))
-            judged.append(Judged(case, Answer(scores)))
+            if scores is not None:
+                judged.append(Judged(case, Answer(scores)))
     note_duplicates(issues, seen)
     if any(scores[0] == scores[1] for _, (scores, _) in judged):
         equal = sum(scores[0] == scores[1] for _, (scores, _) in judged)
@@ -152,13 +149,11 @@ def read_predictions(benchmark: Benchmark, paths: Sequence[str]) -> list[Judged]
     return judged
 
 
-def _scores(row: dict[str, Any], where: str) -> tuple[float, float]:
-    given = files.field(row, "score", where, list)
-    try:
-        first, second = (float(value) for value in given)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{where}: 'score' must be two numbers, is {given!r}") from error
-    return first, second
+def _scores(row: files.Row, issues: Issues) -> tuple[float, ...] | None:
+    given = row.field("score")
+    if isinstance(given, list) and len(given) != 2:
+        raise UserError(f"{row.where}: 'score' must be two numbers, is {given!r}")
+    return to_scores(given, row.where, issues)
 
 
 def _mean_of_tasks(values_N2: np.ndarray) -> float:

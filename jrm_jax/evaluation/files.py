@@ -1,17 +1,18 @@
-"""Reading what lies on disk after a download: JSON, JSON lines, parquet, folders of them."""
+"""Reading what lies on disk after a download: rows with checked fields, and their pictures."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from jrm_jax.data.ingest import rows
+from jrm_jax.data.ingest import rows as source
 from jrm_jax.errors import UserError
 from jrm_jax.evaluation.cases import Picture
 
-find = rows.find
+find = source.find
 
 
 def read_json(path: str | Path) -> Any:
@@ -20,58 +21,142 @@ def read_json(path: str | Path) -> Any:
         UserError: missing, or no JSON.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})") from error
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error})") from error
 
 
-def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a file: a JSON list, JSON lines, or parquet.
+class Images:
+    """A folder of the pictures that files name (`--images`).
 
-    Raises:
-        UserError: unreadable, or a row that is no object; names file and row.
+    A name is looked for below the folder as it is, then without its first parts: of a path from
+    another machine only the end is the same.
     """
-    for _, row in rows.read_rows(path):
-        if isinstance(row, UserError):
-            raise row
-        yield row
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise UserError(f"--images={folder} is no folder")
+        self._names: dict[Path, list[str]] = {}
+
+    def find(self, name: str) -> Path | None:
+        """
+        Raises:
+            UserError: another name has led to the same file.
+        """
+        parts = [part for part in re.split(r"[\\/]+", name) if part not in ("", ".")]
+        for start in range(len(parts)):
+            path = self.folder.joinpath(*parts[start:])
+            if not _is_file(path):
+                continue
+            other = self._names.setdefault(path, parts)
+            if other != parts:
+                raise UserError(
+                    f"--images: {'/'.join(other)} and {'/'.join(parts)} would both be {path}; give"
+                    " the folder that holds them under different names"
+                )
+            return path
+        return None
 
 
-def as_list(content: Any, path: Path) -> list:
-    if not isinstance(content, list):
-        raise UserError(f"{path} must hold a list of objects, holds {type(content).__name__}")
-    return content
-
-
-def field(row: dict[str, Any], name: str, where: str, kind: type | tuple = object) -> Any:
-    """
-    Raises:
-        UserError: the field is missing, or of another kind; names file, row and field.
-    """
-    if name not in row:
-        raise UserError(f"{where}: field {name!r} is missing; there are {', '.join(row)}")
-    if not isinstance(row[name], kind):
-        raise UserError(f"{where}: field {name!r} is a {type(row[name]).__name__}")
-    return row[name]
-
-
-def number(row: dict[str, Any], name: str, where: str) -> float:
-    value = field(row, name, where, (int, float, str))
+def _is_file(path: Path) -> bool:
     try:
-        return float(value)
-    except ValueError as error:
-        raise UserError(f"{where}: field {name!r} is {value!r}, not a number") from error
+        return path.is_file()
+    except OSError:  # a name that is too long for one
+        return False
 
 
-def picture(value: Any, folder: Path, where: str, like: Picture | None = None) -> Picture:
-    """A path (relative to `folder`), or the {'bytes', 'path'} of a Hugging Face image column."""
-    if isinstance(value, str) and value:
-        return Picture(str(folder / value), None, like)
-    if isinstance(value, dict) and (value.get("bytes") or value.get("path")):
-        name, data = value.get("path"), value.get("bytes")
-        return Picture(f"{where} ({name})" if data else str(folder / name), data, like)
-    if isinstance(value, bytes):
-        return Picture(where, value, like)
-    return Picture(f"{where}: no picture", b"", like)  # counted as missing when it is read
+class Row(NamedTuple):
+    """An object of a benchmark's file, or of a file of predictions.
+
+    where: file and place, for messages. folder: of the file, which pictures' names start from.
+    """
+
+    fields: dict[str, Any]
+    where: str
+    folder: Path
+    images: Images | None = None
+
+    def field(self, name: str, kind: type | tuple = object) -> Any:
+        """
+        Raises:
+            UserError: the field is missing, or of another kind; names file, row and field.
+        """
+        if name not in self.fields:
+            there = ", ".join(self.fields)
+            raise UserError(f"{self.where}: field {name!r} is missing; there are {there}")
+        value = self.fields[name]
+        if not isinstance(value, kind):
+            raise UserError(f"{self.where}: field {name!r} is a {type(value).__name__}")
+        return value
+
+    def number(self, name: str) -> float:
+        """
+        Raises:
+            UserError: the field is missing, or no number.
+        """
+        value = self.field(name, (int, float, str))
+        try:
+            return float(value)
+        except ValueError as error:
+            words = f"{self.where}: field {name!r} is {value!r}, not a number"
+            raise UserError(words) from error
+
+    def inner(self, value: Any, name: str) -> Row:
+        """An object that stands in this one, at `name`.
+
+        Raises:
+            UserError: it is none.
+        """
+        where = f"{self.where}: {name}"
+        if not isinstance(value, dict):
+            raise UserError(f"{where} must be an object, is a {type(value).__name__}")
+        return self._replace(fields=value, where=where)
+
+    def picture(self, value: Any, what: str, like: Picture | None = None) -> Picture:
+        """A path, or the {'bytes', 'path'} of a Hugging Face image column.
+
+        Raises:
+            UserError: `--images` leads to one file for two names.
+        """
+        data, name = value, None
+        if isinstance(value, dict):
+            data, name = value.get("bytes"), value.get("path")
+        elif isinstance(value, str):
+            data, name = None, value
+        if isinstance(data, bytes) and data:
+            return Picture(f"{self.where} {what}" + (f" ({name})" if name else ""), data, like)
+        if isinstance(name, str) and name:
+            return Picture(str(self.path(name)), None, like)
+        # counted as missing when it is read
+        return Picture(f"{self.where} {what}: no picture", b"", like)
+
+    def path(self, name: str) -> Path:
+        """Where the picture of that name lies: in `--images`, else beside the file."""
+        return (self.images and self.images.find(name)) or self.folder / name
+
+
+def read_rows(
+    path: str | Path,
+    images: Images | None = None,
+    suffixes: Sequence[str] = source.SUFFIXES,
+    bad: Callable[[UserError], None] | None = None,
+) -> Iterator[Row]:
+    """Objects of a file or of all files of a folder: JSON lists, JSON lines, parquet, Arrow.
+
+    Args:
+        bad: told of rows that are none, which are then passed over; None: they end the reading.
+
+    Raises:
+        UserError: no such files, one that cannot be read, or a row that is no object.
+    """
+    for file in find(path, suffixes):
+        for where, row in source.read_rows(file):
+            if not isinstance(row, UserError):
+                yield Row(row, where, file.parent, images)
+            elif bad is None:
+                raise row
+            else:
+                bad(row)

@@ -2,9 +2,9 @@
 
 On disk, as its build script writes them: t2i.json, edit.json, interleaved.json, reasoning.json,
 each {'pairs': [{id, prompt_source, prompt_content, response_a, response_b, chosen, ...}]} with
-contents [['text' | 'image', value], ...]; *_response_only.json have no prompts and can only be used
-with --predictions. Predictions: {id: {'forward': [{'judgement': 'A'|'B', ...}], 'reverse': [...]}};
-in 'reverse' the two answers have changed places.
+contents [['text' | 'image', value], ...]; *_response_only.json, which the repository ships, have no
+prompts and can only be used with --predictions. Predictions: {id: {'forward': [{'judgement':
+'A'|'B', ...}], 'reverse': [...]}}; in 'reverse' the two answers have changed places.
 """
 
 from __future__ import annotations
@@ -29,10 +29,13 @@ from jrm_jax.evaluation.cases import (
     note_duplicates,
 )
 from jrm_jax.evaluation.metrics import Metric, Verdict, accuracy, sections, verdicts
+from jrm_jax.evaluation.predictions import UNKNOWN, to_scores
 
 TASKS = {"image": "t2i", "edit": "edit", "interleaved": "interleaved", "reasoning": "reasoning"}
 LABELS = {"A": 1, "B": -1}
 LETTERS = {1: "A", -1: "B"}
+KINDS = ["text", "image"]
+UNREADABLE = 2  # a label that no judgement agrees with
 PROTOCOL = (
     "Each pair is judged twice, the second time with its answers swapped; accuracy is right"
     " judgements / judgements present (MMRB2's compute_accuracy.py). A reward model judges both"
@@ -40,7 +43,7 @@ PROTOCOL = (
 )
 
 
-def read(path: str, issues: Issues) -> Benchmark:
+def read(path: str, issues: Issues, images: files.Images | None = None) -> Benchmark:
     """`path`: the benchmark's folder, or the file of one task.
 
     Raises:
@@ -51,8 +54,9 @@ def read(path: str, issues: Issues) -> Benchmark:
         content = files.read_json(file)
         if not isinstance(content, dict) or not isinstance(content.get("pairs"), list):
             raise UserError(f"{file} must be an object with a list 'pairs'")
+        whole = files.Row(content, str(file), file.parent, images)
         rows = [
-            _case(task, pair, file, number, issues)
+            _case(task, whole.inner(pair, f"pairs[{number}]"), issues)
             for number, pair in enumerate(content["pairs"])
         ]
         note_duplicates(issues, [(c.id, LETTERS.get(c.comparisons[0].label)) for c in rows])
@@ -83,32 +87,18 @@ def _task_of(path: Path) -> str:
     raise UserError(f"{path.name}: the name must tell the task ({', '.join(TASKS.values())})")
 
 
-def _case(task: str, pair: Any, file: Path, number: int, issues: Issues) -> Case:
-    where = f"{file}: pairs[{number}]"
-    if not isinstance(pair, dict):
-        raise UserError(f"{where} must be an object")
-    name = pair["id"] if "id" in pair else files.field(pair, "pair_id", where)
+def _case(task: str, row: files.Row, issues: Issues) -> Case:
+    pair = row.fields
+    name = pair["id"] if "id" in pair else row.field("pair_id")
     # the benchmark's README calls three fields otherwise than its code
     chosen = pair["human_preference"] if "human_preference" in pair and "chosen" not in pair else (
-        files.field(pair, "chosen", where)
+        row.field("chosen")
     )  # fmt: skip
-    if chosen not in LABELS:
+    label = _label(chosen)
+    if not label:
         issues.add("pair whose 'chosen' is neither A nor B (always counted as wrong)", name)
-    prompt = _parts(pair.get("prompt_content") or [], file.parent, where)
-    answers = tuple(
-        _parts(
-            files.field(files.field(pair, side, where, dict), "response_content", where),
-            file.parent,
-            where,
-        )
-        if "response_content" in files.field(pair, side, where, dict)
-        else ()
-        for side in ("response_a", "response_b")
-    )
-    models = tuple(
-        str(pair[side].get("model_name", pair[side].get("model", "")))
-        for side in ("response_a", "response_b")
-    )
+    prompt = _parts(pair.get("prompt_content") or [], row)
+    sides = [row.field(side, dict) for side in ("response_a", "response_b")]
     _check_annotations(pair, chosen, name, issues)
     return Case(
         id=str(name),
@@ -116,11 +106,16 @@ def _case(task: str, pair: Any, file: Path, number: int, issues: Issues) -> Case
         section=task,
         subtask=str(pair.get("prompt_source", "")),
         prompt=prompt,
-        candidates=answers,
-        comparisons=(Comparison("pair", 0, 1, LABELS.get(chosen, 2)),),
-        names=models,
+        candidates=tuple(_parts(side.get("response_content") or [], row) for side in sides),
+        comparisons=(Comparison("pair", 0, 1, label or UNREADABLE),),
+        names=tuple(str(side.get("model_name", side.get("model", ""))) for side in sides),
         fields={"images": sum(not isinstance(part, Text) for part in prompt)},
     )
+
+
+def _label(letter: Any) -> int:
+    """1 for A, -1 for B, 0 for anything else."""
+    return LABELS.get(letter, 0) if isinstance(letter, str) else 0
 
 
 def _check_annotations(pair: dict, chosen: str, name: Any, issues: Issues) -> None:
@@ -131,20 +126,20 @@ def _check_annotations(pair: dict, chosen: str, name: Any, issues: Issues) -> No
         issues.add("pair whose 'chosen' contradicts the mean of its annotations", name)
 
 
-def _parts(content: Any, folder: Path, where: str) -> tuple[Part, ...]:
+def _parts(content: Any, row: files.Row) -> tuple[Part, ...]:
     parts: list[Part] = []
-    for item in content:
-        if not isinstance(item, list | tuple) or len(item) != 2 or item[0] not in ("text", "image"):
-            raise UserError(f"{where}: content must be [['text' or 'image', value], ...]")
+    for item in content if isinstance(content, list | tuple) else [None]:
+        if not isinstance(item, list | tuple) or len(item) != 2 or item[0] not in KINDS:
+            raise UserError(f"{row.where}: content must be [['text' or 'image', value], ...]")
         kind, value = item
         if kind == "image":
-            parts.append(files.picture(value, folder, where))
+            parts.append(row.picture(value, "picture"))
         elif value:
             parts.append(Text(str(value)))
     return tuple(parts)
 
 
-def write(judged: Sequence[Judged], out: Path, model: str) -> None:
+def write(judged: Sequence[Judged], out: Path, model: str, threshold: float = 0.0) -> None:
     """<task>.json for each task, as MMRB2's own evaluate.py writes them."""
     for task, items in sections(judged, lambda one: one.case.section).items():
         content = {}
@@ -175,9 +170,9 @@ def read_predictions(benchmark: Benchmark, paths: Sequence[str]) -> list[Judged]
         known = {case.id for case in cases}
         for name in content:
             if name not in known:
-                issues.add("prediction for an id that is not in the benchmark", f"{task}: {name}")
+                issues.add(UNKNOWN, f"{task}: {name}")
         for case in cases:
-            if case.id not in content:
+            if content.get(case.id) is None:
                 continue  # counted as missing by the caller
             votes, scores = _votes(content[case.id], f"{path}: {case.id}", issues)
             judged.append(Judged(case, Answer(scores, {"pair": votes})))
@@ -200,18 +195,20 @@ def _votes(entry: Any, where: str, issues: Issues) -> tuple[list[int], tuple | N
     votes, scores = [], None
     for side, sign in (("forward", 1), ("reverse", -1)):
         given = entry.get(side) or []
-        if not isinstance(given, list) or (given and not isinstance(given[0], dict)):
+        if not isinstance(given, list) or (given and not isinstance(given[0], dict | None)):
             raise UserError(f"{where}: {side!r} must be a list of objects with 'judgement'")
-        letter = given[0].get("judgement") if given else None
+        first = (given[0] if given else None) or {}
+        letter = first.get("judgement")
         if not letter:
             issues.add("judgement that is missing (leaves the denominator)", f"{where}: {side}")
             continue
-        if letter not in LABELS:
+        if not _label(letter):
             issues.add("judgement that is neither A nor B (wrong)", f"{where}: {letter!r}")
-        votes.append(sign * LABELS.get(letter, 0))
-        rewards = given[0].get("metadata")
+        votes.append(sign * _label(letter))
+        rewards = first.get("metadata")
         if isinstance(rewards, dict) and {"reward_a", "reward_b"} <= set(rewards):
-            scores = (float(rewards["reward_a"]), float(rewards["reward_b"]))
+            both = [rewards["reward_a"], rewards["reward_b"]]
+            scores = to_scores(both, where, issues, "reward that is no number (the votes count)")
     return votes, scores
 
 
@@ -281,9 +278,10 @@ def _consistency(section: str, items: list[Verdict]) -> Metric:
 
 
 def _subsets(task: str, cases: list[Case], items: list[Verdict]) -> list[Metric]:
-    """Prompts with one picture (which published single-image numbers use), and same-model pairs."""
+    """Prompts with one picture or several (published apart), and pairs of one model."""
     tests = {
         "one input picture": lambda case: case.fields["images"] == 1,
+        "several input pictures": lambda case: case.fields["images"] > 1,
         "two answers of one model": lambda case: bool(case.names[0])
         and case.names[0] == case.names[1],
     }

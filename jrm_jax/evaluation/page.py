@@ -12,7 +12,16 @@ from jrm_jax.data.images import open_image
 from jrm_jax.errors import UserError
 from jrm_jax.evaluation.cases import SHOWN, Judged, Picture
 from jrm_jax.evaluation.metrics import Verdict
-from jrm_jax.evaluation.report import about, instruction, interval, note, own_cells, value, worst
+from jrm_jax.evaluation.report import (
+    about,
+    instruction,
+    interval,
+    note,
+    own_cells,
+    table_words,
+    value,
+    worst,
+)
 
 SIDE = 220  # pixels of a picture in the report
 STYLE = """
@@ -122,16 +131,13 @@ def _numbers(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _published(result: dict[str, Any]) -> str:
-    table = result["published"]
-    if table is None:
-        return ""
-    lines = [("main", [f"{result['model']} (here)", *own_cells(result)])]
-    lines += [("", [name, *(c or "-" for c in cells)]) for name, cells in table["rows"].items()]
-    return (
-        "<h2>Published numbers of other systems</h2>"
-        f"<p class=faint>{_text(table['source'])}; {_text(table['remark'])}</p>"
-        + _table(["", *table["columns"].values()], lines, {0})
-    )
+    parts = ["<h2>Published numbers of other systems</h2>"] if result["published"] else []
+    for table in result["published"]:
+        lines = [("main", [f"{result['model']} (here)", *own_cells(result, table)])]
+        lines += [("", [name, *(c or "-" for c in cells)]) for name, cells in table["rows"].items()]
+        parts.append(f"<p class=faint>{_text(table_words(table))}</p>")
+        parts.append(_table(["", *table["columns"].values()], lines, {0}))
+    return "".join(parts)
 
 
 # Probes

@@ -12,21 +12,24 @@ from pathlib import Path
 
 import numpy as np
 
+from jrm_jax.data.ingest.rows import is_place
 from jrm_jax.data.schema import Image, PreferenceExample, from_record, parse_json
+from jrm_jax.data.store import MANIFEST, open_dataset
 from jrm_jax.errors import UserError
 from jrm_jax.evaluation import files
 from jrm_jax.evaluation.cases import (
-    Answer,
     Benchmark,
     Case,
     Comparison,
     Issues,
     Judged,
     Picture,
+    content_id,
     digest,
     note_duplicates,
 )
 from jrm_jax.evaluation.metrics import Metric, accuracy, sections, strict, verdicts
+from jrm_jax.evaluation.predictions import Collected, entries
 
 PROTOCOL = (
     "Pair accuracy: share of the pairs people decided in which the preferred candidate scores"
@@ -36,17 +39,22 @@ PROTOCOL = (
 WORLD_SPLITS = ("test", "hard")
 
 
-def read_jsonl(path: str, issues: Issues) -> Benchmark:
+def read_jsonl(path: str, issues: Issues, images: files.Images | None = None) -> Benchmark:
     """JSON lines with picture paths beside them, or a data set that builders.py prepared.
 
     Raises:
-        UserError: no such files. A line that is no valid example is an issue, not an error.
+        UserError: no such files, or a data set that holds nothing but what models train on. A line
+            that is no valid example is an issue, not an error.
     """
     folder = Path(path)
-    if folder.is_dir() and (folder / "jrm_jax.json").is_file():
-        from jrm_jax.data.store import open_dataset
-
+    if folder.is_dir() and (folder / MANIFEST).is_file():
         splits = {name: split for name, split in open_dataset(folder).items() if name != "train"}
+        if not splits:
+            raise UserError(
+                f"{folder} holds the split 'train' only, which is not judged: a model may have"
+                " learnt it by heart. Give a data set with another split (builders: --split=test"
+                " or --valid_fraction=0.05), or the JSON lines of held-out groups"
+            )
         cases = [
             case
             for name, split in splits.items()
@@ -55,21 +63,24 @@ def read_jsonl(path: str, issues: Issues) -> Benchmark:
         ]
         return _benchmark("jsonl", cases, issues)
     cases = []
-    for file in files.find(path, (".jsonl", ".json")):
-        for number, row in enumerate(files.read_rows(file), 1):
-            pictures: dict[bytes, Picture] = {}
 
-            def read(name: str, folder=file.parent, pictures=pictures) -> bytes:
-                # the schema keeps bytes; a mark stands for the file, which is read when scored
-                pictures[name.encode()] = Picture(str(folder / name))
-                return name.encode()
+    def bad(error: UserError) -> None:
+        issues.add("line that is no valid example (left out)", error)
 
-            try:
-                example = parse_json(row, read, f"{file}:{number}")
-            except UserError as error:
-                issues.add("line that is no valid example (left out)", error)
-                continue
-            cases += _cases(example, "pairs", pictures)
+    for row in files.read_rows(path, images, (".jsonl", ".json"), bad):
+        pictures: dict[bytes, Picture] = {}
+
+        def read(name: str, row=row, pictures=pictures) -> bytes:
+            # the schema keeps bytes; a mark stands for the file, which is read when scored
+            pictures[name.encode()] = Picture(str(row.path(name)))
+            return name.encode()
+
+        try:
+            example = parse_json(row.fields, read, row.where)
+        except UserError as error:
+            bad(error)
+            continue
+        cases += _cases(example, "pairs", pictures)
     return _benchmark("jsonl", cases, issues)
 
 
@@ -121,6 +132,7 @@ def _cases(
     prompt = parts(example.prompt)
     candidates = tuple(parts(candidate.parts) for candidate in example.candidates)
     group = digest([p.key if isinstance(p, Picture) else p for p in prompt])
+    name = content_id(prompt, candidates) if is_place(example.id) else example.id
     for column, dimension in enumerate(example.dimensions):
         weight = example.weight[..., column]
         comparisons = tuple(
@@ -129,12 +141,12 @@ def _cases(
         )
         if comparisons:
             yield Case(
-                example.id, group, section, subtask, prompt, candidates, comparisons, dimension,
+                name, group, section, subtask, prompt, candidates, comparisons, dimension,
                 names=tuple(kinds) or tuple(f"candidate {i}" for i in range(len(candidates))),
             )  # fmt: skip
 
 
-def write(judged: Sequence[Judged], out: Path, model: str) -> None:
+def write(judged: Sequence[Judged], out: Path, model: str, threshold: float = 0.0) -> None:
     """predictions.jsonl: {'id', 'scores': {dimension: [..]}}."""
     lines: dict[str, dict] = {}
     for case, answer in judged:
@@ -149,30 +161,10 @@ def read_predictions(benchmark: Benchmark, paths: Sequence[str]) -> list[Judged]
     Raises:
         UserError: lines of another shape.
     """
-    known = sections(benchmark.cases, lambda case: case.id)
-    found: dict[str, list[Judged]] = {}
-    for path in (file for given in paths for file in files.find(given, (".jsonl",))):
-        for number, row in enumerate(files.read_rows(path), 1):
-            where = f"{path}:{number}"
-            name = str(files.field(row, "id", where))
-            scores = files.field(row, "scores", where, (list, dict))
-            if name not in known:
-                benchmark.issues.add("prediction for an id that is not in the benchmark", name)
-                continue
-            if name in found:
-                benchmark.issues.add("second prediction for an id (the first counts)", name)
-                continue
-            found[name] = []
-            for case in known[name]:
-                own = scores.get(case.dimension) if isinstance(scores, dict) else scores
-                if own is None:
-                    continue
-                if len(own) != len(case.candidates):
-                    raise UserError(
-                        f"{where}: {len(own)} scores for {len(case.candidates)} candidates"
-                    )
-                found[name].append(Judged(case, Answer(tuple(float(s) for s in own))))
-    return [one for items in found.values() for one in items]
+    found = Collected(benchmark)
+    for row in entries(paths, (".jsonl",), benchmark.issues):
+        found.add(str(row.field("id")), row.field("scores"), row.where)
+    return found.judged
 
 
 def measure(benchmark: Benchmark, judged: Sequence[Judged], threshold: float) -> list[Metric]:

@@ -5,6 +5,7 @@ Letters: K candidates, D width of the reward token's state.
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,7 +13,9 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
-from jrm_jax.evaluation.cases import Case, Judged, Picture, missing_pictures
+from jrm_jax.data.images import open_image
+from jrm_jax.data.schema import Text
+from jrm_jax.evaluation.cases import Case, Judged, Part, Picture, missing_pictures
 from jrm_jax.evaluation.metrics import strict, verdicts
 from jrm_jax.evaluation.report import main_dimension
 from jrm_jax.evaluation.scoring import CHUNK, Change, column, encode_case, pixel_distance
@@ -56,6 +59,8 @@ def probe(model: Any, judged: Sequence[Judged], count: int = CASES) -> dict[str,
         _tell_rank(model, cases, numbers, tell)
         _tell_pixels(chosen, base, numbers, tell)
         _tell_changes(model, cases, base, spread, numbers, tell)
+        _tell_instruction(model, cases, base, spread, numbers, tell)
+        _tell_black(model, cases, base, numbers, tell)
         _tell_swap(model, cases, base, numbers, tell)
         _tell_critiques(model, chosen, base, numbers, tell)
     asked = main_dimension(judged)
@@ -151,6 +156,72 @@ def _tell_changes(model, cases, base, spread: float, numbers, tell: Callable) ->
              f"{share:.2f} of the scores' spread; {flipped:.0%} of {pairs:,} pairs turn",
              "all pictures of a case are changed alike, so the order should stay; 1: as far as"
              " scores of different edits lie apart")  # fmt: skip
+
+
+def _tell_instruction(model, cases, base, spread: float, numbers, tell: Callable) -> None:
+    """Every case with the words of the next case that says something else."""
+    texts = ["\n".join(p.text for p in case.prompt if isinstance(p, Text)) for case in cases]
+    chosen, changed = [], []
+    for place, case in enumerate(cases):
+        others = (texts[(place + step) % len(cases)] for step in range(1, len(cases)))
+        other = next((words for words in others if words and words != texts[place]), "")
+        if texts[place] and other:
+            chosen.append(place)
+            changed.append(case._replace(prompt=_with_words(case.prompt, other)))
+    if not changed:
+        return
+    own, found = [base[place] for place in chosen], _rewards(model, changed)
+    gap_N = np.concatenate(found) - np.concatenate(own)
+    drift = float(np.abs(gap_N).mean()) / spread if spread else math.nan
+    lower, (flipped, pairs) = float((gap_N < 0).mean()), _flips(own, found)
+    numbers["another_instruction"] = {
+        "drift": drift, "lower": lower, "flips": flipped, "pairs": pairs, "cases": len(chosen),
+    }  # fmt: skip
+    tell("another instruction",
+         f"{drift:.2f} of the scores' spread; {lower:.0%} of {len(gap_N):,} scores fall;"
+         f" {flipped:.0%} of {pairs:,} pairs turn",
+         "each case with the words of another one: scores should fall and the order should change;"
+         " near 0: the model does not read the instruction")  # fmt: skip
+
+
+def _with_words(prompt: Sequence[Part], words: str) -> tuple[Part, ...]:
+    """The words instead of the prompt's first text, and no other text."""
+    first = next(place for place, part in enumerate(prompt) if isinstance(part, Text))
+    return tuple(
+        Text(words) if place == first else part
+        for place, part in enumerate(prompt)
+        if place == first or isinstance(part, Picture)
+    )
+
+
+def _tell_black(model, cases, base, numbers, tell: Callable) -> None:
+    """The last candidate's pictures in black, against all candidates as they are."""
+    chosen, changed = [], []
+    for place, case in enumerate(cases):
+        if any(isinstance(part, Picture) for part in case.candidates[-1]):
+            black = tuple(_black(p) if isinstance(p, Picture) else p for p in case.candidates[-1])
+            chosen.append(place)
+            changed.append(case._replace(candidates=(*case.candidates[:-1], black)))
+    if not changed:
+        return
+    scores = [reward_K[-1] for reward_K in _rewards(model, changed)]
+    below = [float(own < real) for own, place in zip(scores, chosen, strict=True)
+             for real in base[place]]  # fmt: skip
+    last = [own < base[place].min() for own, place in zip(scores, chosen, strict=True)]
+    share, lowest = float(np.mean(below)), float(np.mean(last))
+    numbers["black_candidate"] = {"below": share, "lowest": lowest, "cases": len(chosen)}
+    tell("black candidate",
+         f"scores lower than {share:.0%} of {len(below):,} real ones; the lowest of its group in"
+         f" {lowest:.0%} of {len(chosen):,}",
+         "a black picture in a candidate's place should be the worst of all; near one half: the"
+         " model does not look at the candidate")  # fmt: skip
+
+
+def _black(picture: Picture) -> Picture:
+    """A black one of the same size."""
+    file = io.BytesIO()
+    PIL.Image.new("RGB", open_image(picture.read()).size).save(file, "PNG")
+    return Picture(f"{picture.name} in black", file.getvalue())
 
 
 def _flips(base: Sequence[np.ndarray], other: Sequence[np.ndarray]) -> tuple[float, int]:

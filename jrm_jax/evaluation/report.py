@@ -77,7 +77,14 @@ def make_result(
 
 
 def _gaps(judged: Sequence[Judged]) -> tuple[np.ndarray, np.ndarray]:
-    found = [(v.comparison.label, v.gap) for v in verdicts(judged) if v.gap is not None]
+    """Labels and differences of scores where ties can be learnt: in parts that have some."""
+    scored = [v for v in verdicts(main_dimension(judged)) if v.gap is not None]
+    parts = {v.judged.case.section for v in scored if v.comparison.label == 0}
+    found = [
+        (v.comparison.label, v.gap)
+        for v in scored
+        if v.judged.case.section in parts and v.comparison.label in (-1, 0, 1)
+    ]
     values = np.array(found, float).reshape(-1, 2)
     return values[:, 0], values[:, 1]
 
@@ -118,10 +125,9 @@ def _published() -> dict[str, Any]:
     return json.loads((Path(__file__).parent / "published.json").read_text(encoding="utf-8"))
 
 
-def published(benchmark: str) -> dict[str, Any] | None:
-    """The table of other systems' numbers for a benchmark, or None."""
-    tables = (table for table in _published()["tables"] if table["benchmark"] == benchmark)
-    return next(tables, None)
+def published(benchmark: str) -> list[dict[str, Any]]:
+    """The tables of other systems' numbers for a benchmark, one for each source and protocol."""
+    return [table for table in _published()["tables"] if table["benchmark"] == benchmark]
 
 
 def plain(value: Any) -> Any:
@@ -152,6 +158,9 @@ def load_result(path: str) -> dict[str, Any]:
 def compare(first_path: str, second_path: str) -> dict[str, Any]:
     """Paired tests of all headline numbers that both have, on the judgements that both have.
 
+    Where no number has one name in both, the splits do not count: a file of JSON lines and a
+    prepared data set of it are compared by their groups' ids.
+
     Raises:
         UserError: other benchmarks, or nothing in common.
     """
@@ -161,9 +170,11 @@ def compare(first_path: str, second_path: str) -> dict[str, Any]:
             f"{first_path} is of {first['benchmark']}, {second_path} of {second['benchmark']}:"
             " only results of one benchmark can be compared"
         )
-    rows = []
-    for name, own in first["judgements"].items():
-        one, other = _numbered(own), _numbered(second["judgements"].get(name, []))
+    rows, mine, others = [], first["judgements"], second["judgements"]
+    if not mine.keys() & others.keys():
+        mine, others = _without_parts(mine), _without_parts(others)
+    for name, own in mine.items():
+        one, other = _numbered(own), _numbered(others.get(name, []))
         common = [key for key in one if key in other]
         if not common:
             continue
@@ -182,6 +193,14 @@ def compare(first_path: str, second_path: str) -> dict[str, Any]:
         raise UserError(f"{first_path} and {second_path} share no judgement")
     return {"benchmark": first["benchmark"], "first": first_path, "second": second_path,
             "rows": rows}  # fmt: skip
+
+
+def _without_parts(judgements: dict[str, list]) -> dict[str, list]:
+    """The same number's judgements of all parts together."""
+    found: dict[str, list] = {}
+    for name, items in judgements.items():
+        found.setdefault(name.split(": ", 1)[-1], []).extend(items)
+    return found
 
 
 def _numbered(items: list) -> dict[tuple[str, int], tuple[str, float]]:
@@ -225,7 +244,7 @@ def markdown(result: dict[str, Any]) -> str:
                    note(row)])
         )  # fmt: skip
     lines += ["", *_probe_lines(result.get("probe")), *_issue_lines(result["issues"])]
-    lines += [*_published_lines(result), ""]
+    lines += _published_lines(result)
     return "\n".join(lines)
 
 
@@ -289,23 +308,26 @@ def _issue_lines(issues: dict[str, Any]) -> list[str]:
 
 
 def _published_lines(result: dict[str, Any]) -> list[str]:
-    table = result["published"]
-    if table is None:
-        return []
-    lines = [f"Published numbers of other systems ({table['source']}; {table['remark']}):", ""]
-    names = list(table["columns"].values())
-    lines += [_line(["", *names]), _line(["---", *["---:"] * len(names)])]
-    mine = own_cells(result)
-    lines.append(_line([f"**{result['model']}** (here)", *mine]))
-    lines += [_line([name, *(cell or "-" for cell in cells)])
-              for name, cells in table["rows"].items()]  # fmt: skip
+    lines = []
+    for table in result["published"]:
+        lines += [f"Published numbers of other systems. {table_words(table)}", ""]
+        names = list(table["columns"].values())
+        lines += [_line(["", *names]), _line(["---", *["---:"] * len(names)])]
+        lines.append(_line([f"**{result['model']}** (here)", *own_cells(result, table)]))
+        lines += [_line([name, *(cell or "-" for cell in cells)])
+                  for name, cells in table["rows"].items()]  # fmt: skip
+        lines.append("")
     return lines
 
 
-def own_cells(result: dict[str, Any]) -> list[str]:
+def table_words(table: dict[str, Any]) -> str:
+    """How the numbers of a published table came about, and where they stand."""
+    remark = table["remark"].rstrip(".")
+    return f"Protocol: {table['protocol']}. Source: {table['source']}. Remark: {remark}."
+
+
+def own_cells(result: dict[str, Any], table: dict[str, Any]) -> list[str]:
     """Our numbers by the rule the published ones follow, in their units."""
-    table = result["published"]
-    percent = result["benchmark"] != "editscore_bench"
     cells = []
     for section in table["columns"]:
         rows = [row for row in result["rows"] if row["section"] == section]
@@ -313,7 +335,7 @@ def own_cells(result: dict[str, Any]) -> list[str]:
         tuned = [row for row in rows if row["metric"].endswith("published rule")]
         named = [row for row in tuned if row["metric"].startswith("strict")] or tuned or rows
         number = named[0]["value"] if named else None
-        shown = f"{100 * (number or 0):.2f}" if percent else f"{number or 0:.3f}"
+        shown = f"{100 * (number or 0):.2f}" if table["unit"] == "percent" else f"{number or 0:.3f}"
         cells.append("-" if number is None else shown)
     return cells
 

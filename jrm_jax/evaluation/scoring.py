@@ -57,18 +57,26 @@ def encode_case(model: Any, case: Case, change: Change | None = None):
     return model.encoder.encode_group(prompt, candidates)
 
 
-def score_cases(model: Any, cases: Sequence[Case], issues: Issues) -> list[Judged]:
+def score_cases(
+    model: Any, cases: Sequence[Case], issues: Issues, download: str = ""
+) -> list[Judged]:
     """Cases whose pictures can be read, in order; equal cases are scored once.
 
+    Args:
+        download: how complete files of the benchmark are made, for a message.
+
     Raises:
-        UserError: the files hold no prompts or answers (labels only).
+        UserError: the files hold no prompts, or no answers (labels only).
     """
     from rich.progress import track
 
-    if cases and not any(parts for case in cases for parts in case.candidates):
+    bare = [case for case in cases if not case.prompt or not any(case.candidates)]
+    if bare:
+        first = bare[0]
         raise UserError(
-            "these files hold labels but no prompts or answers: build the benchmark with its"
-            " pictures, or give --predictions"
+            f"{len(bare):,} of {len(cases):,} cases have no prompts or no answers in these files"
+            f" (first: {first.section} {first.id}), and a model cannot judge without them; complete"
+            f" files: {download or 'see docs/evaluation.md'}. Or give --predictions"
         )
     readable: dict[Any, Case] = {}
     for case in cases:

@@ -10,8 +10,9 @@ import numpy as np
 from jrm_jax.evaluation.cases import Benchmark, Case, Judged
 from jrm_jax.evaluation.metrics import Metric, accuracy, sections, strict, verdicts
 from jrm_jax.evaluation.statistics import accuracy_with_ties, tune_threshold
-from jrm_jax.evaluation.tiger import SIZES, TIES
+from jrm_jax.evaluation.tiger import LETTERS, SIZES
 
+OFFICIAL_TIES = ("A=B=Good", "A=B=Bad")
 TUNED = "threshold for ties tuned on these very groups, as published"
 
 
@@ -38,7 +39,7 @@ def measure(benchmark: Benchmark, judged: Sequence[Judged], threshold: float) ->
         )
         decided = strict(verdicts(items))
         metrics.append(accuracy(name, "pair accuracy, people's ties left out", decided))
-    if everything and all(one.answer.scores and "order" in one.case.fields for one in everything):
+    if everything and all(one.answer.scores and "vote" in one.case.fields for one in everything):
         metrics += _published(everything, parts, totals)
     return metrics
 
@@ -71,14 +72,14 @@ def _published(
         members = [one for one in items if one.case.section == name]
         labels, gaps, groups, ids = _pairs(members)
         values = np.stack([labels, gaps], axis=1) if len(labels) else np.zeros((0, 2))
-        tuned = tune_threshold(labels, gaps)[0] if name == SIZES[2] else 0.0
+        tuned = tuned_threshold(members) if name == SIZES[2] else 0.0
         statistic = _tuned if name == SIZES[2] else _without_ties
         note = f"{TUNED}: {tuned:.6g}" if name == SIZES[2] else ""
         metrics.append(
             Metric(name, "pair accuracy, published rule", values, groups, ids, statistic,
                    official=True, note=note)
         )  # fmt: skip
-        hits = [float(_official_right(one, tuned)) for one in members]
+        hits = [float(official_right(one, tuned)) for one in members]
         rights += hits
         metrics.append(
             _of_groups(name, "strict accuracy, published rule", members, hits, official=True,
@@ -106,25 +107,39 @@ def _pairs(items: Sequence[Judged]) -> tuple[np.ndarray, np.ndarray, list[str], 
     return np.asarray(labels, float), np.asarray(gaps, float), groups, ids
 
 
+def tuned_threshold(pairs: Sequence[Judged]) -> float:
+    """For ties: the one that is best on these groups of two edits, by the published rule."""
+    labels, gaps, _, _ = _pairs(pairs)
+    return tune_threshold(labels, gaps)[0]
+
+
+def _official_ranking(case: Case) -> str:
+    """'' where there is none, or no text."""
+    text = case.fields["vote"].get("ranking")
+    return text if isinstance(text, str) else ""
+
+
 def _official_label(case: Case, i: int, j: int) -> int:
-    """By the place of the letters in the text; a bare 'A=B' so reads as A above B."""
-    text = str(case.fields["ranking"])
+    """By the place of the letters in the text: 'A=B' and 'A=B=Good ' so read as A above B."""
+    text = _official_ranking(case)
     if text in ("B>A", "A<B"):
         return -1
-    if text in TIES[:2]:
+    if text in OFFICIAL_TIES:
         return 0
-    first, second = text.find("ABCD"[i]), text.find("ABCD"[j])
+    first, second = text.find(LETTERS[i]), text.find(LETTERS[j])
     return 0 if -1 in (first, second) else (1 if first < second else -1)
 
 
-def _official_right(one: Judged, tuned: float) -> bool:
-    scores, text = one.answer.scores, str(one.case.fields["ranking"])
-    if text in TIES[:2]:
+def official_right(one: Judged, tuned: float) -> bool:
+    """A group's strict accuracy as published: blanks in a ranking make it unreadable, and 'A<B<C'
+    has A first. Equal scores are ranked the last first."""
+    scores, text = one.answer.scores, _official_ranking(one.case)
+    if text in OFFICIAL_TIES:
         return abs(scores[0] - scores[1]) <= tuned
-    order = one.case.fields["order"]
-    if order is None or order == "tie":
+    if "=" in text:
         return False
-    return tuple(order) == tuple(np.argsort(scores)[::-1])
+    letters = "BA" if text == "A<B" else text.replace(">", "").replace("<", "")
+    return list(letters) == [LETTERS[i] for i in np.argsort(scores)[::-1]]
 
 
 def _tuned(values_N2: np.ndarray) -> float:

@@ -17,6 +17,7 @@ from jrm_jax.errors import UserError
 SUFFIXES = (".json", ".jsonl", ".parquet", ".arrow")
 # what the `datasets` library writes beside the rows of a folder that it saved
 NO_ROWS = re.compile(r"state\.json|dataset_infos?\.json|dataset_dict\.json|cache-.*\.arrow")
+_PLACE = re.compile(r".+\.(json|jsonl|parquet|arrow|csv)(:\d+|\[\d+\])", re.DOTALL)
 Pick = Callable[[list[str]], list[str]]
 _BLOCK = 1 << 16  # characters
 _BATCH = 16  # rows of parquet
@@ -66,6 +67,11 @@ def read_rows(
         raise UserError(f"{path} cannot be read ({error.strerror or error})") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text ({error})") from error
+
+
+def is_place(name: str) -> bool:
+    """Whether a name is the `where` of a row: the id of a record that was given none."""
+    return _PLACE.fullmatch(name) is not None
 
 
 def _lines(path: Path, columns, skip: int) -> Iterator[tuple[str, Any]]:

@@ -1,0 +1,91 @@
+"""Scores out of files that anybody wrote: what is no number is listed and counts as not judged."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from jrm_jax.errors import UserError
+from jrm_jax.evaluation import files
+from jrm_jax.evaluation.cases import Answer, Benchmark, Issues, Judged
+from jrm_jax.evaluation.metrics import sections
+
+NOT_JUDGED = "score that is no number (the case counts as not judged)"
+NO_ENTRY = "entry of a prediction file that is no object (passed over)"
+UNKNOWN = "prediction for an id that is not in the benchmark"
+SECOND = "second prediction for an id (the first counts)"
+
+
+def entries(
+    paths: Sequence[str], suffixes: Sequence[str], issues: Issues
+) -> Iterator[files.Row]:
+    """Objects of prediction files and folders; what else stands in them is listed.
+
+    Raises:
+        UserError: no such files, or one that cannot be read.
+    """
+    for path in paths:
+        yield from files.read_rows(
+            path, None, suffixes, lambda error: issues.add(NO_ENTRY, error)
+        )
+
+
+def to_scores(
+    values: Any, where: str, issues: Issues, kind: str = NOT_JUDGED
+) -> tuple[float, ...] | None:
+    """Finite numbers (or text that says such); None, and listed, where one is something else."""
+    given = values if isinstance(values, list | tuple) else [values]
+    found = [_number(value) for value in given]
+    if given is values and all(math.isfinite(score) for score in found):
+        return tuple(found)
+    issues.add(kind, f"{where}: {str(values)[:80]}")
+    return None
+
+
+def _number(value: Any) -> float:
+    """nan where it is none."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return math.nan
+    try:
+        return float(value)
+    except (ValueError, OverflowError):
+        return math.nan
+
+
+class Collected:
+    """Answers to a benchmark's cases, by id. Unknown ids and second answers are listed."""
+
+    def __init__(self, benchmark: Benchmark):
+        self.issues = benchmark.issues
+        self._cases = sections(benchmark.cases, lambda case: case.id)
+        self._found: dict[str, list[Judged]] = {}
+
+    def add(self, name: str, values: Any, where: str) -> None:
+        """values: scores, one per candidate, or {reward dimension: scores}.
+
+        Raises:
+            UserError: another number of scores than the case has candidates.
+        """
+        if name not in self._cases:
+            self.issues.add(UNKNOWN, name)
+            return
+        if self._found.get(name):
+            self.issues.add(SECOND, name)
+            return
+        self._found[name] = []
+        for case in self._cases[name]:
+            own = values
+            if isinstance(values, dict):
+                if case.dimension not in values:
+                    continue
+                own = values[case.dimension]
+            if isinstance(own, list) and len(own) != len(case.candidates):
+                raise UserError(f"{where}: {len(own)} scores for {len(case.candidates)} candidates")
+            scores = to_scores(own, where, self.issues)
+            if scores is not None:
+                self._found[name].append(Judged(case, Answer(scores)))
+
+    @property
+    def judged(self) -> list[Judged]:
+        return [one for items in self._found.values() for one in items]
