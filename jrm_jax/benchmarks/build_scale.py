@@ -20,7 +20,6 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -28,6 +27,7 @@ import numpy as np
 import PIL.Image
 
 from jrm_jax.arguments import Parser
+from jrm_jax.benchmarks.reporting import run_command
 
 EDITS = 7
 WINDOW = 420  # rows that are mixed: those of twenty sources
@@ -176,22 +176,14 @@ def run(folder: Path, records: int, small: int, side: int) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(description=__doc__.splitlines()[0])
+    parser = Parser(
+        prog="python -m jrm_jax.benchmarks.build_scale", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--records", type=int, default=50_000)
     parser.add_argument("--small", type=int, default=5_000)
     parser.add_argument("--side", type=int, default=64, help="pixels of a picture's side")
-    parser.add_argument("--out", type=Path, help="write the report to this file, too")
-    args = parser.parse_args(argv)
-    with tempfile.TemporaryDirectory() as folder:
-        report = run(Path(folder), args.records, args.small, args.side)
-    if args.out:
-        command = (
-            f"python -m jrm_jax.benchmarks.build_scale --records={args.records} "
-            f"--small={args.small} --side={args.side}"
-        )
-        machine = f"{os.cpu_count()} cores, {platform.machine()}"
-        title = f"# Building from many records\n\n`{command}` ({machine}):\n\n"
-        args.out.write_text(title + "\n".join(report) + "\n")
+    machine = f"{os.cpu_count()} cores, {platform.machine()}"
+    run_command(parser, argv, run, "Building from many records", machine)
 
 
 if __name__ == "__main__":

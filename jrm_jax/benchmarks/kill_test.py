@@ -15,7 +15,6 @@ import os
 import random
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -23,6 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from jrm_jax.arguments import Parser
+from jrm_jax.benchmarks.reporting import run_command
 
 SMALL = (
     "--corpus=60", "--hidden=32", "--layers=2", "--heads=4", "--kv-heads=2", "--head-dim=16",
@@ -181,21 +181,13 @@ def run(folder: Path, kills: int, steps: int, seed: int, fields: tuple[str, ...]
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(description=__doc__.splitlines()[0])
+    parser = Parser(
+        prog="python -m jrm_jax.benchmarks.kill_test", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--out", type=Path, help="write the report to this file, too")
-    options = parser.parse_args(argv)
-    with tempfile.TemporaryDirectory() as folder:
-        report = run(Path(folder), options.kills, options.steps, options.seed)
-    if options.out:
-        command = (
-            f"python -m jrm_jax.benchmarks.kill_test --kills={options.kills} "
-            f"--steps={options.steps} --seed={options.seed}"
-        )
-        title = f"# Kill test\n\n`{command}`, one CPU process:\n\n"
-        options.out.write_text(title + "\n".join(report) + "\n")
+    run_command(parser, argv, run, "Kill test", "one CPU process")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,31 @@
+"""A measurement as a command: its options, a folder that goes away, and a page with `--out`."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+
+def run_command(
+    parser: argparse.ArgumentParser,
+    argv: Sequence[str] | None,
+    run: Callable[..., list[str]],
+    title: str,
+    where: str,
+) -> None:
+    """Call run(folder, **options), which returns the lines of a Markdown page.
+
+    Args:
+        parser: its `prog` is the command, its options are those of `run`.
+        where: what it ran on, for the page.
+    """
+    parser.add_argument("--out", type=Path, help="write the report to this file, too")
+    options = vars(parser.parse_args(argv))
+    out = options.pop("out")
+    with tempfile.TemporaryDirectory() as folder:
+        lines = run(Path(folder), **options)
+    if out:
+        command = " ".join([parser.prog, *(f"--{name}={value}" for name, value in options.items())])
+        out.write_text("\n".join([f"# {title}", "", f"`{command}` ({where}):", "", *lines, ""]))
