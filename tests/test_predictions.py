@@ -1,9 +1,10 @@
 """Predictions as others leave them: missing scores, broken lines, names from elsewhere."""
 
 import json
+import random
 
 import pytest
-from benchmark_case import answered, issue, number, run
+from benchmark_case import answered, issue, number, run, values
 from benchmark_files import (
     editscore_rows,
     judge_editscore,
@@ -260,3 +261,74 @@ def test_a_prepared_set_of_the_same_lines(tmp_path, capsys):
     assert all(row["p"] == 1.0 for row in found["rows"])
     with pytest.raises(UserError, match="holds the split 'train' only, which is not judged"):
         run(tmp_path / "r.json", "jsonl", tmp_path / "train", said)
+
+
+# Broken files
+
+BROKEN = [None, "n/a", "", True, [], {}, [1], {"a": 1}, 10**400, float("nan"), -1, "x" * 3000,
+          "\ud83d", [None], ["text"], {"bytes": None, "path": None}]  # fmt: skip
+
+
+def places(content):
+    """(list or object, key) of every value in it."""
+    if not isinstance(content, dict | list):
+        return []
+    keys = content if isinstance(content, dict) else range(len(content))
+    own = [(content, key) for key in keys]
+    return own + [place for key in keys for place in places(content[key])]
+
+
+def mutate(content, rng):
+    """A value somewhere in it is another, or gone."""
+    holder, key = rng.choice(places(content))
+    if rng.random() < 0.2:
+        del holder[key]
+    else:
+        holder[key] = rng.choice(BROKEN)
+    return content
+
+
+@pytest.mark.parametrize("name", ["mmrb2", "editreward_bench", "editscore_bench", "jsonl",
+                                  "genai_bench", "imagenhub"])  # fmt: skip
+def test_broken_files_get_one_line_or_are_read_past(tmp_path, name):
+    rng, data, said = random.Random(name), tmp_path / "data", tmp_path / "said"
+    data.mkdir()
+    names = pictures(data / "images", 3)
+    row = {"key": ["u", "v"], "task_type": "compose", "dimension": "overall", "instruction": "x",
+           "input_image": names[0], "output_images": names[1:]}  # fmt: skip
+    make = {
+        "mmrb2": write_mmrb2, "editreward_bench": write_tiger, "genai_bench": write_pairs,
+        "imagenhub": write_ratings, "jsonl": own_lines,
+        "editscore_bench": lambda folder: (folder / "b.json").write_text(json.dumps([row] * 2)),
+    }  # fmt: skip
+    make[name](data)
+    said.mkdir()
+    _, judged = answered(name, data, lambda i, case: [rng.random() for _ in case.candidates])
+    LAYOUTS[name].write(judged, said, "m")
+    paths = [*data.glob("*.json*"), *said.rglob("*.json*"), *said.rglob("*.json*")]
+    ends = []
+    for _ in range(60):
+        path = rng.choice(paths)
+        kept = path.read_bytes()
+        broken = bytearray(kept)
+        how = rng.random()
+        if how < 0.1:
+            del broken[rng.randrange(len(broken)) :]
+        elif how < 0.2:
+            broken[rng.randrange(len(broken))] = rng.randrange(256)
+        else:
+            lines = path.suffix == ".jsonl"
+            rows = [json.loads(x) for x in kept.splitlines()] if lines else json.loads(kept)
+            rows = mutate(rows, rng)
+            text = "\n".join(map(json.dumps, rows)) if lines else json.dumps(rows)
+            broken = text.encode()
+        path.write_bytes(broken)
+        try:
+            benchmark = LAYOUTS[name].read(str(data), Issues())
+            found = LAYOUTS[name].read_predictions(benchmark, [str(said)])
+            values(name, benchmark, found)
+            ends.append(len(found))
+        except UserError as error:
+            ends.append("\n" in str(error))
+        path.write_bytes(kept)
+    assert not any(end is True for end in ends) and len(set(ends)) > 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -21,11 +22,21 @@ def read_json(path: str | Path) -> Any:
         UserError: missing, or no JSON.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        return _readable(json.loads(Path(path).read_text(encoding="utf-8-sig")))
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})") from error
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error})") from error
+
+
+def _readable(value: Any) -> Any:
+    """The same with U+FFFD for half surrogate pairs, which JSON can hold and no file or tokenizer
+    takes."""
+    if isinstance(value, str):
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(value, dict):
+        return {_readable(key): _readable(item) for key, item in value.items()}
+    return [_readable(item) for item in value] if isinstance(value, list) else value
 
 
 class Images:
@@ -68,6 +79,16 @@ def _is_file(path: Path) -> bool:
         return False
 
 
+def to_number(value: Any) -> float:
+    """Of a number, or of text that says one; nan for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return math.nan
+    try:
+        return float(value)
+    except (ValueError, OverflowError):
+        return math.nan
+
+
 class Row(NamedTuple):
     """An object of a benchmark's file, or of a file of predictions.
 
@@ -95,14 +116,14 @@ class Row(NamedTuple):
     def number(self, name: str) -> float:
         """
         Raises:
-            UserError: the field is missing, or no number.
+            UserError: the field is missing, or no finite number.
         """
         value = self.field(name, (int, float, str))
-        try:
-            return float(value)
-        except ValueError as error:
-            words = f"{self.where}: field {name!r} is {value!r}, not a number"
-            raise UserError(words) from error
+        found = to_number(value)
+        if not math.isfinite(found):
+            words = f"{self.where}: field {name!r} is {str(value)[:40]!r}, not a number"
+            raise UserError(words)
+        return found
 
     def inner(self, value: Any, name: str) -> Row:
         """An object that stands in this one, at `name`.
@@ -155,7 +176,7 @@ def read_rows(
     for file in find(path, suffixes):
         for where, row in source.read_rows(file):
             if not isinstance(row, UserError):
-                yield Row(row, where, file.parent, images)
+                yield Row(_readable(row), where, file.parent, images)
             elif bad is None:
                 raise row
             else:

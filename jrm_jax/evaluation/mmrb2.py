@@ -122,7 +122,7 @@ def _check_annotations(pair: dict, chosen: str, name: Any, issues: Issues) -> No
     given = pair.get("human_annotations")
     if not isinstance(given, list) or not all(isinstance(x, int | float) for x in given):
         return
-    if given and (sum(given) / len(given) > 3.5) != (chosen == "A"):
+    if given and (sum(given) > 3.5 * len(given)) != (chosen == "A"):
         issues.add("pair whose 'chosen' contradicts the mean of its annotations", name)
 
 

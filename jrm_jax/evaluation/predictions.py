@@ -36,21 +36,11 @@ def to_scores(
 ) -> tuple[float, ...] | None:
     """Finite numbers (or text that says such); None, and listed, where one is something else."""
     given = values if isinstance(values, list | tuple) else [values]
-    found = [_number(value) for value in given]
+    found = [files.to_number(value) for value in given]
     if given is values and all(math.isfinite(score) for score in found):
         return tuple(found)
     issues.add(kind, f"{where}: {str(values)[:80]}")
     return None
-
-
-def _number(value: Any) -> float:
-    """nan where it is none."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        return math.nan
-    try:
-        return float(value)
-    except (ValueError, OverflowError):
-        return math.nan
 
 
 class Collected:
