@@ -5,14 +5,15 @@ import re
 
 import numpy as np
 import pytest
-from benchmark_files import write_mmrb2, write_tiger
+from benchmark_files import pictures, write_mmrb2, write_tiger
 from export_case import make_folder, start
 
 from jrm_jax import RewardModel, evaluate
+from jrm_jax.data.images import open_image
 from jrm_jax.data.schema import Text
 from jrm_jax.errors import UserError
 from jrm_jax.evaluation import probe
-from jrm_jax.evaluation.cases import Case, Issues
+from jrm_jax.evaluation.cases import Case, Issues, Picture
 from jrm_jax.evaluation.scoring import column, score_cases
 
 
@@ -90,6 +91,50 @@ def test_probes_of_the_small_model(world):
     assert list(found["drift"]) == ["half the resolution"]
     assert found["drift"]["half the resolution"]["drift"] > 0.001
     assert 0 <= found["calibration"]["error"] <= 0.5
+    names = [row["name"] for row in found["rows"]]
+    assert {"another instruction", "black candidate"} <= set(names)
+    assert found["another_instruction"]["drift"] > 0.001  # random weights see the words
+    assert found["another_instruction"]["cases"] == found["black_candidate"]["cases"] == 12
+    assert 0 <= found["black_candidate"]["lowest"] <= found["black_candidate"]["below"] <= 1
+
+
+class Judge:
+    """Scores by a rule: how bright a candidate is; with `reads`, also by the number of letters."""
+
+    dimensions = ("overall",)
+
+    def __init__(self, reads):
+        self.encoder, self.reads = self, reads
+
+    def encode_group(self, prompt, candidates):
+        (words,) = [part.text for part in prompt if isinstance(part, Text)]
+        bright = [np.asarray(open_image(c.parts[0].data)).mean() for c in candidates]
+        return np.array(bright) - self.reads * len(words) * np.arange(len(bright))
+
+    def score_encoded(self, encoded, one_bucket=False):
+        return [score_K[:, None] for score_K in encoded]
+
+
+@pytest.mark.parametrize("reads", [0, 1])
+def test_probes_of_instructions_and_of_black_pictures(tmp_path, reads):
+    source, *edits = [Picture(str(tmp_path / n)) for n in pictures(tmp_path / "images", 4)]
+    cases = [
+        Case(str(i), "g", "s", "", (source, Text(words)), tuple((edit,) for edit in edits))
+        for i, words in enumerate(("Make it " + 90 * "very " + "big", "Add", "Add"))
+    ]
+    judge, numbers, rows = Judge(reads), {}, {}
+    base = probe._rewards(judge, cases)
+    for tell in (probe._tell_instruction, probe._tell_black):
+        more = (1.0,) if tell is probe._tell_instruction else ()
+        tell(judge, cases, base, *more, numbers, lambda name, *words: rows.update({name: words}))
+    found = numbers["another_instruction"]
+    assert found["cases"] == 3 and (found["drift"] > 1) == bool(reads)
+    assert found["lower"] == (4 / 9 if reads else 0.0)  # of two short ones, all but the first
+    assert numbers["black_candidate"] == {"below": 1.0, "lowest": 1.0, "cases": 3}
+    assert list(rows) == ["another instruction", "black candidate"]
+    textless = [case._replace(prompt=(source,), candidates=((Text("a"),),)) for case in cases]
+    probe._tell_instruction(judge, textless, base, 1.0, numbers, None)
+    probe._tell_black(judge, textless, base, numbers, None)
 
 
 @pytest.fixture(scope="module")
