@@ -65,16 +65,36 @@ def make_backbone(
     )
 
 
-def make_optimizer(config: ConfigDict, trainable: dict):
-    """(optax transformation, schedule: step -> learning rate)."""
+def make_schedule(config: ConfigDict, total_steps: int):
+    """step -> learning rate, of a run of so many steps."""
     settings = config.optimizer
-    schedule = optim.make_schedule(
+    return optim.make_schedule(
         settings.schedule,
         settings.learning_rate,
         settings.warmup_steps,
-        config.total_steps,
+        total_steps,
         settings.final_scale,
     )
+
+
+def describe_more_steps(config: ConfigDict, before: int, step: int) -> str:
+    """What happens to a run of `before` steps that goes on at `step` and gets more."""
+    total = config.total_steps
+    old, new = (make_schedule(config, steps) for steps in (before, total))
+    words = (
+        f"{before} steps become {total}: the learning rate ({config.optimizer.schedule}) goes from "
+        f"{float(old(step)):.3g} to {float(new(step)):.3g} at step {step}, and ends at "
+        f"{float(new(total)):.3g}"
+    )
+    if config.loss.language_end != 1.0:
+        words += "; the weight of the language loss is stretched over all of them alike"
+    return words
+
+
+def make_optimizer(config: ConfigDict, trainable: dict):
+    """(optax transformation, schedule: step -> learning rate)."""
+    settings = config.optimizer
+    schedule = make_schedule(config, config.total_steps)
     optimizer = optim.make_optimizer(
         trainable,
         schedule,

@@ -7,6 +7,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from jrm_jax.errors import UserError
+from jrm_jax.workdir import default_name
 
 REPORTED = (UserError, flags.Error, AttributeError, KeyError, TypeError, OSError)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk's fault, wherever it shows
@@ -29,13 +30,13 @@ def keep_memory() -> None:
 
 
 def run_name(config: ConfigDict) -> str:
-    """'joint-qwen3_vl_8b'
+    """'joint-qwen3_vl_8b-edits', see `workdir.default_name`.
 
     Raises:
         UserError: the config file is not there, which shows when it is first read.
     """
     try:
-        return "-".join(filter(None, (config.name, config.variant)))
+        return default_name(config)
     except OSError as error:
         raise UserError(f"--config: {one_line(error)}") from error
 

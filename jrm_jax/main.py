@@ -10,7 +10,9 @@ from jrm_jax import cli, config_cli
 from jrm_jax.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "File[:arguments].", lock_config=True)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; default runs/CONFIG-VARIANT.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of the run; default runs/CONFIG-VARIANT-DATA."
+)
 _DISTRIBUTED = flags.DEFINE_enum(
     "distributed",
     "auto",

@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import signal
 import time
 from pathlib import Path
@@ -25,14 +24,14 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jrm_jax import build, build_data, distributed
+from jrm_jax import workdir as files
 from jrm_jax.checkpoint import Checkpoints, open_checkpoints
 from jrm_jax.errors import UserError
+from jrm_jax.lock import Lock, hold
 from jrm_jax.metrics import Accumulator, Writer
 from jrm_jax.report import difference, json_safe, print_results, words
 from jrm_jax.watch import StopRequest, Trace, Watchdog, describe_memory
 
-CONFIG, RESULTS = "config.json", "results.json"
-FREE = ("heartbeat_seconds", "profile", "watchdog_seconds")  # a run may be watched otherwise
 SCALARS = ("loss", "grad_norm", "param_norm")
 
 
@@ -40,24 +39,28 @@ def run(config: ConfigDict, workdir: Path) -> int:
     """Train, or go on training, or reprint the results of a finished run. Returns the exit status.
 
     Raises:
-        UserError: bad input, a changed config, a non-finite loss, a full disk.
+        UserError: bad input, a changed config, a non-finite loss, a full disk, another trainer.
     """
     leader = distributed.is_leader()
     say = print if leader else _silent
-    text = config.to_json_best_effort(indent=2, sort_keys=True) + "\n"
-    _check_workdir(workdir, text)
-    if (workdir / RESULTS).exists():
+    steps = files.check_config(workdir, config)
+    results = files.read_results(workdir)
+    if results is not None and steps == config.total_steps:
         if leader:
             print(f"{workdir} is finished; its results:")
-            print_results(json.loads((workdir / RESULTS).read_text()))
+            print_results(results)
         return 0
-    stop = StopRequest()
-    kept = config.get("keep_interval", 0)
-    with stop, open_checkpoints(workdir / "checkpoints", say, kept) as checkpoints:
-        training = _Run(config, workdir, checkpoints, stop, leader)
-        if leader:  # only now: a config that cannot start may be corrected
-            _write(workdir / CONFIG, text)
-        return training.train()
+    stop, kept = StopRequest(), config.get("keep_interval", 0)
+    with hold(workdir, say) as held, stop:
+        files.check_config(workdir, config)  # once more: another trainer may just have ended
+        with open_checkpoints(workdir / files.CHECKPOINTS, say, kept) as checkpoints:
+            training = _Run(config, workdir, checkpoints, stop, leader, held)
+            if steps < config.total_steps:
+                say(build.describe_more_steps(config, steps, training.start))
+            if leader:  # only now: a config that cannot start may be corrected
+                files.keep_results(workdir, steps)
+                files.write_whole(workdir / files.CONFIG, files.as_text(config))
+            return training.train()
 
 
 class _Run:
@@ -70,9 +73,10 @@ class _Run:
         checkpoints: Checkpoints,
         stop: StopRequest,
         leader: bool,
+        held: Lock | None = None,
     ):
         self.config, self.workdir, self.checkpoints, self.stop = config, workdir, checkpoints, stop
-        self.leader = leader
+        self.leader, self.held = leader, held
         say = print if leader else _silent
         backbone_config = build.load_backbone_config(config)
         self.mesh = build.make_mesh(config, backbone_config)
@@ -117,7 +121,7 @@ class _Run:
 
     def _resume(self, state):
         if not self.checkpoints.steps():
-            if self.leader and (self.workdir / CONFIG).exists():
+            if self.leader and (self.workdir / files.CONFIG).exists():
                 print(f"{self.workdir} has no complete checkpoint yet: from step 0", flush=True)
             return state, 0
         abstract = jax.tree.map(
@@ -264,6 +268,8 @@ class _Run:
         return sign * values.get(name.lstrip("-"), math.nan)
 
     def _save(self, step: int, valid: dict[str, float]) -> None:
+        if self.held is not None:
+            self.held.check()
         rewards = self.rewards.summary()
         meta = {
             "step": step,
@@ -298,34 +304,12 @@ class _Run:
         results["seconds"] = self.seconds
         results["config"] = f"{self.config.name}:{self.config.get('variant') or ''}".rstrip(":")
         if self.leader:
-            _write(self.workdir / RESULTS, json.dumps(json_safe(results), indent=2) + "\n")
+            text = json.dumps(json_safe(results), indent=2) + "\n"
+            files.write_whole(self.workdir / files.RESULTS, text)
             self.writer.close()
             print_results(results)
-            print(f"results: {self.workdir / RESULTS}")
+            print(f"results: {self.workdir / files.RESULTS}")
 
 
 def _silent(words: str) -> None:
     """Of several processes one speaks."""
-
-
-def _write(path: Path, text: str) -> None:
-    """All of it or nothing, whenever the process dies."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
-def _check_workdir(workdir: Path, text: str) -> None:
-    """Raise UserError if `workdir` belongs to a run with another config."""
-    path = workdir / CONFIG
-    if not path.exists():
-        return
-    before, now = (
-        {name: value for name, value in json.loads(written).items() if name not in FREE}
-        for written in (path.read_text(), text)
-    )
-    if before != now:
-        raise UserError(
-            f"{workdir} belongs to a run with another config ({difference(before, now)}): "
-            "use the same config to go on, or another --workdir"
-        )

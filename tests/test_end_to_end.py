@@ -90,6 +90,22 @@ def test_a_changed_config_is_refused_with_the_difference(runner, finished):
     assert "batch_size" not in line and "--workdir" in line
 
 
+def test_a_finished_run_can_be_made_longer(runner, finished):
+    workdir, total = shutil.copytree(finished[0], runner.folder / "longer"), STEPS + 1
+    done = runner.run(workdir, total_steps=total)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert f"{STEPS} steps become {total}: the learning rate (cosine) goes from" in done.stdout
+    assert f"resuming {workdir} from step {STEPS}" in done.stdout
+    rows = [r["step"] for r in metrics(workdir) if r["split"] == "train"]
+    assert rows == list(range(1, total + 1))
+    before = json.loads((finished[0] / "results.json").read_text())
+    assert json.loads((workdir / f"results-{STEPS}.json").read_text()) == before
+    assert json.loads((workdir / "results.json").read_text())["total_steps"] == total
+    assert json.loads((workdir / "config.json").read_text())["total_steps"] == total
+    line = runner.refused(workdir)  # fewer again
+    assert f"total_steps: {total} -> {STEPS}" in line
+
+
 # Stop, fail, go on
 
 

@@ -61,7 +61,7 @@ ROWS = (
     {"serving", "planning", "evaluation"},
     {"train"},
     {"build", "build_data", "checkpoint", "metrics", "report", "watch", "distributed", "cli",
-     "config_cli"},
+     "config_cli", "lock", "workdir"},
     {"step", "data"},
     {"heads", "losses", "optim", "lora", "sharding", "model"},
     {"arguments", "packaged"},

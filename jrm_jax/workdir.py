@@ -1,0 +1,98 @@
+"""A run's folder: its name, and the config and results that lie in it."""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from jrm_jax.errors import UserError
+from jrm_jax.report import difference
+
+CONFIG, RESULTS, CHECKPOINTS = "config.json", "results.json", "checkpoints"
+FREE = ("heartbeat_seconds", "profile", "watchdog_seconds")  # a run may be watched otherwise
+LONGEST = 60  # characters of the data sets' names
+
+
+def default_name(config: ConfigDict) -> str:
+    """'joint-qwen3_vl_8b-edits': the config, its variant, and the folders of its data, if any."""
+    paths = [path for path, _ in config.data.mixture] or [config.data.path]
+    data = "+".join(Path(path).resolve().name for path in paths if path)
+    return "-".join(filter(None, (config.name, config.variant, data[:LONGEST])))
+
+
+def as_text(config: ConfigDict) -> str:
+    """What CONFIG holds."""
+    return config.to_json_best_effort(indent=2, sort_keys=True) + "\n"
+
+
+def read_config(workdir: Path) -> ConfigDict:
+    """The config of a run; fields that were added since it began have their defaults.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    from configs.common import base
+
+    path = workdir / CONFIG
+    try:
+        stored = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error})") from error
+    return ConfigDict(_filled(stored, json.loads(as_text(base()))))
+
+
+def _filled(stored: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    filled = {**defaults, **stored}
+    for name, value in defaults.items():
+        if isinstance(value, dict) and isinstance(stored.get(name), dict):
+            filled[name] = _filled(stored[name], value)
+    return filled
+
+
+def check_config(workdir: Path, config: ConfigDict) -> int:
+    """Whether a run with `config` may go on in `workdir`.
+
+    Returns:
+        The steps that the run has had until now: those of `config`, unless it is to be longer.
+
+    Raises:
+        UserError: it belongs to a run with another config; more steps are no difference.
+    """
+    if not (workdir / CONFIG).exists():
+        return config.total_steps
+    before, now = (
+        {name: value for name, value in json.loads(text).items() if name not in FREE}
+        for text in (as_text(read_config(workdir)), as_text(config))
+    )
+    steps = before["total_steps"]
+    if before != {**now, "total_steps": steps} or steps > config.total_steps:
+        raise UserError(
+            f"{workdir} belongs to a run with another config ({difference(before, now)}): "
+            "use the same config to go on, or another --workdir"
+        )
+    return steps
+
+
+def read_results(workdir: Path) -> dict[str, Any] | None:
+    """Of a finished run, else None."""
+    path = workdir / RESULTS
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def keep_results(workdir: Path, steps: int) -> None:
+    """Results of a run that now gets more steps than these stay beside it: results-60.json."""
+    if (workdir / RESULTS).exists():
+        os.replace(workdir / RESULTS, workdir / f"results-{steps}.json")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """All of it or nothing, whenever the process dies, and whoever else writes it."""
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
