@@ -1,6 +1,7 @@
 """Checkpoints: the one module that knows Orbax.
 
     checkpoints = open_checkpoints(folder); checkpoints.save(...); checkpoints.restore(...)
+    step, trainable, meta = read_checkpoint(folder, tree)         of a run that may be training
 
 A checkpoint holds `trainable`, `opt_state` and `meta` (step, metrics, protocol stamp). Frozen
 parameters are not in it: they come from the backbone's folder. The two latest and the best by the
@@ -15,8 +16,9 @@ import logging
 import math
 import shutil
 import sys
+import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +27,16 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
-from jrm_jax import distributed
-from jrm_jax.errors import UserError
+from jrm_jax import disk, distributed
+from jrm_jax.errors import UserError, one_line
 
 RANK = "rank"  # the number by which Orbax ranks; always finite
 WORST = -1e30
 UNFINISHED = "*.orbax-checkpoint-tmp*"
+METRICS, META = "metrics/metrics", "meta/metadata"  # Orbax's files in a checkpoint
+# What comes late: writes of a save that was given up, reads of what was removed meanwhile
+LATE = ("Event loop is closed", "Encountered error while reading array")
+TRIES, PAUSE = 5, 0.2  # a reader's, at a checkpoint that may be about to be removed; seconds
 
 
 class Checkpoints:
@@ -44,15 +50,8 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def best_step(self) -> int | None:
-        """The step with the best finite metric, else None. Orbax's own `best_step` falls back to
-        the latest, so the saved metrics are read here."""
-        ranks = {step: self._rank(step) for step in self.steps()}
-        ranked = {step: rank for step, rank in ranks.items() if rank > WORST}
-        return max(ranked, key=lambda step: (ranked[step], -step)) if ranked else None
-
-    def _rank(self, step: int) -> float:
-        metrics = self._manager.metrics(step) or {}
-        return float(metrics.get(RANK, WORST))
+        """The step with the best finite metric, else None."""
+        return best_of(self.folder, self.steps())
 
     def save(
         self, step: int, trainable: Any, opt_state: Any, meta: Mapping[str, Any], metric: float
@@ -82,15 +81,16 @@ class Checkpoints:
         except Exception as error:  # tensorstore and Orbax raise many kinds for a full disk
             # What Orbax leaves unfinished would be reported a second time when the program ends.
             warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
-            left = ", ".join(map(str, self._on_disk())) or "none"
+            left = complete_steps(self.folder)
+            words = disk.explain(error, self.folder)
+            if step in left:  # whole: an older one could not be removed
+                self._say(f"WARNING: after checkpoint {step} was saved: {words}")
+                self._manager.reload()
+                return
             raise UserError(
-                f"checkpoint {step} could not be written to {self.folder} "
-                f"({_one_line(error)}): free some space and run the same command again; "
-                f"complete checkpoints: {left}"
+                f"checkpoint {step} could not be written to {self.folder} ({words}); then run the "
+                f"same command again; complete checkpoints: {', '.join(map(str, left)) or 'none'}"
             ) from error
-
-    def _on_disk(self) -> list[int]:
-        return sorted(int(p.name) for p in self.folder.iterdir() if p.name.isdecimal())
 
     def restore(
         self, trainable: Any, opt_state: Any | None = None, step: int | None = None
@@ -118,7 +118,7 @@ class Checkpoints:
             try:
                 found = self._manager.restore(candidate, args=ocp.args.Composite(**items))
             except Exception as error:  # whatever is wrong with it, the one before may be whole
-                problem = _one_line(error)
+                problem = one_line(error)
             if not distributed.all_agree(not problem):
                 problem = problem or "another process cannot read its part"
                 failures.append(f"{candidate}: {problem}")
@@ -145,13 +145,17 @@ class Checkpoints:
 def open_checkpoints(
     folder: Path, say: Callable[[str], None] = print, keep_interval: int = 0
 ) -> Iterator[Checkpoints]:
-    """The checkpoints in `folder`, which is made if need be; half-written ones are ignored.
+    """The checkpoints in `folder`, which is made if need be, for the one process that trains there:
+    half-written ones are removed. `keep_interval`: those at multiples of so many steps are kept
+    too; 0: none.
 
-    `keep_interval`: those at multiples of so many steps are kept too; 0: none.
+    Raises:
+        UserError: checkpoints cannot be written there.
     """
     _quieten()
     with distributed.leader_first("checkpoints"):
         if distributed.is_leader():
+            disk.check_folder(folder)
             _clean(folder, say)
     options = ocp.CheckpointManagerOptions(
         best_fn=_read_rank,  # without it Orbax does not write the metrics
@@ -178,6 +182,79 @@ def open_checkpoints(
         else:
             with contextlib.suppress(Exception):
                 manager.close()
+
+
+def complete_steps(folder: Path) -> list[int]:
+    """Steps of the complete checkpoints, ascending: those that have their final name."""
+    return sorted(int(p.name) for p in folder.glob("*") if p.name.isdecimal())
+
+
+def best_of(folder: Path, steps: Sequence[int]) -> int | None:
+    """The step with the best finite metric, else None. (Orbax's own falls back to the latest.)"""
+    ranks = {step: _rank(folder / str(step)) for step in steps}
+    ranked = {step: rank for step, rank in ranks.items() if rank is not None and rank > WORST}
+    return max(ranked, key=lambda step: (ranked[step], -step)) if ranked else None
+
+
+def _rank(checkpoint: Path) -> float | None:
+    """None where it cannot be read."""
+    try:
+        return float(json.loads((checkpoint / METRICS).read_text())[RANK])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def pick(folder: Path, which: int | str) -> int:
+    """The step meant by a number, 'best' (without ranks: the latest) or 'latest'.
+
+    Raises:
+        UserError: there is no such checkpoint.
+    """
+    steps = complete_steps(folder)
+    if not steps:
+        raise UserError(f"{folder}: there is no checkpoint yet")
+    if which == "latest":
+        return steps[-1]
+    if which == "best":
+        best = best_of(folder, steps)
+        return steps[-1] if best is None else best
+    if which not in steps:
+        raise UserError(f"{folder}: no step {which}; there are {', '.join(map(str, steps))}")
+    return int(which)
+
+
+def read_checkpoint(
+    folder: Path, trainable: Any, which: int | str = "best"
+) -> tuple[int, Any, dict]:
+    """(step, trainable, meta) of a run that may be training: nothing is changed or printed.
+
+    A checkpoint that the trainer removes meanwhile makes way for the one that is then meant.
+
+    Args:
+        trainable: tree of jax.ShapeDtypeStruct with shardings.
+        which: see `pick`.
+
+    Raises:
+        UserError: there is no such checkpoint, or it stays and cannot be read.
+    """
+    _quieten()
+    failed: dict[int, int] = {}
+    while True:
+        step = pick(folder, which)
+        checkpoint = (folder / str(step)).resolve()
+        try:
+            meta = json.loads((checkpoint / META).read_text())
+            with ocp.StandardCheckpointer() as checkpointer:
+                return step, checkpointer.restore(checkpoint / "trainable", trainable), meta
+        except Exception as error:  # half of it may be gone: any kind
+            failed[step] = failed.get(step, 0) + 1
+            if failed[step] == TRIES and checkpoint.exists():
+                others = ", ".join(map(str, complete_steps(folder)))
+                raise UserError(
+                    f"{checkpoint} cannot be read ({one_line(error)}): give another --step (there "
+                    f"are {others})"
+                ) from error
+        time.sleep(PAUSE)
 
 
 def read_arrays(workdir: Path, step: int) -> dict[str, np.ndarray]:
@@ -213,8 +290,7 @@ def _quieten() -> None:
         return
 
     def hook(raised):
-        # tensorstore's writes that end after the save has been given up
-        if str(raised.exc_value) != "Event loop is closed":
+        if not str(raised.exc_value).startswith(LATE):
             before(raised)
 
     hook.quiet = True
@@ -226,13 +302,8 @@ def _clean(folder: Path, say: Callable[[str], None]) -> None:
     for path in folder.glob(UNFINISHED):
         say(f"WARNING: {path.name} was never finished: that checkpoint does not count")
         shutil.rmtree(path, ignore_errors=True)
-    for path in folder.glob("*/metrics/metrics"):
-        try:
-            float(json.loads(path.read_text())[RANK])
-        except (OSError, ValueError, KeyError, TypeError):
+    for step in complete_steps(folder):
+        path = folder / str(step) / METRICS
+        if path.exists() and _rank(folder / str(step)) is None:
             say(f"WARNING: {path} is damaged: that checkpoint ranks last")
             path.unlink()
-
-
-def _one_line(error: BaseException) -> str:
-    return (" ".join(str(error).split()) or type(error).__name__)[:300]

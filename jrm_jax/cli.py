@@ -1,16 +1,16 @@
 """What the entry point needs besides its flags: names, one-line errors, the allocator."""
 
 import ctypes
-import errno
+from pathlib import Path
 
 from absl import flags
 from ml_collections import ConfigDict
 
+from jrm_jax import disk
 from jrm_jax.errors import UserError
 from jrm_jax.workdir import default_name
 
 REPORTED = (UserError, flags.Error, AttributeError, KeyError, TypeError, OSError)
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk's fault, wherever it shows
 
 
 def keep_memory() -> None:
@@ -42,16 +42,18 @@ def run_name(config: ConfigDict) -> str:
 
 
 def is_expected(error: BaseException) -> bool:
-    """Whether it is bad input or a full disk, and not a fault of the program."""
+    """Whether it is bad input or the disk's fault, and not a fault of the program."""
     return isinstance(error, UserError | flags.Error) or (
-        isinstance(error, OSError) and error.errno in _FULL
+        isinstance(error, OSError) and error.errno in disk.FAULTS
     )
 
 
 def one_line(error: BaseException) -> str:
     """The end of what the flag libraries say: they print reprs, tracebacks and lists of tries."""
     text = str(error)
-    if isinstance(error, KeyError | AttributeError):
+    if isinstance(error, OSError) and error.errno in disk.FAULTS:
+        text = disk.explain(error, Path(error.filename or "."))
+    elif isinstance(error, KeyError | AttributeError):
         while isinstance(error, BaseException) and error.args:
             error = error.args[0]
         text = f"--config has no such field: {error}"

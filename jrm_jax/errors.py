@@ -8,6 +8,11 @@ class UserError(ValueError):
     """
 
 
+def one_line(error: BaseException) -> str:
+    """What an exception of a library says, short and without line breaks."""
+    return (" ".join(str(error).split()) or type(error).__name__)[:300]
+
+
 class RecordError(UserError):
     """One record of the user's data. `kind` says what is wrong without saying where: records that
     are left out are counted by it."""

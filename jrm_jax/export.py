@@ -18,6 +18,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jrm_jax import disk
 from jrm_jax.arguments import Parser
 from jrm_jax.data.images import read_config as read_processor_config
 from jrm_jax.data.template import Template, save_tokenizer
@@ -67,7 +68,7 @@ def export(trained: Trained, out: Path, dtype: str, max_shard_bytes: int) -> Non
         shutil.copy(ASSETS / f"{CODE}.py", part)
         os.rename(part, out)
     except OSError as error:
-        raise UserError(f"cannot write {out}: {error}") from error
+        raise UserError(f"{out} could not be written: {disk.explain(error, out)}") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
 

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from jrm_jax import distributed
+from jrm_jax import disk, distributed
 from jrm_jax.errors import UserError
 from jrm_jax.workdir import write_whole
 
@@ -145,7 +145,8 @@ def _take(workdir: Path, say: Callable[[str], None], silence: float) -> Holder:
             if (_read(path) or me).token == token:
                 return me
     except OSError as error:
-        raise UserError(f"{workdir} cannot be used for a run ({error})") from error
+        words = disk.explain(error, workdir)
+        raise UserError(f"{workdir} cannot be used for a run: {words}") from error
 
 
 def _read(path: Path) -> Holder | None:

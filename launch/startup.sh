@@ -37,8 +37,10 @@ if ((DRY_RUN)) || ! command -v gcsfuse >/dev/null; then
   run apt-get install -q -y gcsfuse python3.11-venv
 fi
 if ((DRY_RUN)) || ! mountpoint -q "$ROOT/bucket"; then
-  # implicit-dirs: folders that gcloud storage cp has made are seen
-  run gcsfuse --implicit-dirs -o allow_other "${bucket#gs://}" "$ROOT/bucket"
+  # implicit-dirs: folders that gcloud storage cp has made are seen; rename-dir-limit: a checkpoint
+  # is made whole by renaming its folder, which gcsfuse refuses otherwise
+  run gcsfuse --implicit-dirs --rename-dir-limit=200000 -o allow_other "${bucket#gs://}" \
+    "$ROOT/bucket"
 fi
 
 # Weights and data are read from the node's own disk: many small reads through a mount are slow.

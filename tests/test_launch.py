@@ -101,6 +101,8 @@ def test_startup_is_printed_in_order():
     commands = dry("startup.sh")
     assert commands[0] == ["rm", "-f", "/jrm/ready"] and commands[-1] == ["touch", "/jrm/ready"]
     assert ["git", "-C", "/jrm/code", "checkout", "--force", "METADATA-jrm-revision"] in commands
+    (mount,) = (command for command in commands if command[0] == "gcsfuse")
+    assert {"--implicit-dirs", "--rename-dir-limit=200000"} <= set(mount)  # checkpoints are renamed
 
 
 @pytest.mark.parametrize("generation", ["v5e", "v5p", "v6e", "tpu7x"])
@@ -212,6 +214,8 @@ def test_the_jobset_has_the_structure_that_its_schema_asks_for():
     (container,) = pod["containers"]
     mounts = {mount["name"] for mount in container["volumeMounts"]}
     assert mounts == {volume["name"] for volume in pod["volumes"]}
+    (options,) = (v["csi"]["volumeAttributes"]["mountOptions"] for v in pod["volumes"] if "csi" in v)
+    assert {"implicit-dirs", "file-system:rename-dir-limit:200000"} == set(options.split(","))
     # shapes agree with each other
     chips = container["resources"]["limits"]["google.com/tpu"]
     topology = pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x")

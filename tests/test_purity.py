@@ -64,13 +64,13 @@ ROWS = (
      "config_cli", "lock", "workdir"},
     {"step", "data"},
     {"heads", "losses", "optim", "lora", "sharding", "model"},
-    {"arguments", "packaged"},
+    {"arguments", "packaged", "disk"},
     {"errors"},
 )
 ROW_OF = {room: row for row, rooms in enumerate(ROWS) for room in rooms}
 CORE_ROOMS = {"step", "losses", "heads", "optim", "lora", "sharding", "model", "errors"}
 MAY = {  # exceptions that are narrower than their row
-    "data": {"data", "model", "arguments", "errors"},
+    "data": {"data", "model", "arguments", "disk", "errors"},
     **{room: CORE_ROOMS for room in ("step", "losses", "heads", "model")},
 }
 

@@ -228,9 +228,10 @@ def save_run_weights(folder: pathlib.Path, run: pathlib.Path) -> int:
     """The backbone of a pretraining run's best step; returns the step."""
     import jax
 
-    from jrm_jax.checkpoint import open_checkpoints
+    from jrm_jax.checkpoint import read_checkpoint
     from jrm_jax.model.config import load_config
     from jrm_jax.model.weights import abstract_params, save_params
+    from jrm_jax.workdir import CHECKPOINTS
 
     config = load_config(folder)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -242,8 +243,7 @@ def save_run_weights(folder: pathlib.Path, run: pathlib.Path) -> int:
     }
     tree = {name: leaf for name, leaf in tree.items() if leaf != {}}
     tree = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), tree)
-    with open_checkpoints(run / "checkpoints") as checkpoints:
-        step, params, _, _ = checkpoints.restore(tree, step=checkpoints.best_step())
+    step, params, _ = read_checkpoint(run / CHECKPOINTS, tree)
     backbone = {"backbone": params["backbone"], "language_head": params.get("language_head", {})}
     fresh = folder / "fresh"  # weights that are there already stay until these are whole
     save_params(fresh, backbone, config, max_shard_bytes=1 << 30, dtype="float32")

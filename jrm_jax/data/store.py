@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jrm_jax import disk
 from jrm_jax.data.schema import PreferenceExample, to_record
 from jrm_jax.errors import UserError
 
@@ -170,7 +171,7 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"{path} could not be written ({error}): free some space") from error
+        raise UserError(f"{path} could not be written: {disk.explain(error, path)}") from error
 
 
 def write_dataset(

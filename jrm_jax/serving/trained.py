@@ -16,12 +16,13 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from jrm_jax import build, build_data, heads, lora, optim
-from jrm_jax.checkpoint import open_checkpoints
+from jrm_jax.checkpoint import read_checkpoint
 from jrm_jax.data.encode import Encoder, make_encoder
 from jrm_jax.data.template import Template, protocol_stamp
 from jrm_jax.errors import UserError
 from jrm_jax.model import weights
 from jrm_jax.model.config import BackboneConfig, load_config
+from jrm_jax.workdir import CHECKPOINTS, CONFIG, read_config, read_results
 
 STAMP = "jrm.json"  # in an exported folder: the protocol stamp, reward statistics, origin
 
@@ -54,7 +55,7 @@ def load_trained(path: str | Path, step: int | str = "best") -> Trained:
         UserError: neither of the two, no such checkpoint, or files at odds with each other.
     """
     path = Path(path)
-    if (path / "checkpoints").is_dir() and (path / "config.json").is_file():
+    if (path / CHECKPOINTS).is_dir() and (path / CONFIG).is_file():
         return _load_run(path, step)
     if (path / STAMP).is_file():
         return _load_export(path)
@@ -63,8 +64,7 @@ def load_trained(path: str | Path, step: int | str = "best") -> Trained:
 
 
 def _load_run(workdir: Path, step: int | str) -> Trained:
-    settings = json.loads((workdir / "config.json").read_text())
-    config = ConfigDict(settings)
+    config = read_config(workdir)
     folder = build_data.backbone_folder(config)
     architecture = load_config(folder)
     encoder = build_data.make_run_encoder(config, architecture)
@@ -74,22 +74,23 @@ def _load_run(workdir: Path, step: int | str) -> Trained:
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=here), whole
     )
     trainable, frozen = optim.split_params(whole, build.trainable_patterns(config))
-    with open_checkpoints(workdir / "checkpoints") as checkpoints:
-        found, trainable, _, meta = checkpoints.restore(trainable, None, _pick(checkpoints, step))
+    found, trainable, meta = read_checkpoint(workdir / CHECKPOINTS, trainable, step)
     frozen = _load_frozen(config, folder, architecture, frozenset(optim.flatten(frozen)), encoder)
     params = optim.merge_params(trainable, frozen)
     if (scale := build.lora_scale(config)) is not None:
         params = lora.merge_adapters(params, scale)
     params = {n: p for n, p in params.items() if n not in heads.TRAINING_HEADS}
     encoder = dataclasses.replace(encoder, facts=0)
-    results = workdir / "results.json"
+    results = read_results(workdir)
+    if results is None or results["step"] != found:
+        results = meta["valid"]
     card = {
         "stamp": meta["stamp"],
         "reward_mean": meta["reward_mean"],
         "reward_std": meta["reward_std"],
         "step": found,
-        "config": settings,
-        "results": json.loads(results.read_text()) if results.is_file() else meta["valid"],
+        "config": config.to_dict(),
+        "results": results,
     }
     _check_stamp(workdir, card["stamp"], encoder)
     return Trained(architecture, params, encoder, folder, card)
@@ -118,20 +119,6 @@ def _load_frozen(
         row = encoder.tokenizer.reward_id if scored else encoder.tokenizer.end_id
         leaves["reward_embedding"] = leaves[table][row].astype(jnp.float32)
     return optim.unflatten({path: leaves[path] for path in paths})
-
-
-def _pick(checkpoints, step: int | str) -> int:
-    steps = checkpoints.steps()
-    if not steps:
-        raise UserError(f"{checkpoints.folder}: there is no checkpoint yet")
-    if step == "best":
-        best = checkpoints.best_step()
-        return steps[-1] if best is None else best
-    if step == "latest":
-        return steps[-1]
-    if step not in steps:
-        raise UserError(f"{checkpoints.folder}: no step {step}; there are {steps}")
-    return int(step)
 
 
 def _load_export(folder: Path) -> Trained:

@@ -28,7 +28,7 @@ from ml_collections import ConfigDict
 
 from jrm_jax import sharding
 from jrm_jax.arguments import Parser
-from jrm_jax.checkpoint import open_checkpoints
+from jrm_jax.checkpoint import complete_steps
 from jrm_jax.data import store
 from jrm_jax.data.pipeline import assemble_batch, make_iterator
 from jrm_jax.data.plan import EvalPlan, Source, make_buckets
@@ -46,6 +46,7 @@ from jrm_jax.serving.trained import Trained, load_trained
 from jrm_jax.step import make_score_step
 from jrm_jax.study import why
 from jrm_jax.study.programs import make_attack, make_probe
+from jrm_jax.workdir import CHECKPOINTS
 
 SPLITS = ("valid", "test", "hard")
 TIMED = 5  # batches
@@ -204,8 +205,7 @@ def measure_states(model: Model) -> dict[str, dict[str, Any]]:
     """'ranks' and 'says', by kept step: effective rank and spectrum of the reward token's state on
     `test`, and how well the facts of critiques can be read off it. 'pulls': `why.pull`, at the last
     step."""
-    with open_checkpoints(model.workdir / "checkpoints", say=lambda words: None) as checkpoints:
-        steps = checkpoints.steps()
+    steps = complete_steps(model.workdir / CHECKPOINTS)
     stated_NF, group_N = why.stated_facts("test", model.world["test"], model.world["seed"])
     found: dict[str, dict[str, Any]] = {"ranks": {}, "says": {}}
     for step in steps:

@@ -1,0 +1,115 @@
+"""What a disk says when it refuses, in words that say what to do."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import uuid
+from pathlib import Path
+
+from jrm_jax.errors import UserError, one_line
+
+_FREE = "free some space"
+_RIGHTS = "give this user the right to write there, or another folder"
+_ANSWER = "see whether the disk or the network file system still answers"
+ADVICE = {
+    errno.ENOSPC: _FREE,
+    errno.EDQUOT: _FREE,
+    errno.EFBIG: _FREE + ", or allow larger files",
+    errno.EACCES: _RIGHTS,
+    errno.EPERM: _RIGHTS,
+    errno.EROFS: "give a folder that can be written",
+    errno.EIO: _ANSWER,
+    errno.ESTALE: _ANSWER,
+    errno.ENOTCONN: _ANSWER,
+    errno.ETIMEDOUT: _ANSWER,
+    errno.EMFILE: "allow more open files (ulimit -n)",
+    errno.ENFILE: "allow more open files (ulimit -n)",
+    errno.ENAMETOOLONG: "give a shorter name",
+}
+FAULTS = tuple(ADVICE)  # the disk's, wherever they show
+ADVICE |= {
+    errno.ENOTDIR: "give another folder, a part of this path is a file",
+    errno.ENOENT: "see whether the folder was removed",
+}
+_PHRASES = {os.strerror(number): number for number in ADVICE} | {"disk is full": errno.ENOSPC}
+# How file systems answer that cannot rename a folder with something in it; gcsfuse: EMFILE, ENOSYS
+_NO_RENAME = (errno.ENOSYS, errno.EMFILE, errno.ENOTSUP, errno.EPERM, errno.EXDEV, errno.EINVAL)
+
+
+def error_number(error: BaseException | None) -> int | None:
+    """Of the first OSError among an exception and its causes; libraries in C++ only write its name
+    or its words into their message."""
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:
+        if isinstance(error, OSError) and error.errno:
+            return error.errno
+        seen.append(error)
+        error = error.__cause__ or error.__context__
+    found = (n for each in seen for words, n in _PHRASES.items() if words in str(each))
+    return next(found, None)
+
+
+def explain(error: BaseException, path: Path) -> str:
+    """'No space left on device: free some space', of an error while writing to `path`."""
+    if _is_rename(error):
+        return _explain_rename(error, path)
+    advice = ADVICE.get(error_number(error))
+    return f"{one_line(error)}{f': {advice}' if advice else ''}"
+
+
+def _is_rename(error: BaseException) -> bool:
+    return (
+        isinstance(error, OSError)
+        and error.filename2 is not None
+        and error.errno in _NO_RENAME
+        and os.path.isdir(error.filename)
+    )
+
+
+def _explain_rename(error: OSError, path: Path) -> str:
+    point, kind = mount_of(path)
+    words = f"the mount at {point} ({kind}) cannot rename folders ({error.strerror})"
+    if "gcsfuse" in kind:
+        return (
+            f"{words}: mount the bucket with --rename-dir-limit=200000, or take one with a "
+            "hierarchical namespace"
+        )
+    return f"{words}: give a folder on another file system"
+
+
+def mount_of(path: Path) -> tuple[str, str]:
+    """(where it is mounted, kind) of the file system that a path lies on, or would lie on."""
+    place = str(path.resolve())
+    found = ("/", "unknown file system")
+    try:
+        lines = Path("/proc/mounts").read_text().splitlines()
+    except OSError:  # not Linux
+        return found
+    for line in lines:
+        _, point, kind, *_ = line.split(" ")
+        point = point.replace("\\040", " ")
+        inside = place == point or place.startswith(point.rstrip("/") + "/")
+        if inside and len(point) >= len(found[0]):
+            found = (point, kind)
+    return found
+
+
+def check_folder(folder: Path) -> None:
+    """Try what saving needs: making a folder with a file in it, renaming and removing it.
+
+    Raises:
+        UserError: it cannot be done in `folder`, which is made if need be.
+    """
+    first, second = (folder / f".try-{uuid.uuid4().hex[:8]}" for _ in range(2))
+    try:
+        first.mkdir(parents=True)
+        (first / "file").write_text("whole")
+        first.rename(second)
+        shutil.rmtree(second)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {explain(error, folder)}") from error
+    finally:
+        for left in (first, second):
+            shutil.rmtree(left, ignore_errors=True)
