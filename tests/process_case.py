@@ -17,7 +17,7 @@ if __name__ == "__main__":
 
     from jrm_jax import main, train
 
-    class Recorder(train.build.BatchIterator):
+    class Recorder(train.build_data.BatchIterator):
         """The training batches, whose ids are written down as they are taken."""
 
         def __init__(self, batches, step):

@@ -214,7 +214,8 @@ def test_the_jobset_has_the_structure_that_its_schema_asks_for():
     (container,) = pod["containers"]
     mounts = {mount["name"] for mount in container["volumeMounts"]}
     assert mounts == {volume["name"] for volume in pod["volumes"]}
-    (options,) = (v["csi"]["volumeAttributes"]["mountOptions"] for v in pod["volumes"] if "csi" in v)
+    (bucket,) = (volume["csi"] for volume in pod["volumes"] if "csi" in volume)
+    options = bucket["volumeAttributes"]["mountOptions"]
     assert {"implicit-dirs", "file-system:rename-dir-limit:200000"} == set(options.split(","))
     # shapes agree with each other
     chips = container["resources"]["limits"]["google.com/tpu"]
