@@ -27,6 +27,15 @@ def test_judgements_of_one_group_are_drawn_together():
     np.testing.assert_allclose(general[:3], together[:3], atol=0.03)
 
 
+def test_what_a_group_is_called_plays_no_part():
+    values = np.random.default_rng(0).normal(size=400)
+    groups = np.repeat(np.arange(40), 10)
+    names = [f"/far/away/{100 - group}" for group in groups]
+    assert ours.bootstrap(values, names) == ours.bootstrap(values, groups)
+    assert ours.paired_test(values, values[::-1], names) == ours.paired_test(
+        values, values[::-1], groups)  # fmt: skip
+
+
 def test_no_interval_without_groups_to_draw():
     alone = ours.bootstrap([1.0, 0.0], ["a", "a"])
     assert alone.value == 0.5 and math.isnan(alone.low)

@@ -41,7 +41,7 @@ def bootstrap(
     count = len(values_NF)
     if not count:
         return Interval(math.nan, math.nan, math.nan, 0)
-    group_N = np.unique(np.asarray(groups, dtype=str), return_inverse=True)[1]
+    group_N = _places(groups)
     sizes_G = np.bincount(group_N)
     rng = np.random.default_rng(seed)
     if statistic is None:
@@ -64,6 +64,13 @@ def bootstrap(
         return Interval(value, math.nan, math.nan, len(sizes_G))
     low, high = np.percentile(drawn, (2.5, 97.5))
     return Interval(value, float(low), float(high), len(sizes_G))
+
+
+def _places(groups: Sequence[Any]) -> np.ndarray:
+    """[N] a number for each group, by first appearance: names, which may hold paths, play no part.
+    """
+    numbers: dict[str, int] = {}
+    return np.array([numbers.setdefault(str(name), len(numbers)) for name in groups], int)
 
 
 class Paired(NamedTuple):
@@ -91,7 +98,7 @@ def paired_test(
     first_N, second_N = np.asarray(first_N, float), np.asarray(second_N, float)
     gap_N = second_N - first_N
     spread = bootstrap(gap_N, groups, seed=seed)
-    group_N = np.unique(np.asarray(groups, dtype=str), return_inverse=True)[1]
+    group_N = _places(groups)
     sums_G = np.bincount(group_N, gap_N)
     moved_G = sums_G[np.abs(sums_G) > 1e-12]
     if not len(moved_G):
