@@ -41,7 +41,9 @@ def preference_loss(
 ) -> Term:
     """Bradley-Terry negative log-likelihood over all labelled pairs i < j.
 
-    `preference[i, j]` is the share of votes for i: 1, 0 or 1/2 (a tie is half a vote each way).
+    `preference[i, j]` is the share of votes for i, from 0 to 1 (a tie is half a vote each way):
+    cross-entropy with a soft target, which is least where sigmoid(gap) is the share. It is linear
+    in the share, so votes that differ cost what their share costs with the sum of their weights.
     A margin is asked of decided pairs only; it fades to zero for a tie.
     Source: Bradley and Terry (1952), Biometrika 39; the margin as in Llama 2 (arXiv 2307.09288).
     """

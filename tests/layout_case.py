@@ -10,6 +10,8 @@ from benchmark_files import png
 from jrm_jax.data import builders, store
 from jrm_jax.data.schema import from_record
 
+SIDES = ("left", "right")
+
 
 @pytest.fixture
 def build(tmp_path, capsys):
@@ -47,3 +49,20 @@ def pictures(tmp_path):
 def lines(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def hub_row(source=0, left=1, right=2, vote="leftvote", scores=((6, 4, 2), (5, 2, 3)), **changes):
+    """All fields of EditReward-Data on the Hub; scores: overall, following, quality of a side."""
+    row = {
+        "key": f"key{source}", "unique_key": f"key{source}_{left}_{right}", "pair_index": 3,
+        "instruction": "Make the sandwich a hot dog.", "source_img": {"bytes": png(source * 100)},
+        "left_output_image": {"bytes": png(source * 100 + left)},
+        "right_output_image": {"bytes": png(source * 100 + right)},
+        "left_model": f"m{left}", "right_model": f"m{right}", "vote_type": vote,
+        "metadata_index": 7, "left_img_rel": f"{source}/m{left}.png",
+        "right_img_rel": f"{source}/m{right}.png",
+    }  # fmt: skip
+    for side, values in zip(SIDES, scores, strict=True):
+        names = ("overall", "instruction_following", "quality_aesthetic")
+        row |= {f"{side}_{n}_score": v for n, v in zip(names, values, strict=True)}
+    return row | changes

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image as Pillow
 
 from jrm_jax.data import builders, store
-from jrm_jax.data.ingest.pairs import EDITREWARD as DIMENSIONS
+from jrm_jax.data.ingest.judgements import EDITREWARD as DIMENSIONS
 from jrm_jax.data.schema import from_record
 from jrm_jax.data.world.prepare import prepare_world
 from jrm_jax.errors import UserError
@@ -25,7 +25,7 @@ def png(seed: int, width: int = 24, height: int = 16) -> bytes:
     return file.getvalue()
 
 
-def pair(path1="a.png", path2="b.png", scores1=(8, 4, 4), scores2=(5, 2, 4), **changes):
+def pair(path1="a.png", path2="b.png", scores1=(8, 4, 4), scores2=(6, 2, 4), **changes):
     """One record of EditReward's JSON; scores: overall, instruction following, visual quality."""
     record = {
         "prompt": "Add a bowl", "choice_dist": None, "confidence": None, "path_src": "source.png",
@@ -126,7 +126,7 @@ def test_tie_case_overrules_overall_scores_only(tmp_path, images):
 
 
 def test_repeated_pairs(tmp_path, images):
-    """Agreeing votes weigh more; contradictory ones are a tie; order means nothing."""
+    """Agreeing votes weigh more; of differing ones the share counts; order means nothing."""
     better, worse = {"scores1": (8, 4, 4), "scores2": (5, 2, 2)}, (5, 2, 2)
     agree = [pair("a.png", "b.png", **better), pair("b.png", "a.png", worse, (8, 4, 4))]
     (group,) = groups(tmp_path, images, agree)

@@ -6,33 +6,11 @@ import json
 
 import numpy as np
 from benchmark_files import png, write_arrow
-from layout_case import build, lines, parquet, pictures  # noqa: F401
+from layout_case import SIDES, build, hub_row, lines, parquet, pictures  # noqa: F401
 
 from jrm_jax.data import builders, store
-from jrm_jax.data.ingest.pairs import EDITREWARD
+from jrm_jax.data.ingest.judgements import EDITREWARD
 from jrm_jax.data.schema import in_dimensions, to_record
-
-SIDES = ("left", "right")
-
-
-# EditReward-Data as it is on Hugging Face
-
-
-def hub_row(source=0, left=1, right=2, vote="leftvote", scores=((6, 4, 2), (5, 2, 3)), **changes):
-    """All fields of the published data set; scores: overall, following, quality of either side."""
-    row = {
-        "key": f"key{source}", "unique_key": f"key{source}_{left}_{right}", "pair_index": 3,
-        "instruction": "Make the sandwich a hot dog.", "source_img": {"bytes": png(source * 100)},
-        "left_output_image": {"bytes": png(source * 100 + left)},
-        "right_output_image": {"bytes": png(source * 100 + right)},
-        "left_model": f"m{left}", "right_model": f"m{right}", "vote_type": vote,
-        "metadata_index": 7, "left_img_rel": f"{source}/m{left}.png",
-        "right_img_rel": f"{source}/m{right}.png",
-    }  # fmt: skip
-    for side, values in zip(SIDES, scores, strict=True):
-        names = ("overall", "instruction_following", "quality_aesthetic")
-        row |= {f"{side}_{n}_score": v for n, v in zip(names, values, strict=True)}
-    return row | changes
 
 
 def test_seven_edits_of_one_source_are_one_group_with_21_comparisons(tmp_path, build):
@@ -76,7 +54,7 @@ def test_votes_count_and_dimensions_keep_their_own_order(tmp_path, build):
         # leftvote or rightvote beside equal or opposite overall scores
         ("kept", "vote against its own overall scores (the vote counts)"): 2,
         ("kept", "pair that is judged more than once (its weight grows)"): 1,
-        ("kept", "pair with contradicting judgements (a tie where they do)"): 1,
+        ("kept", "pair with differing judgements (the share of the votes counts)"): 1,
     }
 
 

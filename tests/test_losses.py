@@ -64,6 +64,24 @@ def test_a_tie_is_half_a_vote_each_way_and_its_margin_is_zero():
     assert float(preference_loss(reward, half, weight, 5.0).sum) == pytest.approx(sum(each) / 2)
 
 
+def test_a_share_is_its_votes_and_is_reached_where_the_model_gives_it():
+    """12 votes against 7: value and gradient of 19 pairs, none where sigmoid(gap) is 12/19."""
+    share, count = np.float32(12 / 19), 19.0
+    weight = (1 - jnp.eye(2))[None, :, :, None]
+
+    def cost(gap, win, weight):
+        preference = jnp.full((1, 2, 2, 1), 0.5).at[0, 0, 1, 0].set(win).at[0, 1, 0, 0].set(1 - win)
+        return preference_loss(jnp.stack([gap, 0.0])[None, :, None], preference, weight).sum
+
+    def votes(gap):
+        return 12 * cost(gap, 1.0, weight) + 7 * cost(gap, 0.0, weight)
+
+    for gap in (-1.5, 0.2, 3.0):
+        soft = jax.value_and_grad(cost)(gap, share, count * weight)
+        np.testing.assert_allclose(soft, jax.value_and_grad(votes)(gap), rtol=1e-5)
+    assert abs(jax.grad(cost)(math.log(12 / 7), share, count * weight)) < 1e-5
+
+
 def test_gradients_match_differences_and_unlabelled_pairs_have_none():
     reward = jnp.array(np.random.default_rng(2).normal(size=(B, K, R)), jnp.float32)
     preference, weight = votes(3)

@@ -168,7 +168,7 @@ def test_bad_json_is_one_line_that_names_file_and_field(obj, field, words):
 @pytest.mark.parametrize(
     "matrix, field, words",
     [
-        ([[0.5, 0.7], [0.3, 0.5]], "preference[0][1][0]", "is 0.7; allowed"),
+        ([[0.5, 1.7], [-0.7, 0.5]], "preference[0][1][0]", "is 1.7; allowed"),
         ([[0.5, 1], [1, 0.5]], "preference[0][1][0]", "asymmetric"),
         ([[0.5, 1], [None, 0.5]], "preference[1][0][0]", "mirror"),
         ([[0.5, 1, 0], [0, 0.5, 0]], "preference[0]", "3 entries, must have 2"),
@@ -209,13 +209,19 @@ def test_validate_arrays():
         return PreferenceExample(**{**vars(good), **fields})
 
     validate(good, "x")
+    share = np.full((3, 3, 1), 0.5, np.float32)
+    share[0, 1], share[1, 0] = 0.7, 0.3
+    validate(change(preference=share), "x")
+    share[1, 0] = 0.31
+    with pytest.raises(UserError, match=r"preference\[0\]\[1\]\[0\]': is asymmetric"):
+        validate(change(preference=share), "x")
     diagonal = good.weight.copy()
     diagonal[1, 1] = 1
     for example, words in (
         (change(weight=diagonal), "diagonal"),
         (change(preference=good.preference[:2, :2]), r"shape \[2, 2, 1\]"),
         (change(weight=good.weight * np.nan), "must be >= 0"),
-        (change(preference=good.preference * 2), "allowed: 0, 0.5, 1"),
+        (change(preference=good.preference * 2), "allowed: 0 to 1"),
         (change(candidates=good.candidates[2:]), "at least 2"),
         (change(prompt=(Image(b""),)), "image with data"),
     ):

@@ -1,7 +1,7 @@
 """Data sets on disk, from a user's files or from the built-in world.
 
     python -m jrm_jax.data.builders editreward --data=PATH --images=DIR --out=DIR
-    python -m jrm_jax.data.builders LAYOUT --help           genai_bench, editscore, jsonl, csv
+    python -m jrm_jax.data.builders LAYOUT --help           of LAYOUTS below
     python -m jrm_jax.data.builders world --out=DIR [--train=16384 ...]
 
 A build that was stopped goes on where it was when the same command is given again. `docs/data.md`
@@ -17,10 +17,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from jrm_jax.arguments import Parser
 from jrm_jax.data.ingest import building
 from jrm_jax.data.ingest.judged import Judged
+from jrm_jax.data.ingest.judgements import EDITREWARD
 from jrm_jax.data.ingest.pairs import Pairs
 from jrm_jax.data.ingest.records import Records
 from jrm_jax.data.ingest.table import Table
@@ -30,12 +32,54 @@ from jrm_jax.errors import UserError
 
 SHOWN = 20  # problems that are printed; all are listed in the data set's problems.txt
 TELL_SECONDS = 30
+
+
+class Flag(NamedTuple):
+    """Of one layout alone."""
+
+    name: str
+    words: str
+    options: dict[str, Any]
+
+
+class Kind(NamedTuple):
+    """What the command says about a layout, how it is made, and what may be chosen."""
+
+    words: str
+    make: Callable[[Path, argparse.Namespace], building.Layout]
+    flags: tuple[Flag, ...] = ()
+
+
+NO_SCORES = Flag(
+    "--no_scores", "critiques only: do not rank by the scores", {"action": "store_true"}
+)
 LAYOUTS = {
-    "editreward": "EditReward-Data, JSON or parquet: all edits of one source become one group",
-    "genai_bench": "GenAI-Bench's image editing, parquet or EditReward's JSON of it",
-    "editscore": "edits with a judge's reasoning and scores, as EditScore's training data",
-    "jsonl": "examples as JSON lines, JSON list or parquet, see jrm_jax/data/schema.py",
-    "csv": "a folder of pictures with a CSV file, see jrm_jax/data/ingest/table.py",
+    "editreward": Kind(
+        "EditReward-Data, JSON or parquet: all edits of one source become one group",
+        lambda folder, args: Pairs("editreward", folder),
+    ),
+    "genai_bench": Kind(
+        "GenAI-Bench's image editing, parquet or EditReward's JSON of it",
+        lambda folder, args: Pairs("genai_bench", folder, EDITREWARD[:1]),
+    ),
+    "hpdv3": Kind(
+        "HPDv3's pairs of pictures without a source, with the shares of the votes",
+        lambda folder, args: Pairs("hpdv3", folder, (args.dimension,)),
+        (Flag("--dimension", "what the pairs were judged by", {"default": EDITREWARD[0]}),),
+    ),
+    "editscore": Kind(
+        "edits with a judge's reasoning and scores, as EditScore's training data",
+        lambda folder, args: Judged(folder, labels=not args.no_scores),
+        (NO_SCORES,),
+    ),
+    "jsonl": Kind(
+        "examples as JSON lines, JSON list or parquet, see jrm_jax/data/schema.py",
+        lambda folder, args: Records(folder),
+    ),
+    "csv": Kind(
+        "a folder of pictures with a CSV file, see jrm_jax/data/ingest/table.py",
+        lambda folder, args: Table(folder),
+    ),
 }
 
 
@@ -46,8 +90,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         prog="python -m jrm_jax.data.builders", description=__doc__.splitlines()[0]
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, words in LAYOUTS.items():
-        command = commands.add_parser(name, help=words, description=words)
+    for name, kind in LAYOUTS.items():
+        command = commands.add_parser(name, help=kind.words, description=kind.words)
         command.add_argument(
             "--data", "--json", type=Path, required=True, help="file, or folder of files"
         )
@@ -65,9 +109,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         command.add_argument(
             "--skip_bad", action="store_true", help="leave bad records out, count and list them"
         )
-    commands.choices["editscore"].add_argument(
-        "--no_scores", action="store_true", help="critiques only: do not rank edits by the scores"
-    )
+        for flag in kind.flags:
+            command.add_argument(flag.name, help=flag.words, **flag.options)
     world = commands.add_parser("world", help="the built-in world")
     world.add_argument("--out", type=Path, required=True, help="the data set's parent folder")
     world.add_argument("--seed", type=int, default=0)
@@ -81,13 +124,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def make_layout(args: argparse.Namespace) -> building.Layout:
     """Layout of a command."""
     folder = args.images or (args.data if args.data.is_dir() else args.data.parent)
-    if args.command == "jsonl":
-        return Records(folder)
-    if args.command == "csv":
-        return Table(folder)
-    if args.command == "editscore":
-        return Judged(folder, labels=not args.no_scores)
-    return Pairs(args.command, folder)
+    return LAYOUTS[args.command].make(folder, args)
 
 
 @contextlib.contextmanager

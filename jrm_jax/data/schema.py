@@ -31,6 +31,7 @@ from jrm_jax.data.labels import check_keys, check_type, field_error, labels_in, 
 from jrm_jax.errors import RecordError
 
 DEFAULT_DIMENSIONS = ("overall",)
+SHARE_ERROR = 1e-5  # of float32 shares that are written with six digits
 _EXAMPLE_KEYS = (
     "id", "prompt", "candidates", "dimensions", "ranks", "scores", "preference", "weight",
 )  # fmt: skip
@@ -71,10 +72,10 @@ class Candidate:
 class PreferenceExample:
     """One group of candidates and its labels.
 
-    preference[i, j, r] in {0, 1/2, 1}: 1 if i is preferred to j in dimension r, 1/2 for a tie;
-    preference[i, j, r] + preference[j, i, r] = 1 wherever weight[i, j, r] > 0. The weight is
-    symmetric, never negative, and 0 on the diagonal and where there is no label. Votes may be
-    partial and even cyclic.
+    preference[i, j, r] from 0 to 1: the share of the votes that prefer i to j in dimension r, 1/2
+    for a tie; preference[i, j, r] + preference[j, i, r] = 1 wherever weight[i, j, r] > 0. The
+    weight is symmetric, never negative, and 0 on the diagonal and where there is no label. Votes
+    may be partial and even cyclic.
     """
 
     id: str
@@ -129,11 +130,12 @@ def _validate_labels(preference: np.ndarray, weight: np.ndarray, where: str) -> 
     def first(bad: np.ndarray) -> list[int]:
         return np.argwhere(bad)[0].tolist()
 
-    bad = ~np.isin(preference, (0.0, 0.5, 1.0))
+    bad = ~((preference >= 0) & (preference <= 1))
     if bad.any():
         i, j, r = first(bad)
         value = preference[i, j, r]
-        raise field_error(where, f"preference[{i}][{j}][{r}]", f"is {value:g}; allowed: 0, 0.5, 1")
+        words = f"is {value:g}; allowed: 0 to 1 (0.5 is a tie)"
+        raise field_error(where, f"preference[{i}][{j}][{r}]", words)
     bad = ~(np.isfinite(weight) & (weight >= 0))
     if bad.any():
         i, j, r = first(bad)
@@ -144,7 +146,7 @@ def _validate_labels(preference: np.ndarray, weight: np.ndarray, where: str) -> 
         raise field_error(where, f"weight[{i}][{j}][{r}]", f"differs from weight[{j}][{i}][{r}]")
     if np.einsum("iir->", weight) != 0:
         raise field_error(where, "weight", "must be 0 on the diagonal (a candidate against itself)")
-    bad = (weight > 0) & (preference + preference.swapaxes(0, 1) != 1)
+    bad = (weight > 0) & (np.abs(preference + preference.swapaxes(0, 1) - 1) > SHARE_ERROR)
     if bad.any():
         i, j, r = first(bad)
         raise field_error(

@@ -135,8 +135,9 @@ def _cases(
     name = content_id(prompt, candidates) if is_place(example.id) else example.id
     for column, dimension in enumerate(example.dimensions):
         weight = example.weight[..., column]
+        side = np.sign(2 * example.preference[..., column] - 1).astype(int)
         comparisons = tuple(
-            Comparison(f"{i}-{j}", int(i), int(j), int(2 * example.preference[i, j, column] - 1))
+            Comparison(f"{i}-{j}", int(i), int(j), int(side[i, j]))
             for i, j in np.argwhere(np.triu(weight) > 0)
         )
         if comparisons:
