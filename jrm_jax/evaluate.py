@@ -22,7 +22,7 @@ from jrm_jax import cli
 from jrm_jax.arguments import Parser
 from jrm_jax.errors import UserError
 from jrm_jax.evaluation import report
-from jrm_jax.evaluation.cases import Issues
+from jrm_jax.evaluation.cases import Issues, in_order
 from jrm_jax.evaluation.files import Images
 from jrm_jax.evaluation.layouts import LAYOUTS
 
@@ -102,7 +102,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         judged = scoring.score_cases(model, benchmark.cases, issues, layout.download)
         _write_predictions(layout, judged, args.out, name, threshold)
     else:
-        judged = layout.read_predictions(benchmark, args.predictions)
+        judged = in_order(benchmark.cases, layout.read_predictions(benchmark, args.predictions))
     if not judged:
         what = "no case has a prediction" if benchmark.cases else "the files hold no case to judge"
         raise UserError(f"nothing to measure: {what}"

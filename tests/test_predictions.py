@@ -116,6 +116,18 @@ def test_editscore_lines_without_scores(tmp_path, scores):
     assert [one.answer for one in judged] == [one.answer for one in before]
 
 
+def test_the_order_of_predictions_plays_no_part(tmp_path):
+    data = write_pairs(tmp_path)
+    scores = [[0.3, 0], [0, 0.2], [0.1, 0], [0.1, 0], [0.4, 0], [0.1, 0], [1, 0]]
+    rows = [{"index": i, "scores": pair} for i, pair in enumerate(scores)]
+    results = []
+    for order in (rows, rows[::-1]):
+        (tmp_path / "said.json").write_text(json.dumps(order))
+        results.append(run(tmp_path / "r.json", "genai_bench", data, [tmp_path / "said.json"]))
+    # three gaps are equal, and the published threshold is tuned in the order of the file
+    assert results[0]["rows"] == results[1]["rows"]
+
+
 @pytest.mark.parametrize("broken", [
     None, {}, {"forward": None, "reverse": [None]}, {"forward": [{}], "reverse": []},
     {"forward": [{"judgement": None}]},

@@ -133,6 +133,15 @@ class Judged(NamedTuple):
     answer: Answer
 
 
+def in_order(cases: Sequence[Case], judged: Sequence[Judged]) -> list[Judged]:
+    """Answers in the benchmark's own order, whatever the order of the predictions.
+
+    Published thresholds are tuned in that order, and intervals are drawn by it.
+    """
+    places = {id(case): place for place, case in enumerate(cases)}
+    return sorted(judged, key=lambda one: places.get(id(one.case), len(places)))
+
+
 class Issues:
     """Oddities of the files, by kind."""
 

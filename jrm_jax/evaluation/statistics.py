@@ -67,8 +67,7 @@ def bootstrap(
 
 
 def _places(groups: Sequence[Any]) -> np.ndarray:
-    """[N] a number for each group, by first appearance: names, which may hold paths, play no part.
-    """
+    """[N] a number for each group, by first appearance: names may hold paths, and play no part."""
     numbers: dict[str, int] = {}
     return np.array([numbers.setdefault(str(name), len(numbers)) for name in groups], int)
 
