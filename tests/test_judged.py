@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from benchmark_files import png
 from layout_case import build, lines, pictures  # noqa: F401
 
@@ -98,6 +99,83 @@ def test_conversations_with_a_judge_become_critiques(pictures, build):
         ("left out", "judgement of quality without the instruction"): 1,
         ("left out", "field 'images'"): 1,
     }
+
+
+def as_messages(row):
+    """The same talk as LLaMA-Factory's OpenAI layout."""
+    turns = [{"role": {"human": "user", "gpt": "assistant"}[turn["from"]], "content": turn["value"]}
+             for turn in row["conversations"]]  # fmt: skip
+    return {"messages": [{"role": "system", "content": "You judge."}, *turns],
+            "images": row["images"]}  # fmt: skip
+
+
+def as_parts(row):
+    """With contents of parts, which hold the pictures, too."""
+    asked, answered = row["conversations"]
+    content = [{"type": "image", "image": name} for name in row["images"]]
+    content.append({"type": "text", "text": asked["value"].replace("<image>", "")})
+    answer = [{"type": "text", "text": answered["value"]}]
+    return {"messages": [{"role": "user", "content": content},
+                         {"role": "assistant", "content": answer}]}  # fmt: skip
+
+
+def as_alpaca(row):
+    asked, answered = (turn["value"] for turn in row["conversations"])
+    return {"instruction": asked, "input": "", "output": answered, "images": row["images"]}
+
+
+@pytest.mark.parametrize("form", [as_messages, as_parts, as_alpaca])
+def test_a_talk_is_the_same_in_every_layout_of_trainers(pictures, build, form):
+    answer = json.dumps({"reasoning": "The hat is there.", "score": [22, 18]})
+    quality = json.dumps({"reasoning": "Seam at the brim.", "score": [12, 9]})
+    rows = [talk(["1.png"], "The image is an AI-generated image.", quality),
+            talk(["0.png", "1.png"], RULES + "Add a hat", answer)]  # fmt: skip
+    (expected,), _ = build("editscore", lines(pictures / "a.jsonl", rows))
+    found, kinds = build("editscore", lines(pictures / "b.jsonl", map(form, rows)))
+    assert [(e.prompt, e.candidates) for e in found] == [(expected.prompt, expected.candidates)]
+    assert not kinds and expected.candidates[0].critique.count("\n") == 2
+
+
+def test_talks_that_are_none(pictures, build):
+    good = as_messages(talk(["0.png", "1.png"], RULES + "Add", '{"score": [1, 2]}'))
+    asked, answered = good["messages"][1:]
+    rows = [
+        good | {"messages": [asked]},  # as a set for RL
+        good | {"messages": [answered]},
+        good | {"messages": "text"},
+        good | {"messages": ["text"]},
+        good | {"messages": [asked, {"role": "assistant", "content": None}]},
+        good | {"images": []},
+        good | {"images": None},
+    ]
+    rows.append(as_messages(talk(["0.png", "2.png"], RULES + "Add",
+                                 '{"reasoning": "Yes.", "score": [1, 2]}')))  # fmt: skip
+    found, kinds = build("editscore", lines(pictures / "train.jsonl", rows))
+    assert len(found) == 1
+    assert kinds == {
+        ("left out", "field 'messages'"): 4, ("left out", "field 'messages.content'"): 1,
+        ("left out", "field 'images'"): 2,
+    }  # fmt: skip
+
+
+def test_an_edit_is_known_by_its_content_and_what_was_asked_for_is_kept_apart(pictures, build):
+    """One picture under three names answers two instructions; its quality belongs to both."""
+    for name in ("again", "more"):
+        (pictures / f"{name}.png").write_bytes(png(1))
+    answer = json.dumps({"reasoning": "It follows.", "score": [22, 18]})
+    rows = [
+        talk(["again.png"], "Natural?", '{"reasoning": "Sharp.", "score": [12, 9]}'),
+        talk(["0.png", "1.png"], RULES + "Add a hat", answer),
+        talk(["0.png", "more.png"], RULES + "Add a bow", answer),
+        talk(["2.png"], "Natural?", '{"reasoning": "Nobody asked.", "score": [12, 9]}'),
+    ]
+    found, kinds = build("editscore", lines(pictures / "train.jsonl", rows))
+    assert [e.prompt[0].text for e in found] == ["Add a hat", "Add a bow"]
+    assert len({e.id for e in found}) == 2
+    for example in found:
+        (candidate,) = example.candidates
+        assert candidate.parts[0].data == png(1) and "Quality: Sharp." in candidate.critique
+    assert kinds == {("left out", "judgement of quality without the instruction"): 1}
 
 
 def test_bad_rows_of_judgements(pictures, build):

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jrm_jax.arguments import Parser
-from jrm_jax.data.ingest import building
+from jrm_jax.data.ingest import building, regions
 from jrm_jax.data.ingest.judged import Judged
 from jrm_jax.data.ingest.judgements import EDITREWARD
 from jrm_jax.data.ingest.pairs import Pairs
@@ -71,6 +71,12 @@ LAYOUTS = {
         "edits with a judge's reasoning and scores, as EditScore's training data",
         lambda folder, args: Judged(folder, labels=not args.no_scores),
         (NO_SCORES,),
+    ),
+    "spatialreward": Kind(
+        "SpatialReward-Train: a judge's reasoning about boxes in the edits",
+        lambda folder, args: Judged(folder, boxes=args.boxes),
+        (Flag("--boxes", "in the text as words, or as a line of their own before it",
+              {"choices": regions.STYLES, "default": regions.STYLES[0]}),),
     ),
     "jsonl": Kind(
         "examples as JSON lines, JSON list or parquet, see jrm_jax/data/schema.py",

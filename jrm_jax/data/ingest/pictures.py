@@ -36,20 +36,47 @@ def image_reader(folder: str | Path) -> Callable[[str], bytes]:
     root, checked = Path(folder), set()
 
     def read(name: str) -> bytes:
-        path = root / name
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            words = f"image file {path} cannot be read ({error.strerror})"
-            raise RecordError(words, MISSING) from error
+        data = _content(root, name)
         if name not in checked:
-            check_image(data, f"image file {path}")
+            check_image(data, f"image file {root / name}")
             if len(checked) == CHECKED:  # names need memory, too
                 checked.clear()
             checked.add(name)
         return data
 
     return read
+
+
+def _content(root: Path, name: str) -> bytes:
+    path = root / name
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        words = f"image file {path} cannot be read ({error.strerror})"
+        raise RecordError(words, MISSING) from error
+
+
+def content_digest(folder: Path, value: Any, where: str, field: str) -> str:
+    """What tells pictures apart that may have several names: a digest of the encoded bytes.
+
+    Raises:
+        RecordError: there is no picture; it is not decoded here.
+    """
+    value = _encoded(value, where, field)
+    try:
+        data = _content(folder, value) if isinstance(value, str) else value
+    except RecordError as error:
+        raise field_error(where, field, str(error), error.kind) from error
+    return hashlib.sha256(data).hexdigest()
+
+
+def _encoded(value: Any, where: str, field: str) -> str | bytes:
+    """The name or the bytes of {'bytes', 'path'}, a name, or bytes."""
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    if not isinstance(value, str | bytes) or not value:
+        raise field_error(where, field, "holds no picture", MISSING)
+    return value
 
 
 def picture_name(value: Any) -> str:
@@ -73,10 +100,7 @@ class GroupPictures:
         Raises:
             RecordError: there is none, or it cannot be read; names file, row and field.
         """
-        if isinstance(value, dict):
-            value = value.get("bytes") or value.get("path")
-        if not isinstance(value, str | bytes) or not value:
-            raise field_error(where, field, "holds no picture", MISSING)
+        value = _encoded(value, where, field)
         try:
             if isinstance(value, str):
                 if value not in self._names:
