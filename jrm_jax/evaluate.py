@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from jrm_jax import cli
+from jrm_jax import cli, terminal
 from jrm_jax.arguments import Parser
 from jrm_jax.errors import UserError
 from jrm_jax.evaluation import report
@@ -204,40 +204,39 @@ def _save(path: Path, text: str) -> None:
 
 
 def print_result(result: dict[str, Any]) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
     rules = list(result["rows"][0]["baselines"]) if result["rows"] else []
-    title = f"{result['benchmark']}: {result['model']}"
-    table = Table(title=title, box=box.SIMPLE, show_edge=False, pad_edge=False)
-    table.add_column("part", overflow="fold", min_width=15)
-    table.add_column("number", overflow="fold", min_width=13)
+    columns: dict[str, dict[str, Any]] = {
+        "part": {"overflow": "fold", "min_width": 15},
+        "number": {"overflow": "fold", "min_width": 13},
+    }
     for head in ("value", "95 % interval", "judged/all", *(["best rule"] if rules else [])):
-        table.add_column(head, justify="right", no_wrap=True)
+        columns[head] = {"justify": "right", "no_wrap": True}
 
     def short(number: float | None) -> str:
         return "-" if number is None else f"{number:.3f}"
 
+    rows = []
     for row in result["rows"]:
         low, high = short(row["low"]), short(row["high"])
         known = [row["baselines"][rule] for rule in rules if row["baselines"][rule] is not None]
-        table.add_row(
+        rows.append((
             row["section"], row["metric"], short(row["value"]),
             f"{low}..{high}" if row["low"] is not None else "-", f"{row['count']}/{row['total']}",
             *([short(max(known, default=None))] if rules else []),
-            style="bold" if row["headline"] else None,
-        )  # fmt: skip
-    console.print(table)
+        ))  # fmt: skip
+    terminal.print_table(
+        f"{result['benchmark']}: {result['model']}", columns, rows,
+        bold=[row["headline"] for row in result["rows"]], framed=False,
+    )  # fmt: skip
+    console = terminal.console()
     if rules:
         console.print(f"Best rule: the best of {', '.join(rules)}, which need no model.")
     for row in result.get("probe", {}).get("rows", ()):
-        console.print(f"{row['name']}: {row['value']}", highlight=False)
+        console.print(f"{row['name']}: {row['value']}")
     for kind, found in result["issues"].items():
-        console.print(f"{found['count']} x {kind}; first: {found['items'][0]}", highlight=False)
+        console.print(f"{found['count']} x {kind}; first: {found['items'][0]}")
     for remark in result["remarks"]:
-        console.print(remark, highlight=False)
+        console.print(remark)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from jrm_jax.terminal import Bar, duration, is_watched
 
 JSONL = "metrics.jsonl"
 
@@ -74,19 +75,10 @@ class Writer:
 
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start or None)
         self._total, self._start, self._began = total_steps, start, time.monotonic()
-        if sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
-            self._bar = Progress(
-                "{task.description}",
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                console=Console(stderr=True),
-            )
-            self._task = self._bar.add_task("training", total=total_steps, completed=start)
-            self._bar.start()
+        if is_watched():
+            self._bar = Bar("training", total_steps, kept=True)
+            self._bar.__enter__()
+            self._bar.show(start)
 
     def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
         """One line of numbers; not-a-number becomes null in JSON."""
@@ -108,7 +100,7 @@ class Writer:
             return
         words = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, description=words)
+            self._bar.show(step, words=words)
             return
         done = max(1, step - self._start)
         left = (time.monotonic() - self._began) / done * (self._total - step)
@@ -118,7 +110,7 @@ class Writer:
         if not self.active or not words:
             return
         if self._bar is not None:
-            self._bar.console.print(words, markup=False, highlight=False)
+            self._bar.say(words)
         else:
             print(words, flush=True)
 
@@ -126,16 +118,9 @@ class Writer:
         if not self.active:
             return
         if self._bar is not None:
-            self._bar.stop()
+            self._bar.__exit__()
         self._jsonl.close()
         self._board.close()
-
-
-def duration(seconds: float) -> str:
-    """'1:02:03', '2:03'."""
-    minutes, seconds = divmod(max(0, round(seconds)), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
 def _cut_back(path: Path, step: int) -> Path:

@@ -5,17 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from jrm_jax.metrics import duration
+from jrm_jax.terminal import duration, print_table
 
 
 def print_results(results: dict[str, Any]) -> None:
     """The held-out numbers as a table."""
-    from rich.console import Console
-    from rich.table import Table
-
     splits = list(dict.fromkeys(k.split("/")[0] for k in results if "/" in k))
-    table = Table(title=f"{results['config']}: held-out numbers of step {results['step']}")
-    table.add_column("split")
     columns = {
         "pair_accuracy": ("pair accuracy", "{:.4f}"),
         "pairs": ("pairs", "{:.0f}"),
@@ -25,12 +20,15 @@ def print_results(results: dict[str, Any]) -> None:
         "language": ("language loss / token", "{:.4f}"),
     }
     columns = {n: c for n, c in columns.items() if any(f"{s}/{n}" in results for s in splits)}
-    for title, _ in columns.values():
-        table.add_column(title, justify="right")
+    rows = []
     for split in splits:
         found = [(results.get(f"{split}/{name}"), form) for name, (_, form) in columns.items()]
-        table.add_row(split, *("-" if v is None else form.format(v) for v, form in found))
-    Console().print(table)
+        rows.append((split, *("-" if v is None else form.format(v) for v, form in found)))
+    print_table(
+        f"{results['config']}: held-out numbers of step {results['step']}",
+        {"split": {}, **{title: {"justify": "right"} for title, _ in columns.values()}},
+        rows,
+    )
     print(f"{results['seconds']:.0f} s ({duration(results['seconds'])}) in this last session")
 
 

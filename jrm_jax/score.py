@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from jrm_jax import build
+from jrm_jax import build, terminal
 from jrm_jax.arguments import Parser
 from jrm_jax.errors import UserError
 from jrm_jax.serving.reward_model import Group, RewardModel
@@ -76,20 +76,16 @@ def rank(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def print_table(found: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=found["instruction"])
     columns = {"rank": "right", "picture": "left", "reward": "right", "normalised": "right"}
     if any("critique" in row for row in found["candidates"]):
         columns["critique"] = "left"
-    for name, side in columns.items():
-        table.add_column(name, justify=side, overflow="fold")
+    rows = []
     for place, row in enumerate(found["candidates"], 1):
         shown = {"rank": place} | row
         cells = [shown.get(name) for name in columns]
-        table.add_row(*(f"{c:+.4f}" if isinstance(c, float) else str(c or "-") for c in cells))
-    Console().print(table)
+        rows.append(f"{c:+.4f}" if isinstance(c, float) else str(c or "-") for c in cells)
+    options = {name: {"justify": side, "overflow": "fold"} for name, side in columns.items()}
+    terminal.print_table(found["instruction"], options, rows)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -49,6 +49,11 @@ def test_torch_stays_in_the_benchmarks_and_exports_and_tensorflow_out():
     assert not [p for p in FILES if "tensorflow" in imports(p)]
 
 
+def test_one_file_knows_rich():
+    """It is where a user's words are kept from being read as markup."""
+    assert {path.name for path in FILES if "rich" in imports(path)} == {"terminal.py"}
+
+
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in FILES
@@ -64,13 +69,13 @@ ROWS = (
      "config_cli", "lock", "workdir"},
     {"step", "data"},
     {"heads", "losses", "optim", "lora", "sharding", "model"},
-    {"arguments", "packaged", "disk"},
+    {"arguments", "packaged", "disk", "terminal"},
     {"errors"},
 )
 ROW_OF = {room: row for row, rooms in enumerate(ROWS) for room in rooms}
 CORE_ROOMS = {"step", "losses", "heads", "optim", "lora", "sharding", "model", "errors"}
 MAY = {  # exceptions that are narrower than their row
-    "data": {"data", "model", "arguments", "disk", "errors"},
+    "data": {"data", "model", "arguments", "disk", "terminal", "errors"},
     **{room: CORE_ROOMS for room in ("step", "losses", "heads", "model")},
 }
 

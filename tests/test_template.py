@@ -1,9 +1,13 @@
 """Chat template and tokenizer; `make_model_folder` also serves the pipeline's tests."""
 
 import json
+import os
 import pickle
+import subprocess
+import sys
 
 import pytest
+from entry_point import ROOT
 
 from jrm_jax.data.images import Processor
 from jrm_jax.data.schema import Image, Text
@@ -237,3 +241,22 @@ def test_stamp_changes_with_what_it_stands_for(tokenizer):
         changed[place] = other
         assert protocol_stamp(*changed) != stamp
     assert template_hash(Template()) == template_hash(Template()) == stamp["template"]
+
+
+QUIET = """
+import os, sys
+sys.modules["torch"] = None     # as where PyTorch is not installed
+from jrm_jax.data.template import load_tokenizer
+load_tokenizer("jrm_jax/assets/tiny_qwen3_vl", 10**6)
+print("transformers" in sys.modules, os.environ.get("TRANSFORMERS_NO_ADVISORY_WARNINGS"))
+"""
+
+
+@pytest.mark.parametrize("before", [None, "0"])
+def test_reading_a_tokenizer_is_silent_without_pytorch(before):
+    """And leaves the library's switch as it was."""
+    env = {n: v for n, v in os.environ.items() if n != "TRANSFORMERS_NO_ADVISORY_WARNINGS"}
+    env |= {"TRANSFORMERS_NO_ADVISORY_WARNINGS": before} if before else {}
+    command = [sys.executable, "-c", QUIET]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    assert (done.stdout, done.stderr) == (f"True {before}\n", "")

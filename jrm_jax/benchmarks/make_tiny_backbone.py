@@ -21,6 +21,7 @@ import json
 import pathlib
 
 from jrm_jax.arguments import Parser
+from jrm_jax.data.template import import_transformers
 from jrm_jax.data.world import describe, scenes
 from jrm_jax.data.world import text as world_text
 
@@ -114,11 +115,10 @@ def train_tokenizer(count: int, seed: int):
 def save_tokenizer(folder: pathlib.Path, count: int, seed: int) -> dict[str, int]:
     """Train and save; returns the ids of the special tokens and 'rows', the vocabulary rows."""
     from tokenizers import AddedToken
-    from transformers import PreTrainedTokenizerFast
 
     base = train_tokenizer(count, seed)
     base.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS])
-    wrapped = PreTrainedTokenizerFast(
+    wrapped = import_transformers().PreTrainedTokenizerFast(
         tokenizer_object=base,
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -29,9 +28,9 @@ from jrm_jax.data.ingest.table import Table
 from jrm_jax.data.store import SHARD_EXAMPLES
 from jrm_jax.data.world.prepare import prepare_world
 from jrm_jax.errors import UserError
+from jrm_jax.terminal import Bar
 
 SHOWN = 20  # problems that are printed; all are listed in the data set's problems.txt
-TELL_SECONDS = 30
 
 
 class Flag(NamedTuple):
@@ -135,29 +134,12 @@ def make_layout(args: argparse.Namespace) -> building.Layout:
 
 @contextlib.contextmanager
 def _build_progress() -> Iterator[Callable[[str, int, int, Counter], None]]:
-    """A bar; where stderr is no terminal, a line now and then."""
-    from rich import progress
-    from rich.console import Console
+    with Bar("starting") as bar:
 
-    console, told = Console(stderr=True), time.monotonic()
-    columns = (
-        progress.TextColumn("{task.description}"), progress.BarColumn(),
-        progress.MofNCompleteColumn(), progress.TextColumn("rows"),
-        progress.TimeRemainingColumn(), progress.TextColumn("{task.fields[left]:,} left out"),
-    )  # fmt: skip
-    bar = progress.Progress(*columns, console=console, transient=True)
-    task = bar.add_task("starting", total=None, left=0)
+        def show(words: str, done: int, total: int, counts: Counter) -> None:
+            left = f"rows, {counts['rows left out']:,} left out"
+            bar.show(done, total or None, words, left)
 
-    def show(words: str, done: int, total: int, counts: Counter) -> None:
-        nonlocal told
-        left = counts["rows left out"]
-        bar.update(task, description=words, completed=done, total=total or None, left=left)
-        if not console.is_terminal and time.monotonic() - told > TELL_SECONDS:
-            told = time.monotonic()
-            of = f" of {total:,}" if total else ""
-            print(f"{words}: {done:,}{of} rows, {left:,} left out", file=sys.stderr, flush=True)
-
-    with bar if console.is_terminal else contextlib.nullcontext():
         yield show
 
 

@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,9 @@ import numpy as np
 
 from jrm_jax.data.schema import PreferenceExample, from_record
 from jrm_jax.errors import UserError
+from jrm_jax.terminal import track
 
 SIZES_VERSION = 1  # raise it when what is measured changes
-PROGRESS_FROM = 2000  # examples; fewer are measured without a progress bar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +88,7 @@ def measure(
         if rows is not None:
             return Sizes.from_rows(rows)
     rows = np.zeros((len(dataset), len(SIZE_NAMES)), np.int32)
-    for index in _with_progress(len(dataset), f"measuring {name}"):
+    for index in track(range(len(dataset)), f"measuring {name}"):
         example = as_example(dataset[index])
         try:
             rows[index] = size_of(example)
@@ -144,14 +144,3 @@ def _write_cache(path: Path, rows: np.ndarray) -> bool:
         Path(temporary).unlink(missing_ok=True)
         return False
     return True
-
-
-def _with_progress(count: int, words: str) -> Iterator[int]:
-    if count < PROGRESS_FROM:
-        yield from range(count)
-        return
-    from rich.console import Console
-    from rich.progress import track
-
-    console = Console(stderr=True)
-    yield from track(range(count), words, console=console, transient=True)

@@ -15,8 +15,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from jrm_jax.data.images import Processor
@@ -196,13 +198,26 @@ def save_tokenizer(folder: str | Path, out: str | Path, vocab_rows: int) -> None
     wrapped.save_pretrained(out)
 
 
+def import_transformers() -> ModuleType:
+    """Without its advice, given on import, that PyTorch was not found: nothing here needs it."""
+    switch = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
+    before = os.environ.get(switch)
+    os.environ[switch] = "1"
+    try:
+        import transformers
+    finally:
+        os.environ.pop(switch, None)
+        if before is not None:
+            os.environ[switch] = before
+    return transformers
+
+
 def _load_wrapped(folder: str | Path) -> Any:
     if not Path(folder).is_dir():
         raise UserError(f"{folder} not found: give a Hugging Face model folder")
-    from transformers import AutoTokenizer
-
+    transformers = import_transformers()
     try:
-        wrapped = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        wrapped = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # transformers raises many kinds, all meaning the same here
         detail = " ".join(str(error).split())[:200]
         raise UserError(f"{folder} holds no usable tokenizer ({detail})") from error

@@ -30,6 +30,7 @@ from jrm_jax.evaluation.cases import (
 )
 from jrm_jax.evaluation.metrics import Metric, accuracy, sections, strict, verdicts
 from jrm_jax.evaluation.predictions import Collected, entries
+from jrm_jax.terminal import track
 
 PROTOCOL = (
     "Pair accuracy: share of the pairs people decided in which the preferred candidate scores"
@@ -97,11 +98,9 @@ def read_world(counts: dict[str, int], seed: int, issues: Issues) -> Benchmark:
 
 
 def _draw(split: str, count: int, seed: int) -> Iterator[PreferenceExample]:
-    from rich.progress import track
-
     from jrm_jax.data.world.scenes import make_example
 
-    for index in track(range(count), f"drawing {split}", transient=True):
+    for index in track(range(count), f"drawing {split}"):
         yield make_example(split, index, seed)
 
 

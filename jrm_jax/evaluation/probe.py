@@ -5,6 +5,7 @@ Letters: K candidates, D width of the reward token's state.
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ from jrm_jax.evaluation.metrics import strict, verdicts
 from jrm_jax.evaluation.report import main_dimension
 from jrm_jax.evaluation.scoring import CHUNK, Change, column, encode_case, pixel_distance
 from jrm_jax.evaluation.statistics import bootstrap, calibration, effective_rank, spearman
+from jrm_jax.terminal import Bar
 
 CASES = 128  # the first so many of the benchmark
 CRITIQUES = 24  # cases whose critiques are written out
@@ -42,6 +44,27 @@ CHANGES: dict[str, Change] = {
     "stretched by a quarter": _resized(1.25, 1.0),
 }
 
+# how often the model sees every case: as it is (scores, then states), changed, with other words,
+# with a black candidate, in reverse order
+PASSES = 2 + len(CHANGES) + 3
+
+
+class _Watched:
+    """A model whose work moves a bar."""
+
+    def __init__(self, model: Any, bar: Bar):
+        self._model, self._bar = model, bar
+        self.score_encoded = functools.partial(model.score_encoded, advance=bar.advance)
+        self.reward_states = functools.partial(model.reward_states, advance=bar.advance)
+
+    def critique_tokens(self, *arguments: Any, **options: Any) -> Any:
+        said = self._model.critique_tokens(*arguments, **options)
+        self._bar.advance()
+        return said
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
 
 def probe(model: Any, judged: Sequence[Judged], count: int = CASES) -> dict[str, Any]:
     """Rows {'name', 'value', 'meaning'}, the numbers behind them, and the calibration."""
@@ -54,15 +77,17 @@ def probe(model: Any, judged: Sequence[Judged], count: int = CASES) -> dict[str,
 
     if chosen:
         cases = [one.case for one in chosen]
-        base = _rewards(model, cases)
-        spread = float(np.std(np.concatenate(base)))
-        _tell_rank(model, cases, numbers, tell)
-        _tell_pixels(chosen, base, numbers, tell)
-        _tell_changes(model, cases, base, spread, numbers, tell)
-        _tell_instruction(model, cases, base, spread, numbers, tell)
-        _tell_black(model, cases, base, numbers, tell)
-        _tell_swap(model, cases, base, numbers, tell)
-        _tell_critiques(model, chosen, base, numbers, tell)
+        with Bar("probing", PASSES * len(cases) + min(CRITIQUES, len(cases))) as bar:
+            seen = _Watched(model, bar)
+            base = _rewards(seen, cases)
+            spread = float(np.std(np.concatenate(base)))
+            _tell_rank(seen, cases, numbers, tell)
+            _tell_pixels(chosen, base, numbers, tell)
+            _tell_changes(seen, cases, base, spread, numbers, tell)
+            _tell_instruction(seen, cases, base, spread, numbers, tell)
+            _tell_black(seen, cases, base, numbers, tell)
+            _tell_swap(seen, cases, base, numbers, tell)
+            _tell_critiques(seen, chosen, base, numbers, tell)
     asked = main_dimension(judged)
     found = _calibrate(asked)
     if found["count"]:

@@ -14,6 +14,7 @@ from jrm_jax.data.schema import Candidate, Image, Text
 from jrm_jax.errors import UserError
 from jrm_jax.evaluation.cases import Answer, Case, Issues, Judged, Part, Picture, missing_pictures
 from jrm_jax.evaluation.metrics import Metric, point_value
+from jrm_jax.terminal import Bar
 
 CHUNK = 128  # cases encoded at a time
 SIDE = 64  # pixel distance: pictures are compared at this size
@@ -68,8 +69,6 @@ def score_cases(
     Raises:
         UserError: the files hold no prompts, or no answers (labels only).
     """
-    from rich.progress import track
-
     bare = [case for case in cases if not case.prompt or not any(case.candidates)]
     if bare:
         first = bare[0]
@@ -90,10 +89,12 @@ def score_cases(
             readable[key] = case
     rewards: dict[Any, np.ndarray] = {}
     keys = list(readable)
-    for start in track(range(0, len(keys), CHUNK), "scoring", transient=True):
-        chunk = keys[start : start + CHUNK]
-        encoded = [encode_case(model, readable[key]) for key in chunk]
-        rewards |= dict(zip(chunk, model.score_encoded(encoded), strict=True))
+    with Bar("scoring", len(keys)) as bar:
+        for start in range(0, len(keys), CHUNK):
+            chunk = keys[start : start + CHUNK]
+            encoded = [encode_case(model, readable[key]) for key in chunk]
+            found = model.score_encoded(encoded, advance=bar.advance)
+            rewards |= dict(zip(chunk, found, strict=True))
     judged = []
     for case in cases:
         if _key(case) in rewards:

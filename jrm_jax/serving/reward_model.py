@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -124,24 +124,35 @@ class RewardModel:
         return [Scores(r_KR, (r_KR - mean) / deviation, self.dimensions) for r_KR in found]
 
     def score_encoded(
-        self, groups: Sequence[EncodedExample], one_bucket: bool = False
+        self,
+        groups: Sequence[EncodedExample],
+        one_bucket: bool = False,
+        advance: Callable[[int], None] | None = None,
     ) -> list[np.ndarray]:
         """float32 [K, R] each, of many groups of any parts; a bucket compiles once.
 
-        one_bucket: all go into one that holds them all: more padding, a single compilation.
+        Args:
+            one_bucket: all go into one that holds them all: more padding, a single compilation.
+            advance: told after every batch how many groups it held.
         """
-        return self._of_candidates(self._score, self._batches(groups, True, one_bucket))
+        return self._of_candidates(self._score, self._batches(groups, True, one_bucket), advance)
 
-    def reward_states(self, groups: Sequence[EncodedExample]) -> list[np.ndarray]:
+    def reward_states(
+        self, groups: Sequence[EncodedExample], advance: Callable[[int], None] | None = None
+    ) -> list[np.ndarray]:
         """float32 [K, D] each: what the reward head reads, the final state of the reward token."""
-        return self._of_candidates(self._states, self._batches(groups, True, True))
+        return self._of_candidates(self._states, self._batches(groups, True, True), advance)
 
-    def _of_candidates(self, program: Any, batches: Iterator) -> list[np.ndarray]:
+    def _of_candidates(
+        self, program: Any, batches: Iterator, advance: Callable[[int], None] | None = None
+    ) -> list[np.ndarray]:
         found: dict[int, np.ndarray] = {}
         for indices, batch in batches:
             array_BKX = np.asarray(program(self._params, batch))
             for row, index in enumerate(indices):
                 found[index] = array_BKX[row, : int(batch["candidate_mask"][row].sum())]
+            if advance is not None:
+                advance(len(indices))
         return [found[index] for index in sorted(found)]
 
     def critique(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import os
 from collections.abc import Iterator, Mapping
@@ -11,6 +10,7 @@ from pathlib import Path
 from jrm_jax.data.schema import to_record
 from jrm_jax.data.store import write_dataset
 from jrm_jax.errors import UserError
+from jrm_jax.terminal import Bar
 
 VERSION = 5  # raise it when the same seed gives other examples
 
@@ -49,12 +49,13 @@ def prepare_world(
     path.parent.mkdir(parents=True, exist_ok=True)
     # A clean interpreter per worker: forking one that runs jax's threads can hang.
     context = multiprocessing.get_context("spawn")
-    with context.Pool(os.cpu_count()) as pool, _progress(sum(counts.values())) as advance:
+    bar = Bar("drawing the built-in world", sum(counts.values()))
+    with context.Pool(os.cpu_count()) as pool, bar:
 
         def stream(split: str, count: int) -> Iterator[dict]:
             tasks = ((kind, split, index, seed) for index in range(count))
             for record in pool.imap(_world_record, tasks, chunksize=32):
-                advance()
+                bar.advance()
                 yield record
 
         splits = {split: stream(split, count) for split, count in counts.items() if count}
@@ -64,13 +65,3 @@ def prepare_world(
             if not path.is_dir():  # else another process finished it first
                 raise
     return path
-
-
-@contextlib.contextmanager
-def _progress(total: int):
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("drawing the built-in world", total=total)
-        yield lambda: progress.advance(task)
