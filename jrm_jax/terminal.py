@@ -126,13 +126,14 @@ class Bar:
             print(words, file=sys.stderr, flush=True)
 
     def _line(self, now: float) -> str:
-        """'scoring: 128 of 4,096, 3:20 left'"""
-        parts = [f"{self.words}: {self.done:,}" + (f" of {self.total:,}" if self.total else "")]
+        """'reading: 128 of 4,096 rows, 3:20 to go'"""
+        words = f"{self.words}: {self.done:,}" + (f" of {self.total:,}" if self.total else "")
+        words += f" {self.note}" if self.note else ""
         new = self.done - self._first
-        if self.total and new > 0:
-            left = (now - self._began) / new * (self.total - self.done)
-            parts.append(f"{duration(left)} left")
-        return ", ".join([*parts, self.note] if self.note else parts)
+        if not self.total or new <= 0:
+            return words
+        left = (now - self._began) / new * (self.total - self.done)
+        return f"{words}, {duration(left)} to go"
 
 
 def track(items: Iterable[Item], words: str, total: int | None = None) -> Iterator[Item]:

@@ -15,6 +15,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from jrm_jax import terminal
 from jrm_jax.benchmarks import build_scale
 from jrm_jax.data import builders, store
 from jrm_jax.data.ingest import building, rows
@@ -237,7 +238,7 @@ def test_two_processes_do_not_write_the_same_data_set(tmp_path):
 
 def test_long_work_says_where_it_is(tmp_path, monkeypatch, capsys):
     source = write_pairs(tmp_path / "pairs.parquet")
-    monkeypatch.setattr(builders, "TELL_SECONDS", -1)
+    monkeypatch.setattr(terminal, "TELL_SECONDS", -1)
     out = tmp_path / "out"
     assert builders.main(["editreward", f"--data={source}", f"--out={out}", "--skip_bad"]) == 0
     said = capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import select
 import sys
 import time
 
@@ -24,7 +25,10 @@ def screen():
 
         def read() -> str:
             stderr.flush()
-            return os.read(master, 1 << 20).decode()
+            found = b""
+            while select.select([master], [], [], 0.2)[0]:
+                found += os.read(master, 1 << 20)
+            return found.decode()
 
         yield read
     os.close(master)
@@ -108,12 +112,12 @@ def test_long_work_is_a_plain_line_now_and_then(capsys, monkeypatch):
             now[0] += 20
             bar.advance(1000)
         now[0] += 100
-        bar.show(4000, note="1 odd")
+        bar.show(4000, note="(1 odd)")
     out, err = capsys.readouterr()
     assert out == ""
     assert err.splitlines() == [
-        "scoring [/b]: 2,000 of 5,000, 1:00 left",
-        "scoring [/b]: 4,000 of 5,000, 0:40 left, 1 odd",
+        "scoring [/b]: 2,000 of 5,000, 1:00 to go",
+        "scoring [/b]: 4,000 of 5,000 (1 odd), 0:40 to go",
     ]
 
 
