@@ -23,6 +23,8 @@ from jrm_jax.data.ingest import building, regions
 from jrm_jax.data.ingest.judged import Judged
 from jrm_jax.data.ingest.judgements import EDITREWARD
 from jrm_jax.data.ingest.pairs import Pairs
+from jrm_jax.data.ingest.ranked import Ranked
+from jrm_jax.data.ingest.rationales import Rationales
 from jrm_jax.data.ingest.records import Records
 from jrm_jax.data.ingest.table import Table
 from jrm_jax.data.store import SHARD_EXAMPLES
@@ -66,6 +68,10 @@ LAYOUTS = {
         lambda folder, args: Pairs("hpdv3", folder, (args.dimension,)),
         (Flag("--dimension", "what the pairs were judged by", {"default": EDITREWARD[0]}),),
     ),
+    "imagereward": Kind(
+        "ImageRewardDB: all pictures of one prompt, ranked and rated",
+        lambda folder, args: Ranked(folder),
+    ),
     "editscore": Kind(
         "edits with a judge's reasoning and scores, as EditScore's training data",
         lambda folder, args: Judged(folder, labels=not args.no_scores),
@@ -76,6 +82,11 @@ LAYOUTS = {
         lambda folder, args: Judged(folder, boxes=args.boxes),
         (Flag("--boxes", "in the text as words, or as a line of their own before it",
               {"choices": regions.STYLES, "default": regions.STYLES[0]}),),
+    ),
+    "rationalrewards": Kind(
+        "RationalRewards' SFT data: rationales with scores by aspect, about two candidates or one",
+        lambda folder, args: Rationales(folder, critiques=not args.no_critiques),
+        (Flag("--no_critiques", "preferences only", {"action": "store_true"}),),
     ),
     "jsonl": Kind(
         "examples as JSON lines, JSON list or parquet, see jrm_jax/data/schema.py",

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 from jrm_jax.data.labels import check_type, field_error
 
 _TURNS, _IMAGES = ("conversations", "messages"), ("images", "image")
-FIELDS = (*_TURNS, *_IMAGES, "output")  # by which a talk is known
+TEXTS = (*_TURNS, "instruction", "input", "output")
+FIELDS = (*TEXTS, *_IMAGES)
 _ASKED, _ANSWERED = ("human", "user"), ("gpt", "assistant")
 
 
@@ -51,7 +52,16 @@ def images_of(row: dict[str, Any], where: str) -> list[Any]:
 def read_talk(row: dict[str, Any], where: str) -> Talk:
     """
     Raises:
-        RecordError: a turn that cannot be read, no question, no answer, or no picture.
+        RecordError: see `read_texts`; or no picture.
+    """
+    return Talk(*read_texts(row, where), images_of(row, where))
+
+
+def read_texts(row: dict[str, Any], where: str) -> tuple[str, str]:
+    """(last question, last answer).
+
+    Raises:
+        RecordError: a turn that cannot be read, no question, or no answer.
     """
     asked = answered = ""
     for speaker, text, _ in _turns(row, where):
@@ -62,7 +72,7 @@ def read_talk(row: dict[str, Any], where: str) -> Talk:
                         (answered, f"no answer (by {', '.join(_ANSWERED)})")):  # fmt: skip
         if not text.strip():
             raise field_error(where, field, f"has {words}")
-    return Talk(asked, answered, images_of(row, where))
+    return asked, answered
 
 
 def _turns(row: dict[str, Any], where: str) -> list[tuple[str, str, list[Any]]]:
