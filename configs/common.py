@@ -5,14 +5,13 @@
 """
 
 import difflib
-from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from jrm_jax.errors import UserError
 
-TINY = str(Path(__file__).resolve().parents[1] / "jrm_jax" / "assets" / "tiny_qwen3_vl")
+TINY = "tiny_qwen3_vl"  # the backbone that comes with the code
 
 # Real backbones, and where training starts: EditReward's published settings (learning rate 2e-6,
 # 5 % warm-up then constant, clip 1.0, bfloat16, about 256 visual tokens a picture, 64 pairs a
@@ -75,7 +74,7 @@ def base() -> ConfigDict:
     config.lora.targets = (r"backbone/decoder/.*/kernel$",)
 
     config.backbone = ConfigDict()
-    config.backbone.path = TINY  # Hugging Face folder
+    config.backbone.path = TINY  # packaged name, Hugging Face folder, or ORG/NAME[@REVISION]
     config.backbone.random = False  # True: random weights of that architecture
     config.backbone.compute_dtype = "float32"
     config.backbone.attention = "auto"  # auto, xla, splash or cudnn
@@ -146,7 +145,7 @@ def base() -> ConfigDict:
 def real_backbone(config: ConfigDict, variant: str) -> ConfigDict:
     """EditReward's published settings as the starting point for a real backbone."""
     config.variant = variant
-    config.backbone.path = ""  # must be given: a local Hugging Face folder
+    config.backbone.path = ""  # must be given: a Hugging Face folder, or a name of the Hub
     config.backbone.compute_dtype = "bfloat16"
     config.backbone.scan_unroll = 1  # one layer is compiled, not all: minutes, and memory
     config.remat = "full"

@@ -160,7 +160,7 @@ def init_state(
     Every leaf is read or made straight into its sharding; frozen leaves are bfloat16 where the
     compute dtype is.
     """
-    folder = backbone_folder(config)
+    folder = backbone_folder(config, weights=not config.backbone.random)
     frozen_dtype = DTYPES[config.backbone.compute_dtype]
     width, dimensions = backbone.text.hidden, len(encoder.dimensions)
     key = jax.random.key(config.seed)

@@ -15,6 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jrm_jax import sharding
+from jrm_jax.backbones import find_folder, path_of
 from jrm_jax.data import plan, store
 from jrm_jax.data.encode import Encoder, make_encoder
 from jrm_jax.data.pipeline import BatchIterator, make_iterator, repeat_prompt
@@ -47,17 +48,13 @@ class Data:
         return names
 
 
-def backbone_folder(config: ConfigDict) -> Path:
-    """Raises UserError unless `config.backbone.path` is a folder."""
-    path = config.backbone.path
-    if not path or not Path(path).is_dir():
-        wanted = f" of {config.variant}" if config.get("variant") else ""
-        found = f"{path!r} is no folder" if path else "is not set"
-        raise UserError(
-            f"config.backbone.path {found}: give the Hugging Face folder{wanted}, "
-            "--config.backbone.path=FOLDER"
-        )
-    return Path(path)
+def backbone_folder(config: ConfigDict, weights: bool = False) -> Path:
+    """The folder of `config.backbone.path`; of a model of the Hub with its weights or without.
+
+    Raises:
+        UserError: it is not set, or there is no such folder or name.
+    """
+    return find_folder(path_of(config), weights=weights)
 
 
 def reads_critiques(config: ConfigDict) -> bool:

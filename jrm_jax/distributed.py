@@ -13,7 +13,7 @@ import contextlib
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
 import jax
@@ -128,6 +128,22 @@ def leader_first(name: str) -> Iterator[None]:
     yield
     if is_leader():
         barrier(name)
+
+
+def from_leader(name: str, make: Callable[[], str]) -> str:
+    """What `make` returns, in every process; the leader alone calls it, however long it takes."""
+    global _passed
+    if jax.process_count() == 1:
+        return make()
+    from jax._src import distributed
+
+    _passed += 1
+    client, key = distributed.global_state.client, f"jrm_jax/{_passed}/{name}"
+    if is_leader():
+        value = make()
+        client.key_value_set(key, value)
+        return value
+    return client.blocking_key_value_get(key, PATIENCE * 1000)
 
 
 def all_agree(yes: bool) -> bool:

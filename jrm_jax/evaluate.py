@@ -38,6 +38,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--images", metavar="FOLDER", help="of the pictures that the files name")
     parser.add_argument("--checkpoint", help="a run's folder, or an exported one")
     parser.add_argument("--step", default="best", help="of a run: a number, 'best' or 'latest'")
+    parser.add_argument("--backbone", default="", help="where the backbone of a run lies by now")
     parser.add_argument("--predictions", nargs="+", metavar="FILE",
                         help="predictions in the official layout, instead of a model")  # fmt: skip
     parser.add_argument("--out", type=Path, help="JSON file; Markdown and HTML stand beside it")
@@ -65,6 +66,8 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError(f"give --benchmark, one of {', '.join(LAYOUTS)} (or --compare)")
     if bool(args.checkpoint) == bool(args.predictions):
         raise UserError("give either --checkpoint (a model) or --predictions (files)")
+    if args.backbone and not args.checkpoint:
+        raise UserError("--backbone belongs to a model: give --checkpoint")
     if args.probe and not args.checkpoint:
         raise UserError("--probe looks into a model: give --checkpoint")
     if args.out is None or args.out.suffix != ".json":
@@ -157,7 +160,7 @@ def _load(args: argparse.Namespace):
     from jrm_jax.serving.reward_model import RewardModel
 
     options = {"compute_dtype": args.compute_dtype, "batch_size": args.batch_size}
-    return RewardModel.load(args.checkpoint, args.step, **options)
+    return RewardModel.load(args.checkpoint, args.step, args.backbone, **options)
 
 
 def _read(args: argparse.Namespace, layout, issues: Issues, model: Any):

@@ -187,6 +187,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--checkpoint", required=True, help="folder of a run")
     parser.add_argument("--step", default="best", help="a number, 'best' or 'latest'")
+    parser.add_argument("--backbone", default="", help="where the run's backbone lies by now")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--dtype", choices=tuple(weights.STORED_AS), default="bfloat16")
     parser.add_argument("--max_shard_gb", type=float, default=5.0, help="10^9 bytes per file")
@@ -203,7 +204,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         if args.out.exists():
             raise UserError(f"{args.out} exists: give another --out, or remove it first")
-        trained = load_trained(args.checkpoint, args.step)
+        trained = load_trained(args.checkpoint, args.step, args.backbone)
         export(trained, args.out, args.dtype, int(args.max_shard_gb * 1e9))
     except UserError as error:
         sys.exit(f"error: {' '.join(str(error).split())}")

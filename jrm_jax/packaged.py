@@ -1,4 +1,4 @@
-"""What comes with the code and is known by a name: configs."""
+"""What comes with the code and is known by a name: configs and backbones."""
 
 from __future__ import annotations
 
@@ -11,6 +11,12 @@ from types import ModuleType
 from jrm_jax.errors import UserError
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+ASSETS = Path(__file__).resolve().parent / "assets"
+
+
+def backbones() -> dict[str, Path]:
+    """{'tiny_qwen3_vl': its Hugging Face folder, ...}"""
+    return {path.parent.name: path.parent for path in sorted(ASSETS.glob("*/config.json"))}
 
 
 def config_names() -> list[str]:

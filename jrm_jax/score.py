@@ -27,6 +27,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--model", required=True, help="a run's folder, or an exported one")
     parser.add_argument("--step", default="best", help="of a run: a number, 'best' or 'latest'")
+    parser.add_argument("--backbone", default="", help="where the backbone of a run lies by now")
     parser.add_argument("--source", action="append", help="picture to be edited (may be repeated)")
     parser.add_argument("--instruction", required=True)
     parser.add_argument("candidates", nargs="*", metavar="PICTURE", help="edited pictures")
@@ -49,7 +50,9 @@ def rank(args: argparse.Namespace) -> dict[str, Any]:
     """
     if not args.candidates:
         raise UserError("give at least one candidate picture")
-    model = RewardModel.load(args.model, args.step, compute_dtype=args.compute_dtype)
+    model = RewardModel.load(
+        args.model, args.step, args.backbone, compute_dtype=args.compute_dtype
+    )
     rows: list[dict[str, Any]] = [{"picture": path} for path in args.candidates]
     for row in rows:
         problem = model.problem(row["picture"])

@@ -23,7 +23,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from jrm_jax import build, build_data, distributed
+from jrm_jax import backbones, build, build_data, distributed
 from jrm_jax import workdir as files
 from jrm_jax.checkpoint import Checkpoints, open_checkpoints
 from jrm_jax.errors import UserError
@@ -46,6 +46,7 @@ def run(config: ConfigDict, workdir: Path) -> int:
     steps = files.check_config(workdir, config)
     results = files.read_results(workdir)
     if results is not None and steps == config.total_steps:
+        backbones.check_name(config, workdir)
         if leader:
             print(f"{workdir} is finished; its results:")
             print_results(results)
@@ -54,12 +55,15 @@ def run(config: ConfigDict, workdir: Path) -> int:
     with hold(workdir, say) as held, stop:
         files.check_config(workdir, config)  # once more: another trainer may just have ended
         with open_checkpoints(workdir / files.CHECKPOINTS, say, kept) as checkpoints:
-            training = _Run(config, workdir, checkpoints, stop, leader, held)
+            backbone = backbones.for_training(config, workdir)
+            here = backbones.located(config, backbone.folder)
+            training = _Run(here, workdir, checkpoints, stop, leader, held, backbone.record)
             if steps < config.total_steps:
                 say(build.describe_more_steps(config, steps, training.start))
             if leader:  # only now: a config that cannot start may be corrected
                 files.keep_results(workdir, steps)
-                files.write_whole(workdir / files.CONFIG, files.as_text(config))
+                files.write_whole(workdir / backbones.RECORD, backbone.record.as_text())
+                files.write_whole(workdir / files.CONFIG, files.as_text(backbone.config))
             return training.train()
 
 
@@ -74,9 +78,10 @@ class _Run:
         stop: StopRequest,
         leader: bool,
         held: Lock | None = None,
+        backbone: backbones.Record | None = None,
     ):
         self.config, self.workdir, self.checkpoints, self.stop = config, workdir, checkpoints, stop
-        self.leader, self.held = leader, held
+        self.leader, self.held, self.backbone = leader, held, backbone
         say = print if leader else _silent
         backbone_config = build.load_backbone_config(config)
         self.mesh = build.make_mesh(config, backbone_config)
@@ -277,7 +282,7 @@ class _Run:
             "valid": {k: v if math.isfinite(v) else None for k, v in valid.items()},
             "reward_mean": rewards.get("reward_mean"),
             "reward_std": rewards.get("reward_std"),
-            "backbone": str(self.config.backbone.path),
+            "backbone": self.backbone and self.backbone._asdict(),
             "rewards": self.rewards.totals,
         }
         self.checkpoints.save(

@@ -12,6 +12,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from jrm_jax.errors import UserError
+from jrm_jax.packaged import load_config_module
 from jrm_jax.report import difference
 
 CONFIG, RESULTS, CHECKPOINTS = "config.json", "results.json", "checkpoints"
@@ -37,9 +38,7 @@ def read_config(workdir: Path) -> ConfigDict:
     Raises:
         UserError: there is none, or it is damaged.
     """
-    from configs.common import base
-
-    path = workdir / CONFIG
+    base, path = load_config_module("common").base, workdir / CONFIG
     try:
         stored = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -70,6 +69,8 @@ def check_config(workdir: Path, config: ConfigDict) -> int:
         {name: value for name, value in json.loads(text).items() if name not in FREE}
         for text in (as_text(read_config(workdir)), as_text(config))
     )
+    for each in (before, now):
+        del each["backbone"]["path"]  # it may have moved; `backbones` knows it again
     steps = before["total_steps"]
     if before != {**now, "total_steps": steps} or steps > config.total_steps:
         raise UserError(

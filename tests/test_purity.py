@@ -16,7 +16,7 @@ CORE = [PACKAGE / f"{name}.py" for name in ("step", "losses", "heads")]
 CORE += [
     path
     for path in (PACKAGE / "model").glob("*.py")
-    if path.name not in ("weights.py", "config.py")
+    if path.name not in ("weights.py", "tensor_files.py", "config.py")
 ]
 FILES = sorted(PACKAGE.rglob("*.py"))
 
@@ -66,7 +66,7 @@ ROWS = (
     {"serving", "planning", "evaluation"},
     {"train"},
     {"build", "build_data", "checkpoint", "metrics", "report", "watch", "distributed", "cli",
-     "config_cli", "lock", "workdir"},
+     "config_cli", "backbones", "lock", "workdir"},
     {"step", "data"},
     {"heads", "losses", "optim", "lora", "sharding", "model"},
     {"arguments", "packaged", "disk", "terminal"},

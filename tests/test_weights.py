@@ -189,7 +189,7 @@ class Reads:
 
     def __init__(self, monkeypatch):
         self.largest, self.total = {}, 0
-        original = weights._Files.read
+        original = weights.TensorFiles.read
 
         def read(files, name, slices):
             part = original(files, name, slices)
@@ -197,7 +197,7 @@ class Reads:
             self.total += part.size
             return part
 
-        monkeypatch.setattr(weights._Files, "read", read)
+        monkeypatch.setattr(weights.TensorFiles, "read", read)
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
@@ -235,7 +235,7 @@ def test_slices_of_every_axis(models):
             if expected.shape[dim] % 2 == 0:
                 spec = jax.sharding.PartitionSpec(*[None] * dim, "fsdp")
                 sharding = jax.sharding.NamedSharding(mesh, spec)
-                files = weights._Files(folder)
+                files = weights.TensorFiles(folder)
                 leaf = tensor_table(config)[path]
                 got = weights._place(files, leaf, np.dtype("float32"), sharding)
                 np.testing.assert_array_equal(got, expected, err_msg=f"{path} {dim}")

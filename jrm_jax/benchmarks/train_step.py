@@ -199,7 +199,7 @@ def main() -> None:
     runs = {
         "joint": sides.joint(),
         "two-pass": sides.two_pass(),
-        "torch": sides.torch(config.backbone.path),
+        "torch": sides.torch(str(build_data.backbone_folder(config, weights=True))),
     }
     first = {name: run(0) for name, run in runs.items()}  # must agree
     for name, loss in first.items():

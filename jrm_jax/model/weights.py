@@ -15,15 +15,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from jrm_jax.errors import UserError
 from jrm_jax.model.config import BackboneConfig
+from jrm_jax.model.tensor_files import INDEX_FILE, SINGLE_FILE, Slices, TensorFiles
 from jrm_jax.model.tensors import (
     EMBEDDING,
     HEAD,
-    TEXT,
-    VISION,
     Leaf,
     Params,
     abstract_params,
@@ -35,78 +33,11 @@ from jrm_jax.model.tensors import (
 
 __all__ = ["abstract_params", "load_params", "load_reward_head", "save_params", "tensor_table"]
 
-SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 STORED_AS = {"float32": ("F32", np.dtype("float32")), "bfloat16": ("BF16", np.dtype(jnp.bfloat16))}
 READABLE = ("F64", "F32", "F16", "BF16")
 
-Slices = tuple[tuple[int, int], ...]
 
-
-class _Files:
-    """The tensors of a folder under their native names, whatever layout they are stored in."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.tensors: dict[str, tuple[Any, str]] = {}
-        self.repeated: list[str] = []
-        for path in _weight_files(folder):
-            try:
-                handle = safe_open(path, framework="np")
-            except (SafetensorError, OSError) as error:
-                raise UserError(
-                    f"{path} cannot be read ({error}): the file is damaged or incomplete, "
-                    "fetch it again"
-                ) from error
-            for key in handle.keys():
-                name = _native_name(key)
-                if name in self.tensors:
-                    self.repeated.append(f"{self.tensors[name][1]} and {key}")
-                self.tensors[name] = (handle, key)
-
-    def key(self, name: str) -> str:
-        return self.tensors[name][1]
-
-    def describe(self, name: str) -> tuple[tuple[int, ...], str]:
-        """Shape and stored type, from the file's header."""
-        handle, key = self.tensors[name]
-        part = handle.get_slice(key)
-        return tuple(part.get_shape()), part.get_dtype()
-
-    def read(self, name: str, slices: Slices) -> np.ndarray:
-        """The given (start, stop) of each axis; nothing else is copied from the file."""
-        handle, key = self.tensors[name]
-        return handle.get_slice(key)[tuple(slice(*bounds) for bounds in slices)]
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    index = folder / INDEX_FILE
-    if (folder / SINGLE_FILE).is_file():
-        return [folder / SINGLE_FILE]
-    if not index.is_file():
-        hint = "give a Hugging Face model folder"
-        if any(folder.glob("*.bin")) or any(folder.glob("*.pth")):
-            hint = "only PyTorch pickles were found, save the model as safetensors first"
-        raise UserError(f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}: {hint}")
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError, OSError) as error:
-        raise UserError(f"{index} is not a valid safetensors index ({error!r})") from error
-    absent = [name for name in names if not (folder / name).is_file()]
-    if absent:
-        raise UserError(f"{folder} is incomplete: {INDEX_FILE} names {', '.join(absent)}")
-    return [folder / name for name in names]
-
-
-def _native_name(key: str) -> str:
-    """Older files have the tower at the top and the decoder directly under 'model.'."""
-    if key.startswith("visual."):
-        return f"model.{key}"
-    if key.startswith("model.") and not key.startswith((TEXT, VISION)):
-        return TEXT + key.removeprefix("model.")
-    return key
-
-
-def _check(files: _Files, config: BackboneConfig, ignore: Collection[str]) -> None:
+def _check(files: TensorFiles, config: BackboneConfig, ignore: Collection[str]) -> None:
     """Raise one UserError naming every tensor that does not fit the table."""
     table = tensor_table(config)
     expected = {name: leaf.disk_shape for leaf in table.values() for name in leaf.names}
@@ -142,7 +73,7 @@ def _check(files: _Files, config: BackboneConfig, ignore: Collection[str]) -> No
         )
 
 
-def _equal(files: _Files, first: str, second: str, rows: int = 4096) -> bool:
+def _equal(files: TensorFiles, first: str, second: str, rows: int = 4096) -> bool:
     shape, _ = files.describe(first)
     if shape != files.describe(second)[0]:
         return False
@@ -153,7 +84,7 @@ def _equal(files: _Files, first: str, second: str, rows: int = 4096) -> bool:
     return True
 
 
-def _read_leaf(files: _Files, leaf: Leaf, slices: Slices, dtype: Any) -> np.ndarray:
+def _read_leaf(files: TensorFiles, leaf: Leaf, slices: Slices, dtype: Any) -> np.ndarray:
     """The part of a leaf given by (start, stop) per tree axis, from only that part of the file."""
     if not leaf.stacked:
         return np.ascontiguousarray(_read_tensor(files, leaf, leaf.names[0], slices), dtype)
@@ -164,7 +95,7 @@ def _read_leaf(files: _Files, leaf: Leaf, slices: Slices, dtype: Any) -> np.ndar
     return part
 
 
-def _read_tensor(files: _Files, leaf: Leaf, name: str, slices: Slices) -> np.ndarray:
+def _read_tensor(files: TensorFiles, leaf: Leaf, name: str, slices: Slices) -> np.ndarray:
     if leaf.kind == "patch":
         (frames, features, width), (_, channels, _, height, side) = slices, leaf.disk_shape
         block = files.read(name, (width, (0, channels), frames, (0, height), (0, side)))
@@ -201,7 +132,7 @@ def load_params(
         UserError: files absent, damaged or incomplete; or tensors missing, unread, of the wrong
             shape or not floating point, a tied head that differs: all in one message.
     """
-    files = _Files(Path(folder))
+    files = TensorFiles(Path(folder))
     _check(files, config, ignore)
     table = tensor_table(config)
     if only is not None:
@@ -217,7 +148,7 @@ def load_params(
     return nest(leaves)
 
 
-def _place(files: _Files, leaf: Leaf, dtype: np.dtype, sharding: Any) -> jax.Array:
+def _place(files: TensorFiles, leaf: Leaf, dtype: np.dtype, sharding: Any) -> jax.Array:
     if sharding is None:
         return jnp.asarray(_read_leaf(files, leaf, tuple((0, n) for n in leaf.shape), dtype))
     parts: dict[Slices, np.ndarray] = {}  # devices that hold the same part read it once
@@ -237,7 +168,7 @@ def load_reward_head(folder: str | os.PathLike, config: BackboneConfig) -> Param
     Raises:
         UserError: as `load_params`, or `score.weight` is not [R, D].
     """
-    files = _Files(Path(folder))
+    files = TensorFiles(Path(folder))
     if "score.weight" not in files.tensors:
         return None
     shape, stored = files.describe("score.weight")

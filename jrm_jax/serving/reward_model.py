@@ -91,17 +91,24 @@ class RewardModel:
         self._generate: dict[tuple, Any] = {}
 
     @classmethod
-    def load(cls, path: str | Path, step: int | str = "best", **options: Any) -> RewardModel:
+    def load(
+        cls,
+        path: str | Path,
+        step: int | str = "best",
+        backbone: str | Path = "",
+        **options: Any,
+    ) -> RewardModel:
         """From a run's folder, or from one that `jrm_jax.export` wrote.
 
         Args:
             step: of a run's folder: a number, 'best' or 'latest'.
+            backbone: of a run's folder: where its backbone lies by now, if it is not found.
             options: compute_dtype ('float32' or 'bfloat16'), batch_size (groups at a time).
 
         Raises:
             UserError: the folder holds no trained model.
         """
-        return cls(load_trained(path, step), **options)
+        return cls(load_trained(path, step, backbone), **options)
 
     def score(
         self, instruction: str, source: Picture | None, candidates: Sequence[Picture]

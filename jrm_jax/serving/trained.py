@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from jrm_jax import build, build_data, heads, lora, optim
+from jrm_jax import backbones, build, build_data, heads, lora, optim
 from jrm_jax.checkpoint import read_checkpoint
 from jrm_jax.data.encode import Encoder, make_encoder
 from jrm_jax.data.template import Template, protocol_stamp
@@ -48,24 +48,31 @@ class Trained(NamedTuple):
         return bool(self.card.get("config", {}).get("loss", {}).get("through_reward"))
 
 
-def load_trained(path: str | Path, step: int | str = "best") -> Trained:
+def load_trained(
+    path: str | Path, step: int | str = "best", backbone: str | Path = ""
+) -> Trained:
     """Read a run's folder (`step`: a number, 'best' or 'latest') or an exported folder.
+
+    `backbone`: where the run's backbone lies by now, or its name; needed if it is not found.
 
     Raises:
         UserError: neither of the two, no such checkpoint, or files at odds with each other.
     """
     path = Path(path)
     if (path / CHECKPOINTS).is_dir() and (path / CONFIG).is_file():
-        return _load_run(path, step)
+        return _load_run(path, step, str(backbone))
     if (path / STAMP).is_file():
+        if backbone:
+            raise UserError(f"{path} is an export, which holds its backbone: no other can be given")
         return _load_export(path)
     what = "is no folder" if not path.is_dir() else f"has neither checkpoints nor {STAMP}"
     raise UserError(f"{path} {what}: give the folder of a run, or one that jrm_jax.export wrote")
 
 
-def _load_run(workdir: Path, step: int | str) -> Trained:
-    config = read_config(workdir)
-    folder = build_data.backbone_folder(config)
+def _load_run(workdir: Path, step: int | str, backbone: str) -> Trained:
+    named = read_config(workdir)
+    folder = backbones.for_reading(named, workdir, backbone)
+    config = backbones.located(named, folder)
     architecture = load_config(folder)
     encoder = build_data.make_run_encoder(config, architecture)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -74,6 +81,8 @@ def _load_run(workdir: Path, step: int | str) -> Trained:
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=here), whole
     )
     trainable, frozen = optim.split_params(whole, build.trainable_patterns(config))
+    if optim.flatten(frozen) and not config.backbone.random:
+        backbones.for_reading(named, workdir, backbone, weights=True)
     found, trainable, meta = read_checkpoint(workdir / CHECKPOINTS, trainable, step)
     frozen = _load_frozen(config, folder, architecture, frozenset(optim.flatten(frozen)), encoder)
     params = optim.merge_params(trainable, frozen)
@@ -89,7 +98,7 @@ def _load_run(workdir: Path, step: int | str) -> Trained:
         "reward_mean": meta["reward_mean"],
         "reward_std": meta["reward_std"],
         "step": found,
-        "config": config.to_dict(),
+        "config": named.to_dict(),
         "results": results,
     }
     _check_stamp(workdir, card["stamp"], encoder)

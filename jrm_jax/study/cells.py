@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from jrm_jax import optim
+from jrm_jax.backbones import find_folder
 from jrm_jax.data.world.prepare import VERSION as WORLD_VERSION
 from jrm_jax.errors import UserError
 
@@ -178,11 +179,11 @@ def fingerprint(config: ConfigDict, cell: Cell) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def backbone_digest(folder: str) -> str:
-    """Of a folder's weights, tokenizer and config."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(folder).glob("*.json")) + sorted(Path(folder).glob("*.safetensors")):
-        digest.update(path.name.encode() + path.read_bytes())
+def backbone_digest(path: str) -> str:
+    """Of a backbone's weights, tokenizer and config."""
+    digest, folder = hashlib.sha256(), find_folder(path, "--config.train.backbone.path=FOLDER")
+    for file in sorted(folder.glob("*.json")) + sorted(folder.glob("*.safetensors")):
+        digest.update(file.name.encode() + file.read_bytes())
     return digest.hexdigest()[:16]
 
 
