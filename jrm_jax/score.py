@@ -1,8 +1,10 @@
-"""Scores of edits in the shell: a ranked table, JSON, a sheet of the pictures.
+"""Scores of edits in the shell: a ranked table, JSON, a sheet of the pictures; or a whole file.
 
     python -m jrm_jax.score --model=FOLDER --source=cat.png --instruction="..." a.png b.png
+    python -m jrm_jax.score --model=FOLDER --input=edits.jsonl --output=scores.jsonl
 
-`serving/reward_model.py` is the same in Python, and says what the number means.
+`serving/files.py` has the rows of such files. `serving/reward_model.py` is the same in Python, and
+says what the number means.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from typing import Any
 from jrm_jax import build, terminal
 from jrm_jax.arguments import Parser
 from jrm_jax.errors import UserError
+from jrm_jax.serving.files import score_file
 from jrm_jax.serving.reward_model import Group, RewardModel
 from jrm_jax.serving.sheet import draw_sheet
 
@@ -29,8 +32,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--step", default="best", help="of a run: a number, 'best' or 'latest'")
     parser.add_argument("--backbone", default="", help="where the backbone of a run lies by now")
     parser.add_argument("--source", action="append", help="picture to be edited (may be repeated)")
-    parser.add_argument("--instruction", required=True)
+    parser.add_argument("--instruction", help="what was to be done")
     parser.add_argument("candidates", nargs="*", metavar="PICTURE", help="edited pictures")
+    parser.add_argument("--input", type=Path, help="JSON lines, CSV or parquet of many groups")
+    parser.add_argument("--output", type=Path, help="JSON lines: their scores, in the same order")
+    parser.add_argument("--images", type=Path, help="folder of --input's pictures")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     parser.add_argument("--critique", action="store_true", help="what the model says of each")
     parser.add_argument("--max_tokens", type=int, default=128, help="of a critique")
@@ -48,6 +54,8 @@ def rank(args: argparse.Namespace) -> dict[str, Any]:
         UserError: no candidates, no model, a source that cannot be read; without --json also a
             candidate that cannot be read.
     """
+    if not args.instruction:
+        raise UserError("give --instruction, or --input and --output for many groups")
     if not args.candidates:
         raise UserError("give at least one candidate picture")
     model = RewardModel.load(
@@ -65,17 +73,28 @@ def rank(args: argparse.Namespace) -> dict[str, Any]:
         group = Group(args.instruction, args.source, [row["picture"] for row in good])
         (scores,) = model.score_batch([group])
         said = model.critique(*group, max_tokens=args.max_tokens) if args.critique else good
-        for i, row in enumerate(good):
-            row["reward"] = float(scores.reward_KR[i, 0])
-            normalised = float(scores.normalised_KR[i, 0])
-            row["normalised"] = normalised if math.isfinite(normalised) else None
-            if len(model.dimensions) > 1:
-                named = zip(model.dimensions, scores.reward_KR[i].tolist(), strict=True)
-                row["dimensions"] = dict(named)
-            if args.critique:
-                row["critique"] = said[i]
+        for i, cells in enumerate(scores.as_rows()):
+            good[i] |= cells | ({"critique": said[i]} if args.critique else {})
     rows.sort(key=lambda row: -row.get("reward", -math.inf))
     return {"instruction": args.instruction, "source": args.source, "candidates": rows}
+
+
+def score_many(args: argparse.Namespace) -> int:
+    """The status of the command; see `serving/files.py`.
+
+    Raises:
+        UserError: options that do not go together, or as `score_file`.
+    """
+    if not (args.input and args.output):
+        raise UserError("give both --input=FILE and --output=FILE.jsonl")
+    single = ("instruction", "source", "candidates", "json", "critique", "sheet")
+    if beside := [name for name in single if getattr(args, name)]:
+        raise UserError(f"--input holds all groups: leave out {', '.join(beside)}")
+    model = RewardModel.load(args.model, args.step, compute_dtype=args.compute_dtype)
+    rows, failed = score_file(model, args.input, args.output, args.images)
+    words = f", {failed:,} of them with an error" if failed else ""
+    print(f"{args.output}: {rows:,} rows{words}")
+    return 1 if failed else 0
 
 
 def print_table(found: dict[str, Any]) -> None:
@@ -94,9 +113,12 @@ def print_table(found: dict[str, Any]) -> None:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     try:
+        if args.input or args.output:
+            sys.exit(score_many(args))
         found = rank(args)
-        if args.sheet:
-            draw_sheet(found, args.sheet)
+        if args.sheet and (missing := draw_sheet(found, args.sheet)):
+            words = "the sheet cannot draw these letters, no font here has them (install Noto)"
+            print(f"{words}: {missing}", file=sys.stderr)
     except UserError as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
     if args.json:

@@ -50,6 +50,21 @@ class Scores(NamedTuple):
     normalised_KR: np.ndarray
     dimensions: tuple[str, ...]
 
+    def as_rows(self) -> list[dict[str, Any]]:
+        """Of each candidate, for JSON: `reward` and `normalised` (null if unknown) of the first
+        dimension, and where there are several `dimensions` {name: reward}."""
+        rows = []
+        for reward_R, normalised_R in zip(self.reward_KR, self.normalised_KR, strict=True):
+            known = math.isfinite(normalised_R[0])
+            row = {
+                "reward": float(reward_R[0]),
+                "normalised": float(normalised_R[0]) if known else None,
+            }
+            if len(self.dimensions) > 1:
+                row["dimensions"] = dict(zip(self.dimensions, reward_R.tolist(), strict=True))
+            rows.append(row)
+        return rows
+
 
 class Group(NamedTuple):
     """One edit and its candidates. `source` may be None, one picture or several."""

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import textwrap
 from pathlib import Path
 from typing import Any
 
 from jrm_jax.errors import UserError
+from jrm_jax.serving.lettering import Lettering
 
-SIDE, MARGIN, LINE = 256, 12, 16  # pixels
+SIDE, MARGIN, LETTER, LINE = 256, 12, 12, 16  # pixels
 INK, FAINT = (20, 20, 20), (110, 110, 110)
 
 
-def draw_sheet(found: dict[str, Any], out: Path) -> None:
-    """Draw what `score.rank` found.
+def draw_sheet(found: dict[str, Any], out: Path) -> str:
+    """Draw what `score.rank` found; returns the letters that could not be drawn.
 
     Raises:
         UserError: the file cannot be written, or its name is of no known kind.
@@ -21,33 +21,37 @@ def draw_sheet(found: dict[str, Any], out: Path) -> None:
     import PIL.Image
     import PIL.ImageDraw
 
+    letters = Lettering(LETTER)
     tiles = [(path, ["source"]) for path in found["source"] or ()]
     for place, row in enumerate(found["candidates"], 1):
         if "error" in row:
-            tiles.append((None, _wrap(f"{row['picture']}: {row['error']}")))
+            tiles.append((None, letters.wrap(f"{row['picture']}: {row['error']}", SIDE)))
             continue
-        lines = [f"{place}.  {row['reward']:+.4f}", *_wrap(Path(row["picture"]).name)]
-        tiles.append((row["picture"], lines + _wrap(row.get("critique", ""))))
-    title = textwrap.wrap(found["instruction"], max(20, len(tiles) * SIDE // 8))
+        lines = [f"{place}.  {row['reward']:+.4f}", *letters.wrap(Path(row["picture"]).name, SIDE)]
+        tiles.append((row["picture"], lines + letters.wrap(row.get("critique", ""), SIDE)))
+    width = MARGIN + len(tiles) * (SIDE + MARGIN)
+    title = letters.wrap(found["instruction"], width - 2 * MARGIN)
     top = MARGIN + LINE * len(title) + MARGIN
     deepest = max(len(lines) for _, lines in tiles)
-    size = (MARGIN + len(tiles) * (SIDE + MARGIN), top + SIDE + LINE * deepest + 2 * MARGIN)
+    size = (width, top + SIDE + LINE * deepest + 2 * MARGIN)
     sheet = PIL.Image.new("RGB", size, (255, 255, 255))
     pen = PIL.ImageDraw.Draw(sheet)
-    pen.multiline_text((MARGIN, MARGIN), "\n".join(title), fill=INK)
+
+    def write(lines: list[str], left: int, top: int, fill: tuple[int, int, int]) -> None:
+        for i, line in enumerate(lines):
+            letters.draw(pen, left, top + i * LINE, line, fill)
+
+    write(title, MARGIN, MARGIN, INK)
     for i, (path, lines) in enumerate(tiles):
         left = MARGIN + i * (SIDE + MARGIN)
         if path is not None:
             sheet.paste(_thumbnail(path), (left, top))
-        pen.multiline_text((left, top + SIDE + 4), "\n".join(lines), fill=INK if path else FAINT)
+        write(lines, left, top + SIDE + 4, INK if path else FAINT)
     try:
         sheet.save(out)
     except (OSError, ValueError) as error:
         raise UserError(f"--sheet={out} cannot be written: {error}") from error
-
-
-def _wrap(text: str) -> list[str]:
-    return [line for part in text.splitlines() for line in textwrap.wrap(part, SIDE // 7)]
+    return "".join(sorted(letters.missing))
 
 
 def _thumbnail(path: str):
