@@ -24,18 +24,22 @@ from jrm_jax.data.images import read_config as read_processor_config
 from jrm_jax.data.template import Template, save_tokenizer
 from jrm_jax.errors import UserError
 from jrm_jax.model import weights
+from jrm_jax.serving.rounding import Rounding, measure
 from jrm_jax.serving.trained import STAMP, Trained, load_trained
 
 ASSETS = Path(__file__).parent / "assets" / "export"
-CODE = "modeling_jrm"
+CODE, PICTURES = "modeling_jrm", "image_processing_jrm"  # what an export carries
 ARCHITECTURES = {
     "qwen2_5_vl": "Qwen2_5_VLForSequenceClassification",
     "qwen3_vl": "Qwen3VLForSequenceClassification",
 }
+PROCESSORS = {"qwen2_5_vl": "Qwen2_5_VLProcessor", "qwen3_vl": "Qwen3VLProcessor"}
 
 
-def export(trained: Trained, out: Path, dtype: str, max_shard_bytes: int) -> None:
-    """Write the folder.
+def export(
+    trained: Trained, out: Path, dtype: str, max_shard_bytes: int, check: bool = True
+) -> Rounding | None:
+    """Write the folder, and read it back (`check`): what storing did to the model.
 
     Raises:
         UserError: `out` exists, or cannot be written.
@@ -58,15 +62,20 @@ def export(trained: Trained, out: Path, dtype: str, max_shard_bytes: int) -> Non
         files = {
             "config.json": _json(_config(trained, dtype)),
             "preprocessor_config.json": _json(_processor(trained)),
+            "video_preprocessor_config.json": _json(_videos(trained)),
             "generation_config.json": _json(_generation(trained)),
             "chat_template.jinja": chat_template(trained.encoder.template),
             STAMP: _json(trained.card),
-            "README.md": _model_card(trained, dtype),
         }
         for name, text in files.items():
             (part / name).write_text(text, encoding="utf-8")
-        shutil.copy(ASSETS / f"{CODE}.py", part)
+        for module in (CODE, PICTURES):
+            shutil.copy(ASSETS / f"{module}.py", part)
+        rounding = measure(trained, part, dtype) if check else None
+        said = rounding.words(dtype) if rounding else "not compared with the trained model"
+        (part / "README.md").write_text(_model_card(trained, dtype, said), encoding="utf-8")
         os.rename(part, out)
+        return rounding
     except OSError as error:
         raise UserError(f"{out} could not be written: {disk.explain(error, out)}") from error
     finally:
@@ -121,7 +130,22 @@ def _processor(trained: Trained) -> dict[str, Any]:
     kept = {k: v for k, v in fields.items() if k not in ("min_pixels", "max_pixels")}
     processor = trained.encoder.processor
     size = {"shortest_edge": processor.min_pixels, "longest_edge": processor.max_pixels}
-    return kept | {"size": size}
+    # A type of our own is refused without trust_remote_code: transformers' own class resizes with
+    # torchvision where that is installed, to other pixels than those of the training.
+    return kept | {
+        "size": size,
+        "image_processor_type": "JrmImageProcessor",
+        "auto_map": {"AutoImageProcessor": f"{PICTURES}.JrmImageProcessor"},
+        "processor_class": PROCESSORS[trained.config.family],
+    }
+
+
+def _videos(trained: Trained) -> dict[str, Any]:
+    """There are none, but `AutoProcessor` wants to know; else it looks for one of our own."""
+    kind = {"qwen2_5_vl": "Qwen2VLVideoProcessor", "qwen3_vl": "Qwen3VLVideoProcessor"}
+    processor = trained.encoder.processor
+    sizes = {"patch_size": processor.patch, "merge_size": processor.merge, "temporal_patch_size": 2}
+    return {"video_processor_type": kind[trained.config.family]} | sizes
 
 
 def _generation(trained: Trained) -> dict[str, Any]:
@@ -147,7 +171,7 @@ def chat_template(template: Template) -> str:
     return source.replace("__RUBRIC__", rubric).replace("__RESULT__", result)
 
 
-def _model_card(trained: Trained, dtype: str) -> str:
+def _model_card(trained: Trained, dtype: str, rounding: str) -> str:
     card, stamp = trained.card, trained.card["stamp"]
     results = card.get("results") or {}
     settings = card.get("config") or {}
@@ -166,6 +190,7 @@ def _model_card(trained: Trained, dtype: str) -> str:
     return (ASSETS / "model_card.md").read_text(encoding="utf-8").format(
         architecture=ARCHITECTURES[trained.config.family],
         dtype=dtype,
+        rounding=rounding,
         critiques=critiques,
         step=card.get("step"),
         backbone=settings.get("backbone", {}).get("path", "unknown"),
@@ -191,6 +216,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--dtype", choices=tuple(weights.STORED_AS), default="bfloat16")
     parser.add_argument("--max_shard_gb", type=float, default=5.0, help="10^9 bytes per file")
+    parser.add_argument(
+        "--no_check", action="store_true", help="do not read the folder back and compare scores"
+    )
     args = parser.parse_args(argv)
     if args.step not in ("best", "latest"):
         if not args.step.isdecimal():
@@ -205,11 +233,14 @@ def main(argv: list[str] | None = None) -> None:
         if args.out.exists():
             raise UserError(f"{args.out} exists: give another --out, or remove it first")
         trained = load_trained(args.checkpoint, args.step, args.backbone)
-        export(trained, args.out, args.dtype, int(args.max_shard_gb * 1e9))
+        shard = int(args.max_shard_gb * 1e9)
+        rounding = export(trained, args.out, args.dtype, shard, not args.no_check)
     except UserError as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
     size = sum(path.stat().st_size for path in args.out.iterdir())
     print(f"{args.out}: step {trained.card.get('step')}, {size / 1e6:,.1f} MB, {args.dtype}")
+    if rounding:
+        print(rounding.words(args.dtype))
 
 
 if __name__ == "__main__":

@@ -47,6 +47,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def _load(args: argparse.Namespace) -> RewardModel:
+    options = {"compute_dtype": args.compute_dtype}
+    return RewardModel.load(args.model, args.step, args.backbone, **options)
+
+
 def rank(args: argparse.Namespace) -> dict[str, Any]:
     """Everything the command prints: candidates from best to worst, those with errors last.
 
@@ -58,9 +63,7 @@ def rank(args: argparse.Namespace) -> dict[str, Any]:
         raise UserError("give --instruction, or --input and --output for many groups")
     if not args.candidates:
         raise UserError("give at least one candidate picture")
-    model = RewardModel.load(
-        args.model, args.step, args.backbone, compute_dtype=args.compute_dtype
-    )
+    model = _load(args)
     rows: list[dict[str, Any]] = [{"picture": path} for path in args.candidates]
     for row in rows:
         problem = model.problem(row["picture"])
@@ -90,7 +93,7 @@ def score_many(args: argparse.Namespace) -> int:
     single = ("instruction", "source", "candidates", "json", "critique", "sheet")
     if beside := [name for name in single if getattr(args, name)]:
         raise UserError(f"--input holds all groups: leave out {', '.join(beside)}")
-    model = RewardModel.load(args.model, args.step, compute_dtype=args.compute_dtype)
+    model = _load(args)
     rows, failed = score_file(model, args.input, args.output, args.images)
     words = f", {failed:,} of them with an error" if failed else ""
     print(f"{args.output}: {rows:,} rows{words}")

@@ -3,6 +3,7 @@
 import io
 import json
 
+import jax
 import numpy as np
 import PIL.Image
 import pytest
@@ -74,6 +75,117 @@ def test_pytorch_reads_the_same_scores(case, scored):
         assert (batch["attention_mask"] == 0).any()
         theirs = loaded(**batch).logits[:, 0].numpy()
     np.testing.assert_allclose(theirs, [row[0] for row in ours[:6]], rtol=0, atol=1e-4)
+
+
+def odd_pictures():
+    """Pillow images of the kinds that converters forget."""
+    rng = np.random.default_rng(3)
+    noise = rng.integers(0, 256, (96, 64, 3), np.uint8)
+    file, exif = io.BytesIO(), PIL.Image.Exif()
+    exif[0x0112] = 6  # lies on its side
+    PIL.Image.fromarray(noise).save(file, "JPEG", exif=exif)
+    ramp = np.linspace(0, 1, 96 * 64).reshape(96, 64)
+    palette = PIL.Image.fromarray(noise).quantize(16)
+    palette.info["transparency"] = 3
+    alpha = PIL.Image.fromarray(np.dstack([noise, noise[..., :1]]))
+    return {
+        "turned": PIL.Image.open(file),
+        "16 bits": PIL.Image.fromarray((ramp * 65535).astype(np.uint16)),
+        "32 bits": PIL.Image.fromarray((ramp * 65535).astype(np.int32)),
+        "float": PIL.Image.fromarray(ramp.astype(np.float32)),
+        "palette": palette,
+        "alpha": alpha,
+        "grey and alpha": alpha.convert("LA"),
+        "inks": PIL.Image.fromarray(noise).convert("CMYK"),
+        "black and white": PIL.Image.fromarray(noise).convert("1"),
+    }
+
+
+def test_pictures_of_every_kind_score_as_in_jax(case, model):
+    loaded, _ = classifier(case[2], dtype=torch.float32)
+    given = odd_pictures()
+    source = given["turned"]
+    theirs = loaded.score_edits("Remove it.", source, list(given.values()))[:, 0].numpy()
+    ours = model.score("Remove it.", source, list(odd_pictures().values()))
+    np.testing.assert_allclose(theirs, ours, rtol=0, atol=1e-4)
+    assert np.ptp(ours) > 1e-2
+
+
+@pytest.mark.parametrize("source, candidates", [
+    ("my cat.png", ["picture"]),
+    ("picture", ["a.jpg"]),
+    ("picture", "a.jpg"),
+    (b"bytes", ["picture"]),
+])  # fmt: skip
+def test_names_of_files_are_no_pictures(case, source, candidates):
+    loaded, _ = classifier(case[2])
+    picture = odd_pictures()["inks"]
+    put = lambda given: picture if given == "picture" else given  # noqa: E731
+    listed = candidates if isinstance(candidates, str) else [put(c) for c in candidates]
+    with pytest.raises(TypeError, match="PIL.Image.open|give score_edits"):
+        loaded.score_edits("A white cat.", put(source), listed)
+    with pytest.raises(TypeError, match="a text here"):
+        loaded.prepare([(["A white cat."], ["a.jpg"])])
+
+
+def test_scores_are_not_rounded_to_bfloat16(case):
+    loaded, _ = classifier(case[3], dtype=torch.bfloat16)
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (64, 64, 3), np.uint8)
+    near = []
+    for row in range(64):  # one row of pixels a little brighter: nearly equal
+        other = pixels.copy()
+        other[row] = np.minimum(other[row], 235) + 20
+        near.append(PIL.Image.fromarray(other))
+    scores = loaded.score_edits("Remove it.", near[0], near)[:, 0]
+    assert loaded.dtype == torch.bfloat16 and scores.dtype == torch.float32
+    assert len(set(scores.tolist())) > 60
+    assert len(set(scores.bfloat16().tolist())) < 40  # what rounding would have left
+
+
+def test_the_image_processor_is_pillows_or_none(case, model, scored):
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        transformers.AutoImageProcessor.from_pretrained(case[2], trust_remote_code=False)
+    processor = transformers.AutoImageProcessor.from_pretrained(case[2], trust_remote_code=True)
+    assert processor.backend == "pil"
+    loaded, _ = classifier(case[2])
+    text, source, candidates = scored[0][4]
+    pictures = [picture(source), picture(candidates[0])]
+    wanted = loaded.prepare([([text, pictures[0]], [pictures[1]])])
+    assert torch.equal(
+        processor(images=pictures, return_tensors="pt")["pixel_values"], wanted["pixel_values"]
+    )
+
+
+@pytest.mark.skipif(
+    not transformers.utils.is_torchvision_available(), reason="AutoProcessor needs torchvision"
+)
+def test_the_processor_of_serving_engines_makes_the_same_inputs(case, scored):
+    processor = transformers.AutoProcessor.from_pretrained(case[2], trust_remote_code=True)
+    loaded, _ = classifier(case[2])
+    text, source, candidates = scored[0][4]
+    pictures = [picture(source), picture(candidates[0])]
+    wanted = loaded.prepare([([text, pictures[0]], [pictures[1]])])
+    parts = [{"type": "text", "text": text}, {"type": "image"}, {"type": "image"}]
+    rendered = processor.apply_chat_template([{"role": "user", "content": parts}])
+    found = processor(text=[rendered], images=pictures, return_tensors="pt")
+    for name in ("input_ids", "pixel_values", "image_grid_thw", "mm_token_type_ids"):
+        assert torch.equal(found[name].to(wanted[name].dtype), wanted[name])
+
+
+@pytest.mark.parametrize("change, low, high", [(1e-5, 0.0, 0.05), (0.05, 0.99, 1.0)])
+def test_what_bfloat16_rounds_away_is_told(case, tmp_path, change, low, high):
+    trained = load_trained(case[1])
+    kernel = trained.params["backbone"]["decoder"]["layers"]["attn"]["q"]["kernel"]
+    params = jax.tree.map(lambda leaf: leaf * (1 + change) if leaf is kernel else leaf,
+                          trained.params)  # fmt: skip
+    found = export.export(trained._replace(params=params), tmp_path / "out", "bfloat16", 10**9)
+    nonzero = int(np.count_nonzero(kernel))
+    assert 0.9 * nonzero < found.trained <= nonzero and low <= found.kept / found.trained <= high
+    assert found.pictures > 8 and 0 < found.difference < found.spread
+    words = found.words("bfloat16")
+    assert f"of the {found.trained:,} weights that training changed" in words
+    assert words in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_bfloat16_is_close(case, scored):

@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 
 import torch
-from transformers import AutoImageProcessor, AutoTokenizer
+from transformers import AutoTokenizer
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
@@ -22,6 +22,10 @@ from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLPreTrainedModel
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLPreTrainedModel
 from transformers.utils import cached_file
+
+from .image_processing_jrm import JrmImageProcessor
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 # Without this the names of Qwen2.5-VL's files match nothing, and its decoder stays random.
 for _family in ("Qwen2_5_VL", "Qwen3VL"):
@@ -32,7 +36,20 @@ for _family in ("Qwen2_5_VL", "Qwen3VL"):
         )
 
 
+class _Score(torch.nn.Linear):
+    """The reward head, in float32 whatever the model's dtype: bfloat16 would make ties."""
+
+    def forward(self, hidden):
+        return torch.nn.functional.linear(hidden.float(), self.weight.float())
+
+
 class _RewardModel(GenericForSequenceClassification):
+    _keep_in_fp32_modules_strict = ("score",)
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.score = _Score(self.score.in_features, self.score.out_features, bias=False)
+
     def forward(self, input_ids=None, *args, pixel_values=None, mm_token_type_ids=None, **kwargs):
         if pixel_values is not None and mm_token_type_ids is None:
             raise ValueError(
@@ -51,9 +68,18 @@ class _RewardModel(GenericForSequenceClassification):
     def score_edits(self, instruction, source, candidates):
         """float32 [candidates, dimensions]: a score for each candidate picture of one edit.
 
-        source: a PIL image, or None where the instruction stands alone.
+        source: a PIL image, a list of them, or None where the instruction stands alone.
+
+        Raises TypeError for a picture that is not a PIL image (or an array), a file's name for one.
         """
-        prompt = [instruction] if source is None else [instruction, source]
+        sources = source if isinstance(source, (list, tuple)) else [source]
+        sources = [picture for picture in sources if picture is not None]
+        if isinstance(candidates, str) or not isinstance(instruction, str):
+            raise TypeError("give score_edits(instruction, source, [candidate, ...])")
+        for picture in (*sources, *candidates):
+            if isinstance(picture, (str, bytes, Path)):
+                raise TypeError(f"{picture!r:.80} is no picture: give PIL.Image.open(FILE)")
+        prompt = [instruction, *sources]
         batch = self.prepare([(prompt, [candidate]) for candidate in candidates])
         return self(**batch, use_cache=False).logits.float()
 
@@ -61,6 +87,8 @@ class _RewardModel(GenericForSequenceClassification):
         """Model inputs, padded on the right, for [(prompt parts, candidate parts), ...].
 
         A part is a text or a PIL image. Text is text: special tokens in it are not obeyed.
+
+        Raises TypeError for a text that looks like a picture's file name.
         """
         tokenizer, processor, stamp = self._tools()
         tokens, pictures = [], []
@@ -86,7 +114,7 @@ class _RewardModel(GenericForSequenceClassification):
             stamp = json.loads(Path(cached_file(folder, "jrm.json")).read_text())["stamp"]
             self._loaded_tools = (
                 AutoTokenizer.from_pretrained(folder),
-                AutoImageProcessor.from_pretrained(folder),
+                JrmImageProcessor.from_pretrained(folder),
                 stamp,
             )
         return self._loaded_tools
@@ -108,6 +136,8 @@ def _encode(tokenizer, processor, stamp, prompt, candidate):
         nonlocal text
         for part in parts:
             if isinstance(part, str):
+                if part.lower().endswith(SUFFIXES) and len(part.split()) == 1:
+                    raise TypeError(f"{part!r} is a text here, no picture: PIL.Image.open it first")
                 text += ("\n" if joined else "") + part
                 joined = True
                 continue
