@@ -1,13 +1,17 @@
 """A set of every layout that was added for a public one is built, opened and put into a batch."""
 
+import ast
 import json
+import re
+import shlex
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from layout_case import lines, pictures  # noqa: F401
 
-from configs import joint
+from configs import discriminative, generative, joint
 from jrm_jax import build, build_data
 from jrm_jax.benchmarks import make_tiny_backbone
 from jrm_jax.benchmarks.kill_test import SMALL
@@ -20,6 +24,9 @@ DIMENSIONS = {
     "rationalrewards": ("overall", "instruction_following", "text_rendering"),
     "spatialreward": EDITED,
 }
+
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def talk(images, asked, answered):
@@ -97,3 +104,26 @@ def test_prepared_sets_have_their_dimensions_and_mix(folders, tmp_path):
         np.testing.assert_array_equal(rows[kind][0], np.float32(share), kind)
         np.testing.assert_array_equal(rows[kind][1], np.float32(weight), kind)
         assert rows[kind][2:] == (count, said), kind
+
+
+def test_the_page_has_the_commands_of_every_public_set():
+    """Download, build and training in a row; each command is one that the programs take."""
+    text = (ROOT / "docs/data.md").read_text()
+    rows = [line.split(" | ") for line in text.splitlines() if "python -m jrm_jax.main" in line]
+    configs = {"joint": joint, "discriminative": discriminative, "generative": generative}
+    built, named = {}, set()
+    for *_, build_cell, train_cell in [row for row in rows if len(row) == 4]:
+        if command := re.search("`python -m jrm_jax.data.builders (.*)`", build_cell):
+            args = builders.parse_args(shlex.split(command[1]))
+            built[str(args.out)] = builders.make_layout(args)
+            named.add(args.command)
+        words = shlex.split(re.search("`python -m jrm_jax.main (.*)`", train_cell)[1])
+        name, variant = re.match(r"--config=configs/(\w+).py:(\w+)", words[0]).groups()
+        config = configs[name].get_config(variant)
+        for word in words[1:]:
+            field, value = word.removeprefix("--config.").split("=", 1)
+            parsed = ast.literal_eval(value) if value.startswith("(") else value
+            config.update_from_flattened_dict({field: parsed})
+        paths = [path for path, _ in config.data.mixture] or [config.data.path]
+        assert set(paths) <= set(built)
+    assert named == {"editreward", "editscore", *ROWS}
