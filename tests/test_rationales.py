@@ -38,6 +38,7 @@ there.
 ## Justification: Not asked for.
 # Summary: Good.
 # User Request Refinement:
+## Score: 1
 ## Refined Request: More."""
 
 
@@ -190,6 +191,9 @@ def test_rationales_that_cannot_be_used_are_refused_by_name(pictures, build, cap
          "X does not.", 1),
         ("A hat was asked for. Image A has it. They differ. So it is.", "X has it.", "", 3),
         ("Compared to Image B, Image A is calm. Image B shouts.", "", "X shouts.", 1),
+        ("Image A is red and Image A is big, whereas Image B is blue, but Image B is also small.",
+         "X is red and x is big.", "X is blue, but x is also small.", 0),
+        ("Image A " + "is red and Image A " * 200 + "is tied with Image B.", "", "", 1),
         ("", "", "", 0),
     ],
 )  # fmt: skip

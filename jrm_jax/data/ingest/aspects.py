@@ -22,7 +22,9 @@ _ASPECT = re.compile(
     r"[#*\s]*\d+[.)]\s*\**\s*(text faithfulness|image faithfulness|text rendering"
     r"|(?P<quality>physical(?: and visual)? quality))\b", re.IGNORECASE,
 )  # fmt: skip
-_FIELD = re.compile(r"[#*\s-]*(Justification|Winner|Score(?: ([AB]))?)\b\**\s*:\**(.*)", re.DOTALL)
+_FIELD = re.compile(
+    r"[#*\s-]*(Justification|Winner|Score(?: ([AB]))?)\b(?: \([^)]*\))?\**\s*:\**(.*)", re.DOTALL
+)
 _END = re.compile(r"[#*\s]*(?:Summary|User Request Refinement)\b")
 
 
@@ -43,9 +45,9 @@ def read_aspects(answer: str, where: str) -> list[Aspect]:
     found: list[tuple[str, dict[str, list[str]]]] = []
     current: list[str] = []
     for line in answer.splitlines():
-        if _END.match(line):
-            current = []
-        elif heading := _ASPECT.match(line):
+        if found and _END.match(line):
+            break
+        if heading := _ASPECT.match(line):
             name = "physical and visual quality" if heading["quality"] else heading[1].lower()
             found.append((name, {}))
             current = []
@@ -78,8 +80,10 @@ def share_of(aspect: Aspect) -> float | None:
 
 
 def _won(aspect: Aspect) -> float | None:
-    text = aspect.winner.lower()
-    return 0.5 if "tie" in text else {"image a": 1.0, "image b": 0.0}.get(text.strip(" .*"))
+    if "tie" in aspect.winner.lower():
+        return 0.5
+    found = set(re.findall(r"(?<!N/)\b([AB])\b", aspect.winner))
+    return {"A": 1.0, "B": 0.0}[found.pop()] if len(found) == 1 else None
 
 
 def shares_of(

@@ -76,22 +76,26 @@ def _named(text: str) -> set[str]:
 
 def _cut(sentence: str) -> list[tuple[str, str]] | None:
     """[(side or "", piece), ..]; None: it compares both."""
-    names = _named(sentence)
-    if _COMPARES.search(sentence) and len(names) < 2:
-        return None
-    if len(names) < 2:
-        return [("".join(names), sentence)]
+    if len(_named(sentence)) < 2:
+        return None if _COMPARES.search(sentence) else [("".join(_named(sentence)), sentence)]
     pairs = [found.span() for found in _NAME.finditer(sentence) if found["other"]]  # "A and B"
-    for joint in _JOINTS.finditer(sentence):
-        if any(start <= joint.start() < end for start, end in pairs):
-            continue
-        before, after = sentence[: joint.start()].strip(), sentence[joint.end() :].strip()
-        if _COMPARES.search(before) or len(_named(before)) != 1 or not _says_something(before):
-            continue
-        rest = _cut(after)
-        if rest and all(side and _says_something(piece) for side, piece in rest):
-            return [("".join(_named(before)), before), *rest]
-    return None
+    joints = [joint.span() for joint in _JOINTS.finditer(sentence)
+              if not any(start <= joint.start() < end for start, end in pairs)]  # fmt: skip
+    pieces: list[tuple[str, str]] = []
+    side, begin = "", 0
+    stops = [*(stop for stop, _ in joints), len(sentence)]
+    for (end, after), stop in zip([(0, 0), *joints], stops, strict=True):
+        names = _named(sentence[after:stop])
+        if len(names) > 1:
+            return None
+        name = "".join(names) or side
+        if side and name != side:  # another candidate from here on; the joint is dropped
+            pieces.append((side, sentence[begin:end].strip()))
+            begin = after
+        side = name
+    pieces.append((side, sentence[begin:].strip()))
+    alone = all(_says_something(piece) and not _COMPARES.search(piece) for _, piece in pieces)
+    return pieces if alone else None
 
 
 def _says_something(piece: str) -> bool:
