@@ -15,7 +15,7 @@ from jrm_jax.study.numbers import collect
 from jrm_jax.study.tables import MISSING, absent, number, points, share, table
 from jrm_jax.terminal import duration
 
-NOTES = "notes.md"
+USERS, NOTES = "users.md", "notes.md"  # by hand: what users should know, what the numbers say
 YES = {True: "yes", False: "**no**", None: MISSING}
 Numbers = Mapping[str, Any]
 
@@ -23,7 +23,7 @@ Numbers = Mapping[str, Any]
 def write(config: ConfigDict) -> list[Path]:
     """OUT.md, OUT/numbers.json, the figures and OUT/examples.html; returns what was written.
 
-    OUT/notes.md, where there is one, is written by hand and becomes part of OUT.md.
+    OUT/users.md and OUT/notes.md, where they are, are written by hand and become parts of OUT.md.
     """
     found = cells.load_cells(config)
     numbers = collect(config, found)
@@ -35,17 +35,18 @@ def write(config: ConfigDict) -> list[Path]:
     if html:
         (out / "examples.html").write_text(html)
         written.append(out / "examples.html")
-    notes = out / NOTES
-    said = notes.read_text() if notes.is_file() else ""
+    paths = (out / USERS, out / NOTES)
+    said = [path.read_text() if path.is_file() else "" for path in paths]
     page = out.with_suffix(".md")
-    page.write_text(markdown(config, numbers, [path.stem for path in written], said))
+    page.write_text(markdown(config, numbers, [path.stem for path in written], *said))
     return [page, *written]
 
 
 def markdown(
-    config: ConfigDict, numbers: Numbers, shown: Sequence[str], notes: str = ""
+    config: ConfigDict, numbers: Numbers, shown: Sequence[str], users: str = "", notes: str = ""
 ) -> str:
-    """The whole text, with the figures and examples named in `shown`; `notes` by a person."""
+    """The whole text, with the figures and examples named in `shown`; `users` begins it and `notes`
+    comments the numbers, both by a person."""
     folder = Path(config.out).name
 
     def figure(name: str, words: str) -> list[str]:
@@ -58,8 +59,9 @@ def markdown(
         f"Made by `python -m jrm_jax.study --config=configs/study.py{variant}` from the cells in "
         f"`{folder}/cells/`; add `--report` to make this page, `{folder}/numbers.json` and the "
         f"figures again from the cells alone. It is overwritten: words of your own belong into "
-        f"`{folder}/{NOTES}`, which is read into it.",
+        f"`{folder}/{USERS}` and `{folder}/{NOTES}`, which are read into it.",
         "",
+        *([users.strip(), ""] if users else []),
         *_claim(config, numbers),
         *([notes.strip(), ""] if notes else []),
         *_arms(numbers),
