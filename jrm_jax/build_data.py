@@ -14,9 +14,10 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from jrm_jax import sharding
+from jrm_jax import check_data, sharding
 from jrm_jax.backbones import find_folder, path_of
-from jrm_jax.data import plan, store
+from jrm_jax.check_data import reads_critiques
+from jrm_jax.data import contents, plan, store
 from jrm_jax.data.encode import Encoder, make_encoder
 from jrm_jax.data.pipeline import BatchIterator, make_iterator, repeat_prompt
 from jrm_jax.data.sizes import Sizes, as_example, measure
@@ -57,11 +58,6 @@ def backbone_folder(config: ConfigDict, weights: bool = False) -> Path:
     return find_folder(path_of(config), weights=weights)
 
 
-def reads_critiques(config: ConfigDict) -> bool:
-    """Whether a run's losses need critiques; without, they are left out of the batches."""
-    return bool(config.loss.language_weight or config.loss.get("words_weight"))
-
-
 def make_run_encoder(config: ConfigDict, backbone: BackboneConfig) -> Encoder:
     """The encoder of a run's examples."""
     return make_encoder(
@@ -78,7 +74,11 @@ def make_run_encoder(config: ConfigDict, backbone: BackboneConfig) -> Encoder:
 
 
 def build_data(config: ConfigDict, backbone: BackboneConfig, say: Callable[[str], None]) -> Data:
-    """Prepare or open the data, measure it, and plan every step."""
+    """Prepare or open the data, measure it, and plan every step.
+
+    Raises:
+        UserError: data that cannot be read, that this config learns nothing from, or too large.
+    """
     language = reads_critiques(config)
     encoder = make_run_encoder(config, backbone)
     folders = _data_folders(config)
@@ -86,17 +86,20 @@ def build_data(config: ConfigDict, backbone: BackboneConfig, say: Callable[[str]
     caps = plan.Bucket(0, 0, 0, 0, 0, config.data.max_critique)
     sources: dict[str, list[plan.Source]] = {}
     sets: dict[str, list[Sequence[Any]]] = {}
+    held: list[dict[str, contents.Contents]] = []  # by data set, then by split
     for folder, weight in folders:
+        held.append({})
         for split, records in store.open_dataset(folder).items():
             name = f"{folder.name}/{split}"
-            sizes = measure(records, encoder.sizes, encoder.key, name=name, folder=folder)
+            found = held[-1][split] = contents.read_contents(folder, split, records)
+            key = f"{encoder.key}/{found.digest}"
+            sizes = measure(records, encoder.sizes, key, name=name, folder=folder)
             kept, words = plan.select(sizes, caps, language, config.data.skip_large, name)
             if words:
                 say(words)
             sources.setdefault(split, []).append(plan.Source(sizes, weight, kept))
             sets.setdefault(split, []).append(records)
-    if "train" not in sources:
-        raise UserError(f"{', '.join(str(f) for f, _ in folders)}: there is no split 'train'")
+    _check_splits(config, folders, held, say)
     buckets = plan.make_buckets(
         [Sizes.from_rows(s.sizes.rows()[s.kept]) for each in sources.values() for s in each],
         language=language,
@@ -121,8 +124,33 @@ def build_data(config: ConfigDict, backbone: BackboneConfig, say: Callable[[str]
             encoder.processor,
             encoder.positions,
             encoder.dimensions,
-        ),
+        )
+        | {"data": contents.stamp([folder.name for folder, _ in folders], held)},
     )
+
+
+def _check_splits(
+    config: ConfigDict,
+    folders: Sequence[tuple[Path, float]],
+    held: Sequence[dict[str, contents.Contents]],
+    say: Callable[[str], None],
+) -> None:
+    """Is there something to learn, and something to measure it by? What is missing is said."""
+    paths = [path for path, _ in folders]
+    names = ", ".join(map(str, paths))
+    train = [
+        found["train"]
+        for found, (_, weight) in zip(held, folders, strict=True)
+        if weight and "train" in found
+    ]
+    if not train:
+        raise UserError(f"{names}: there is no split 'train'")
+    for words in check_data.check_lessons(config, train, names):
+        say(words)
+    for words in check_data.describe_unused(config, paths):
+        say(words)
+    if not any("valid" in found for found in held):
+        say(check_data.describe_no_valid(config, paths))
 
 
 def _data_folders(config: ConfigDict) -> list[tuple[Path, float]]:

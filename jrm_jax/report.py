@@ -11,6 +11,9 @@ from jrm_jax.terminal import duration, print_table
 def print_results(results: dict[str, Any]) -> None:
     """The held-out numbers as a table."""
     splits = list(dict.fromkeys(k.split("/")[0] for k in results if "/" in k))
+    if not splits:
+        print("nothing was measured: the data have neither 'valid' nor 'test' nor 'hard'")
+        return
     columns = {
         "pair_accuracy": ("pair accuracy", "{:.4f}"),
         "pairs": ("pairs", "{:.0f}"),

@@ -23,13 +23,13 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from jrm_jax import backbones, build, build_data, distributed
+from jrm_jax import backbones, build, build_data, check_data, distributed
 from jrm_jax import workdir as files
 from jrm_jax.checkpoint import Checkpoints, open_checkpoints
 from jrm_jax.errors import UserError
 from jrm_jax.lock import Lock, hold
 from jrm_jax.metrics import Accumulator, Writer
-from jrm_jax.report import difference, json_safe, print_results, words
+from jrm_jax.report import json_safe, print_results, words
 from jrm_jax.watch import StopRequest, Trace, Watchdog, describe_memory
 
 SCALARS = ("loss", "grad_norm", "param_norm")
@@ -135,11 +135,7 @@ class _Run:
         step, trainable, opt_state, meta = self.checkpoints.restore(
             abstract.trainable, abstract.opt_state
         )
-        if meta["stamp"] != self.data.stamp:
-            raise UserError(
-                f"{self.workdir}: the checkpoint was trained with another protocol: "
-                f"{difference(meta['stamp'], self.data.stamp)}"
-            )
+        check_data.check_unchanged(self.workdir, meta["stamp"], self.data.stamp)
         self.checkpoints.delete_after(step)
         self.rewards.totals = meta["rewards"]
         if self.leader:

@@ -30,6 +30,7 @@ from jrm_jax import sharding as mesh_module
 from jrm_jax.checkpoint import open_checkpoints
 from jrm_jax.data import builders, store
 from jrm_jax.data.schema import from_record
+from jrm_jax.serving.trained import load_trained
 
 # A run and its results
 
@@ -239,6 +240,28 @@ def test_training_on_json_lines_with_mixed_pictures(runner, mixed):
         assert all(row[n] is not None for n in ("loss", "language", "preference", "grad_norm"))
         assert row["language"] > 0 and row["pairs"] >= 2
     assert "(ties" not in done.stdout and json.loads((workdir / "results.json").read_text())
+    # no split but train, and what is missing was said before the first step
+    before = done.stdout.partition("step 1/")[0]
+    assert "there is no split 'valid'" in before and f"--split=valid --out={mixed}" in before
+    assert "nothing was measured" in done.stdout
+
+
+def test_other_lines_at_the_same_place_are_refused(runner, mixed):
+    """After the run above; scoring it needs no data."""
+    workdir, kept = runner.folder / "mixed", mixed.with_name("kept")
+    mixed.rename(kept)
+    try:
+        assert load_trained(workdir).card["step"] == 3
+        lines = (kept.parent / "train.jsonl").read_text().replace("[1, 2", "[2, 1").splitlines()
+        (kept.parent / "other.jsonl").write_text("\n".join(lines))
+        arguments = [f"--json={kept.parent / 'other.jsonl'}", f"--images={kept.parent}"]
+        assert builders.main(["jsonl", *arguments, f"--out={mixed}"]) == 0
+        line = runner.refused(workdir, data__path=mixed, batch_size=2, total_steps=4)
+        assert "data/train has 4 groups as before, but others; put the old ones back" in line
+        assert len(metrics(workdir)) == 3 and steps(workdir) == [3]
+    finally:
+        shutil.rmtree(mixed, ignore_errors=True)
+        kept.rename(mixed)
 
 
 @pytest.mark.skipif(not EXAMPLE.is_dir(), reason=f"{EXAMPLE} is not here")

@@ -11,7 +11,7 @@ import os
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -95,7 +95,7 @@ def measure(
         except ValueError as error:  # UserError is one
             raise UserError(f"{name}: example {index} ({example.id}): {error}") from error
     for path in paths:
-        if _write_cache(path, rows):
+        if write_cache(path, lambda file: np.savez_compressed(file, rows=rows)):
             break
     return Sizes.from_rows(rows)
 
@@ -112,7 +112,11 @@ def _cache_paths(
         critiques = [candidate.critique for candidate in example.candidates]
         digest.update(repr((example.id, texts, critiques)).encode())
     plain = "".join(c if c.isalnum() or c in "-_" else "-" for c in name)[-60:]
-    file = f"sizes-{plain}-{digest.hexdigest()[:16]}.npz"
+    return cache_places(folder, f"sizes-{plain}-{digest.hexdigest()[:16]}.npz", fallback)
+
+
+def cache_places(folder: Path, file: str, fallback: str | Path | None = None) -> list[Path]:
+    """Where a file about the data set in `folder` may lie: in it, or in the user's cache folder."""
     place = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
     if fallback is None:
         root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -129,7 +133,7 @@ def _read_cache(path: Path, count: int) -> np.ndarray | None:
     return rows if rows.shape == (count, len(SIZE_NAMES)) else None
 
 
-def _write_cache(path: Path, rows: np.ndarray) -> bool:
+def write_cache(path: Path, write: Callable[[BinaryIO], Any]) -> bool:
     """Through a temporary file, so that no reader sees half of it; False where it cannot be."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -138,7 +142,7 @@ def _write_cache(path: Path, rows: np.ndarray) -> bool:
         return False
     try:
         with os.fdopen(handle, "wb") as file:
-            np.savez_compressed(file, rows=rows)
+            write(file)
         os.replace(temporary, path)
     except OSError:
         Path(temporary).unlink(missing_ok=True)

@@ -160,7 +160,8 @@ def _check_stamp(path: Path, stamp: dict[str, Any], encoder: Encoder) -> None:
         encoder.positions,
         encoder.dimensions,
     )
-    differing = [name for name in stamp if stamp[name] != found.get(name)]
+    own = [name for name in stamp if name != "data"]  # which a score does not depend on
+    differing = [name for name in own if stamp[name] != found.get(name)]
     if differing:
         words = ", ".join(f"{n} was {stamp[n]!r}, is {found.get(n)!r}" for n in differing)
         raise UserError(f"{path}: the files do not fit what the model was trained with: {words}")

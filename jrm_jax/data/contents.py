@@ -1,0 +1,122 @@
+"""What the splits of a data set hold: a digest of every record, and what can be learnt from them.
+
+It is found in one pass over the records and kept beside the data set, with marks of the files that
+it was found in: it travels with them, and is not believed where other files lie at the same place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jrm_jax.data.sizes import cache_places, write_cache
+from jrm_jax.errors import UserError
+from jrm_jax.terminal import track
+
+VERSION = 1  # raise it when something else is counted or digested
+MARK = 4096  # bytes
+
+
+class Contents(NamedTuple):
+    """Of one split.
+
+    digest: of all records in their order, without their ids. labels: groups with a label, by reward
+    dimension. critiques: groups with a critique.
+    """
+
+    groups: int
+    digest: str
+    labels: dict[str, int]
+    critiques: int
+
+
+def read_contents(
+    folder: Path, split: str, records: Sequence[Any], fallback: Path | None = None
+) -> Contents:
+    """Of a prepared data set's split; `fallback`: as of `sizes.measure`.
+
+    Raises:
+        UserError: a record that cannot be read.
+    """
+    places = cache_places(folder, f"contents-{split}.json", fallback)
+    key = [VERSION, len(records), _marks(folder, split)]
+    for place in places:
+        try:
+            found = json.loads(place.read_text())
+            if found["key"] == key:
+                return Contents(*found["contents"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    contents = _count(folder, split, records)
+    text = json.dumps({"key": key, "contents": contents}).encode()
+    for place in places:
+        if write_cache(place, lambda file: file.write(text)):
+            break
+    return contents
+
+
+def _marks(folder: Path, split: str) -> str:
+    """Of a split's files: names, sizes, and their first, middle and last bytes."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob(f"*-{split}.array_record-*")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size} ".encode())
+        with path.open("rb") as file:
+            for start in (0, size // 2, max(0, size - MARK)):
+                file.seek(start)
+                digest.update(file.read(MARK))
+    return digest.hexdigest()[:16]
+
+
+def _count(folder: Path, split: str, records: Sequence[Any]) -> Contents:
+    digest, labels, critiques = hashlib.sha256(), {}, 0
+    for index in track(range(len(records)), f"reading {folder.name}/{split}"):
+        try:
+            record = records[index]
+            text, pictures = _bytes(record["record"]), record["images"]
+            fields = json.loads(text)
+        except Exception as error:  # damaged files raise many kinds
+            words = " ".join(str(error).split())[:200]
+            raise UserError(f"{folder}: record {index} of {split} is damaged ({words})") from error
+        for part in (text, *map(bytes, pictures)):
+            digest.update(len(part).to_bytes(8, "big") + part)
+        weight_KKR = np.asarray(fields["weight"], np.float32)
+        for name, column_KK in zip(fields["dimensions"], weight_KKR.T, strict=True):
+            labels[name] = labels.get(name, 0) + bool(column_KK.any())
+        critiques += any(candidate[1] for candidate in fields["candidates"])
+    return Contents(len(records), digest.hexdigest()[:16], labels, critiques)
+
+
+def _bytes(text: str | bytes) -> bytes:
+    return text if isinstance(text, bytes) else text.encode()
+
+
+Stamp = list[dict[str, Any]]  # by data set of a run: 'name', and 'splits' with counts and digests
+
+
+def stamp(names: Sequence[str], splits: Sequence[Mapping[str, Contents]]) -> Stamp:
+    """What a checkpoint keeps of the data it was trained on; in JSON types."""
+    return [
+        {"name": name, "splits": {s: {"groups": c.groups, "digest": c.digest} for s, c in found}}
+        for name, found in zip(names, (each.items() for each in splits), strict=True)
+    ]
+
+
+def changes(before: Stamp, now: Stamp) -> str:
+    """What is no longer as it was, '' if all of it is. A split that was added changes nothing."""
+    found = []
+    for old, new in zip(before, now, strict=True):
+        for split, was in old["splits"].items():
+            name, there = f"{new['name']}/{split}", new["splits"].get(split)
+            if there is None:
+                found.append(f"{name} had {was['groups']} groups and is gone")
+            elif was["groups"] != there["groups"]:
+                found.append(f"{name} had {was['groups']} groups, has {there['groups']}")
+            elif was != there:
+                found.append(f"{name} has {was['groups']} groups as before, but others")
+    return "; ".join(found)
