@@ -86,7 +86,7 @@ def _count(folder: Path, split: str, records: Sequence[Any]) -> Contents:
         for part in (text, *map(bytes, pictures)):
             digest.update(len(part).to_bytes(8, "big") + part)
         weight_KKR = np.asarray(fields["weight"], np.float32)
-        for name, column_KK in zip(fields["dimensions"], weight_KKR.T, strict=True):
+        for name, column_KK in zip(fields["dimensions"], weight_KKR.T, strict=False):
             labels[name] = labels.get(name, 0) + bool(column_KK.any())
         critiques += any(candidate[1] for candidate in fields["candidates"])
     return Contents(len(records), digest.hexdigest()[:16], labels, critiques)
