@@ -51,9 +51,11 @@ def _main() -> int:
         raise UserError(f"--steps={','.join(_STEPS.value)}: use train, score or both")
     topology = parse_topology(_TOPOLOGY.value, _SLICES.value)
     os.environ["JAX_PLATFORMS"] = "cpu"  # nothing runs here, least of all on an accelerator
+    from jrm_jax.check_config import check_config
     from jrm_jax.planning import compiling, fitting
 
     config = _CONFIG.value
+    check_config(config)
     backbone = compiling.architecture(config)
     devices = compiling.describe_devices(topology)
     case = fitting.Case(

@@ -17,7 +17,6 @@ from ml_collections import ConfigDict
 from jrm_jax import heads, lora, optim, sharding
 from jrm_jax.build_data import Data, backbone_folder
 from jrm_jax.data.encode import Encoder
-from jrm_jax.errors import UserError
 from jrm_jax.model import published, weights
 from jrm_jax.model.backbone import Backbone, init_backbone
 from jrm_jax.model.config import BackboneConfig, load_config
@@ -47,11 +46,6 @@ def make_mesh(
 def make_backbone(
     config: ConfigDict, backbone: BackboneConfig, mesh: jax.sharding.Mesh, reward_token_id: int
 ) -> Backbone:
-    if config.backbone.compute_dtype not in DTYPES:
-        raise UserError(
-            f"config.backbone.compute_dtype: {config.backbone.compute_dtype!r} is none of "
-            f"{', '.join(DTYPES)}"
-        )
     return Backbone(
         backbone,
         dtype=DTYPES[config.backbone.compute_dtype],
@@ -121,17 +115,8 @@ def trainable_patterns(config: ConfigDict) -> tuple[str, ...]:
 
 
 def lora_scale(config: ConfigDict) -> float | None:
-    """alpha / rank; None without adapters. Runs from before there were any have no such field.
-
-    Raises:
-        UserError: a negative rank.
-    """
-    settings = config.get("lora")
-    if not settings or not settings.rank:
-        return None
-    if settings.rank < 0:
-        raise UserError(f"config.lora.rank is {settings.rank}: a positive number, or 0 for none")
-    return settings.alpha / settings.rank
+    """alpha / rank; None without adapters."""
+    return config.lora.alpha / config.lora.rank if config.lora.rank else None
 
 
 def abstract_params(
@@ -139,7 +124,7 @@ def abstract_params(
 ) -> dict[str, Any]:
     """Shapes of all parameters of a run: the backbone, adapters, the reward head and its token, and
     the heads of training alone that its losses have."""
-    width, words = backbone.text.hidden, bool(config.loss.get("words_weight"))
+    width, words = backbone.text.hidden, bool(config.loss.words_weight)
     whole = {
         **jax.eval_shape(lambda: heads.init_training_heads(width, facts, words)),
         **weights.abstract_params(backbone),

@@ -69,7 +69,7 @@ def make_run_encoder(config: ConfigDict, backbone: BackboneConfig) -> Encoder:
         language=reads_critiques(config),
         score_line=config.loss.score_line,
         positions=config.backbone.positions,
-        facts=FACTS if config.loss.get("facts_weight") else 0,
+        facts=FACTS if config.loss.facts_weight else 0,
     )
 
 

@@ -16,7 +16,7 @@ from jrm_jax.report import difference
 
 def reads_critiques(config: ConfigDict) -> bool:
     """Whether a run's losses need critiques; without, they are left out of the batches."""
-    return bool(config.loss.language_weight or config.loss.get("words_weight"))
+    return bool(config.loss.language_weight or config.loss.words_weight)
 
 
 def check_lessons(config: ConfigDict, train: Sequence[Contents], name: str) -> list[str]:
@@ -56,7 +56,9 @@ def check_lessons(config: ConfigDict, train: Sequence[Contents], name: str) -> l
 
 
 def describe_unused(config: ConfigDict, folders: Sequence[Path]) -> list[str]:
-    """Reward dimensions that the data have and the run does not train."""
+    """Reward dimensions that the user's data have and the run does not train."""
+    if not config.data.path and not config.data.mixture:
+        return []
     found = dict.fromkeys(d for f in folders for d in store.read_manifest(f).get("dimensions", ()))
     unused = [name for name in found if name not in config.data.dimensions]
     if not unused:

@@ -73,20 +73,23 @@ def merge_params(trainable: dict, frozen: dict) -> dict:
     return merged
 
 
+# kind -> (learning rate, its share at the end, steps) -> what comes after the warm-up
+SCHEDULES = {
+    "constant": lambda rate, final, steps: optax.constant_schedule(rate),
+    "linear": lambda rate, final, steps: optax.linear_schedule(rate, rate * final, steps),
+    "cosine": lambda rate, final, steps: optax.cosine_decay_schedule(rate, steps, final),
+}
+
+
 def make_schedule(
     kind: str, learning_rate: float, warmup_steps: int, total_steps: int, final_scale: float = 0.0
 ) -> Callable:
     """step -> learning rate; linear warm-up from 0, then 'constant', 'linear' or 'cosine'."""
-    rest = max(1, total_steps - warmup_steps)
-    table = {
-        "constant": lambda: optax.constant_schedule(learning_rate),
-        "linear": lambda: optax.linear_schedule(learning_rate, learning_rate * final_scale, rest),
-        "cosine": lambda: optax.cosine_decay_schedule(learning_rate, rest, final_scale),
-    }
-    if kind not in table:
-        raise UserError(f"config.optimizer.schedule: {kind!r} is none of {', '.join(table)}")
+    if kind not in SCHEDULES:
+        raise UserError(f"config.optimizer.schedule: {kind!r} is none of {', '.join(SCHEDULES)}")
+    main = SCHEDULES[kind](learning_rate, final_scale, max(1, total_steps - warmup_steps))
     warmup = optax.linear_schedule(0.0, learning_rate, max(1, warmup_steps))
-    return optax.join_schedules([warmup, table[kind]()], [warmup_steps])
+    return optax.join_schedules([warmup, main], [warmup_steps])
 
 
 def _adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
@@ -117,7 +120,7 @@ def _muon(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
     )
 
 
-_SCALINGS = {"adam": _adam, "muon": _muon}
+SCALINGS = {"adam": _adam, "muon": _muon}
 
 
 def make_optimizer(
@@ -152,9 +155,9 @@ def make_optimizer(
         return next((scale for pattern, scale in groups if re.search(pattern, path)), 1.0)
 
     chain = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
-    if name not in _SCALINGS:
-        raise UserError(f"config.optimizer.name: {name!r} is none of {', '.join(_SCALINGS)}")
-    chain.append(_SCALINGS[name](b1, b2, eps))
+    if name not in SCALINGS:
+        raise UserError(f"config.optimizer.name: {name!r} is none of {', '.join(SCALINGS)}")
+    chain.append(SCALINGS[name](b1, b2, eps))
     if weight_decay:
         mask = table(lambda path: any(re.search(pattern, path) for pattern in decay_patterns))
         chain.append(optax.add_decayed_weights(weight_decay, mask))

@@ -25,6 +25,7 @@ from ml_collections import ConfigDict
 
 from jrm_jax import backbones, build, build_data, check_data, distributed
 from jrm_jax import workdir as files
+from jrm_jax.check_config import check_config
 from jrm_jax.checkpoint import Checkpoints, open_checkpoints
 from jrm_jax.errors import UserError
 from jrm_jax.lock import Lock, hold
@@ -43,6 +44,7 @@ def run(config: ConfigDict, workdir: Path) -> int:
     """
     leader = distributed.is_leader()
     say = print if leader else _silent
+    notes = check_config(config)
     steps = files.check_config(workdir, config)
     results = files.read_results(workdir)
     if results is not None and steps == config.total_steps:
@@ -51,7 +53,9 @@ def run(config: ConfigDict, workdir: Path) -> int:
             print(f"{workdir} is finished; its results:")
             print_results(results)
         return 0
-    stop, kept = StopRequest(), config.get("keep_interval", 0)
+    for note in notes:
+        say(note)
+    stop, kept = StopRequest(), config.keep_interval
     with hold(workdir, say) as held, stop:
         files.check_config(workdir, config)  # once more: another trainer may just have ended
         with open_checkpoints(workdir / files.CHECKPOINTS, say, kept) as checkpoints:
@@ -158,9 +162,9 @@ class _Run:
                 for step in range(self.start, total + 1):
                     self.watchdog.beat(step)
                     stopping = self.stop.at(step)  # once: what stops here must be saved here
-                    due_eval = step % config.eval_interval == 0 or step == total
-                    due_save = step % config.save_interval == 0 or step == total or stopping
-                    due_log = step % config.log_interval == 0 or step == total
+                    due_eval = step == total or _is_due(step, config.eval_interval)
+                    due_save = step == total or _is_due(step, config.save_interval) or stopping
+                    due_log = step == total or _is_due(step, config.log_interval)
                     if step > self.start or step == total:  # no steps at all: the start is saved
                         if (due_eval or due_save or due_log) and pending is not None:
                             self._check(pending, window)
@@ -310,6 +314,11 @@ class _Run:
             self.writer.close()
             print_results(results)
             print(f"results: {self.workdir / files.RESULTS}")
+
+
+def _is_due(step: int, interval: int) -> bool:
+    """At every multiple of `interval`; never if that is 0."""
+    return interval > 0 and step % interval == 0
 
 
 def _silent(words: str) -> None:

@@ -27,6 +27,11 @@ def default_name(config: ConfigDict) -> str:
     return "-".join(filter(None, (config.name, config.variant, data[:LONGEST])))
 
 
+def defaults() -> ConfigDict:
+    """Every field with its default, without 'name' and 'variant'."""
+    return load_config_module("common").base()
+
+
 def as_text(config: ConfigDict) -> str:
     """What CONFIG holds."""
     return config.to_json_best_effort(indent=2, sort_keys=True) + "\n"
@@ -38,12 +43,12 @@ def read_config(workdir: Path) -> ConfigDict:
     Raises:
         UserError: there is none, or it is damaged.
     """
-    base, path = load_config_module("common").base, workdir / CONFIG
+    path = workdir / CONFIG
     try:
         stored = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error})") from error
-    return ConfigDict(_filled(stored, json.loads(as_text(base()))))
+    return ConfigDict(_filled(stored, json.loads(as_text(defaults()))))
 
 
 def _filled(stored: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:

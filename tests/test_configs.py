@@ -118,6 +118,11 @@ REFUSED = {
     "variant": ((f"{JOINT}:qwen3_vl_8",), ("'qwen3_vl_8'", "did you mean 'qwen3_vl_8b'")),
     "flag": (("--confg=configs/joint.py",), ("'confg'", "config ?")),
     "argument": ((JOINT, "workdir"), ("unexpected argument 'workdir'",)),
+    "range": (
+        (JOINT, "--config.optimizer.learning_rate=-1", "--config.eval_interval=-2"),
+        ("config.optimizer.learning_rate is -1.0: allowed is a number above 0",
+         "config.eval_interval is -2: allowed is a whole number from 0"),
+    ),
     "no backbone": (
         (f"{JOINT}:qwen3_vl_8b",),
         ("config.backbone.path is not set", "qwen3_vl_8b", "--config.backbone.path=FOLDER"),

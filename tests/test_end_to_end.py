@@ -232,7 +232,8 @@ def test_special_tokens_in_the_users_text_are_plain_text(runner, mixed):
 
 def test_training_on_json_lines_with_mixed_pictures(runner, mixed):
     workdir = runner.folder / "mixed"
-    done = runner.run(workdir, data__path=mixed, batch_size=2, total_steps=3)
+    never = {"eval_interval": 0, "save_interval": 0}  # but at the end
+    done = runner.run(workdir, data__path=mixed, batch_size=2, total_steps=3, **never)
     assert done.returncode == 0 and not done.stderr, done.stderr
     rows = [r for r in metrics(workdir) if r["split"] == "train"]
     assert len(rows) == 3
@@ -256,7 +257,8 @@ def test_other_lines_at_the_same_place_are_refused(runner, mixed):
         (kept.parent / "other.jsonl").write_text("\n".join(lines))
         arguments = [f"--json={kept.parent / 'other.jsonl'}", f"--images={kept.parent}"]
         assert builders.main(["jsonl", *arguments, f"--out={mixed}"]) == 0
-        line = runner.refused(workdir, data__path=mixed, batch_size=2, total_steps=4)
+        never = {"eval_interval": 0, "save_interval": 0}
+        line = runner.refused(workdir, data__path=mixed, batch_size=2, total_steps=4, **never)
         assert "data/train has 4 groups as before, but others; put the old ones back" in line
         assert len(metrics(workdir)) == 3 and steps(workdir) == [3]
     finally:

@@ -23,6 +23,7 @@ from jax import Array
 from jrm_jax.model.config import TextConfig, VisionConfig
 
 VISION_THETA = 10000.0
+POSITIONS = ("mrope", "1d")  # modes of `mrope_positions`
 
 
 class ImageTables(NamedTuple):
@@ -113,8 +114,8 @@ def mrope_positions(
     Returns:
         positions [3, n] int32 (time, height, width) and the position after the last token.
     """
-    if mode not in ("mrope", "1d"):
-        raise ValueError(f"position mode {mode!r}: use 'mrope' or '1d'")
+    if mode not in POSITIONS:
+        raise ValueError(f"position mode {mode!r}: use {' or '.join(map(repr, POSITIONS))}")
     pieces = [np.zeros((3, 0), np.int32)]
     for run in runs:
         if isinstance(run, tuple) and mode == "mrope":

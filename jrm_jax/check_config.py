@@ -1,0 +1,294 @@
+"""The whole config, before anything starts: what each field may be, what contradicts, what counts
+for nothing."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from jrm_jax import optim
+from jrm_jax.build import DTYPES
+from jrm_jax.data.world import describe, scenes
+from jrm_jax.errors import UserError
+from jrm_jax.model.attention import IMPLEMENTATIONS
+from jrm_jax.model.layers import REMAT
+from jrm_jax.model.rope import POSITIONS
+from jrm_jax.workdir import defaults
+
+# What `valid` can be ranked by -> the loss that must be on for it to be measured.
+METRICS = {
+    "pair_accuracy": "preference_weight",
+    "-preference": "preference_weight",
+    "-centering": "centering_weight",
+    "-language": "language_weight",
+    "-words": "words_weight",
+    "-facts": "facts_weight",
+}
+
+
+class Rule(NamedTuple):
+    """Whether a value is allowed, and what is, in words."""
+
+    allows: Callable[[Any], bool]
+    words: str
+
+
+def _number(value: Any) -> bool:
+    is_bool = isinstance(value, bool)
+    return isinstance(value, int | float) and not is_bool and math.isfinite(value)
+
+
+def _from_0(words: str = "") -> Rule:
+    words = f"0 or more{f', {words}' if words else ''}"
+    return Rule(lambda value: _number(value) and value >= 0, words)
+
+
+def _within(low: float, high: float) -> Rule:
+    """`high` is not in it."""
+    words = f"from {low:g} to below {high:g}"
+    return Rule(lambda value: _number(value) and low <= value < high, words)
+
+
+def _one_of(names: Any) -> Rule:
+    return Rule(lambda value: value in tuple(names), f"one of {', '.join(names)}")
+
+
+def _each(allows: Callable[[Any], bool], words: str, least: int = 0) -> Rule:
+    """Of a list with at least so many entries."""
+    return Rule(
+        lambda value: isinstance(value, list | tuple) and len(value) >= least
+        and all(map(allows, value)), words,
+    )  # fmt: skip
+
+
+def _pair(first: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    """An entry (what `first` allows, a number from 0)."""
+    return lambda e: (
+        isinstance(e, list | tuple) and len(e) == 2 and first(e[0]) and _number(e[1]) and e[1] >= 0
+    )
+
+
+def _is_pattern(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and bool(re.compile(value))
+    except re.error:
+        return False
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
+def _is_whole(value: Any, low: int = 0) -> bool:
+    return _number(value) and isinstance(value, int) and value >= low
+
+
+def _is_count(value: Any) -> bool:
+    return _is_whole(value, 1)
+
+
+def _whole(low: int, words: str = "") -> Rule:
+    words = f"a whole number from {low}{f', {words}' if words else ''}"
+    return Rule(lambda value: _is_whole(value, low), words)
+
+
+ABOVE = Rule(lambda value: _number(value) and value > 0, "a number above 0")
+FRACTION = _within(0, 1)
+COUNT = _whole(1)
+WEIGHT = _from_0("0: off")
+NEVER = _from_0("0: never")
+INTERVAL = _whole(0, "0: never but at the end")
+TEXT = Rule(lambda value: isinstance(value, str), "a text")
+TRUTH = Rule(lambda value: isinstance(value, bool), "True or False")
+PATTERNS = _each(_is_pattern, "a list of one or more regular expressions", 1)
+SIDE = Rule(lambda value: _is_count(value) or value == -1, "-1 (what is left), or 1 or more")
+EXAMPLES = _whole(0, "0: no such split")
+
+RULES = {
+    "seed": _whole(0),
+    "batch_size": COUNT,
+    "accumulation": COUNT,
+    "total_steps": _whole(0),
+    "eval_interval": INTERVAL,
+    "save_interval": INTERVAL,
+    "keep_interval": _whole(0, "0: none"),
+    "log_interval": INTERVAL,
+    "best_metric": _one_of(("auto", *METRICS)),
+    "trainable": PATTERNS,
+    "remat": _one_of(REMAT),
+    "profile": _each(_is_whole, "a list of steps"),
+    "heartbeat_seconds": NEVER,
+    "watchdog_seconds": NEVER,
+    "lora.rank": _whole(0, "0: none"),
+    "lora.alpha": ABOVE,
+    "lora.targets": PATTERNS,
+    "backbone.path": TEXT,
+    "backbone.random": TRUTH,
+    "backbone.compute_dtype": _one_of(DTYPES),
+    "backbone.attention": _one_of(IMPLEMENTATIONS),
+    "backbone.scan_unroll": _whole(0, "0: all layers"),
+    "backbone.positions": _one_of(POSITIONS),
+    "data.path": TEXT,
+    "data.mixture": _each(_pair(_is_name), "a list of pairs (folder, times per epoch from 0)"),
+    "data.cache": Rule(_is_name, "a folder"),
+    "data.world.kind": _one_of((*scenes.KINDS_OF_EXAMPLE, *describe.KINDS)),
+    "data.world.seed": _whole(0),
+    "data.world.train": COUNT,
+    "data.world.valid": EXAMPLES,
+    "data.world.test": EXAMPLES,
+    "data.world.hard": EXAMPLES,
+    "data.rubric": TEXT,
+    "data.dimensions": _each(_is_name, "a list of one or more names, each once", 1),
+    "data.candidate_cuts": _each(_is_count, "a list of whole numbers from 1"),
+    "data.visual_cuts": _each(_is_count, "a list of whole numbers from 1"),
+    "data.round_to": COUNT,
+    "data.max_visual_tokens": Rule(
+        lambda value: _is_whole(value) and not 0 < value < 4,
+        "a whole number from 4, or 0: the cap of the backbone's folder",
+    ),
+    "data.max_critique": _whole(0, "0: no cap"),
+    "data.skip_large": TRUTH,
+    "data.share_prompt": TRUTH,
+    "data.workers": _whole(0, "0: threads"),
+    "data.prefetch": COUNT,
+    "loss.preference_weight": WEIGHT,
+    "loss.language_weight": WEIGHT,
+    "loss.first_weight": _from_0(),
+    "loss.language_end": _from_0(),
+    "loss.through_reward": TRUTH,
+    "loss.words_weight": WEIGHT,
+    "loss.margin": _from_0(),
+    "loss.centering_weight": WEIGHT,
+    "loss.score_line": TRUTH,
+    "loss.facts_weight": WEIGHT,
+    "loss.chunk": _whole(0, "0: all"),
+    "optimizer.name": _one_of(optim.SCALINGS),
+    "optimizer.learning_rate": ABOVE,
+    "optimizer.schedule": _one_of(optim.SCHEDULES),
+    "optimizer.warmup_steps": _whole(0),
+    "optimizer.final_scale": _from_0(),
+    "optimizer.b1": FRACTION,
+    "optimizer.b2": FRACTION,
+    "optimizer.eps": ABOVE,
+    "optimizer.weight_decay": _from_0("0: none"),
+    "optimizer.decay_patterns": _each(_is_pattern, "a list of regular expressions"),
+    "optimizer.clip_norm": _from_0("0: none"),
+    "optimizer.groups": _each(_pair(_is_pattern), "a list of pairs (regular expression, number)"),
+    "head.scale": ABOVE,
+    "mesh.data": SIDE,
+    "mesh.fsdp": SIDE,
+    "mesh.tensor": SIDE,
+}
+NAMES = ("name", "variant")
+
+# (fields that count for nothing, when, in words why); said where one is not at its default
+UNUSED: tuple[tuple[tuple[str, ...], Callable[[ConfigDict], bool], str], ...] = (
+    (
+        ("data.cache", "data.world.kind", "data.world.seed", "data.world.train",
+         "data.world.valid", "data.world.test", "data.world.hard"),
+        lambda c: bool(c.data.path or c.data.mixture), "there are other data",
+    ),
+    (("lora.alpha", "lora.targets"), lambda c: not c.lora.rank, "lora.rank is 0"),
+    (
+        ("loss.margin", "head.scale"), lambda c: not c.loss.preference_weight,
+        "loss.preference_weight is 0",
+    ),
+    (
+        ("loss.language_end", "loss.score_line"), lambda c: not c.loss.language_weight,
+        "loss.language_weight is 0",
+    ),
+    (("optimizer.decay_patterns",), lambda c: not c.optimizer.weight_decay,
+     "optimizer.weight_decay is 0"),
+    (("optimizer.final_scale",), lambda c: c.optimizer.schedule == "constant",
+     "optimizer.schedule is constant"),
+)  # fmt: skip
+
+
+def check_config(config: ConfigDict) -> list[str]:
+    """What is to be said of a config that may be trained.
+
+    Raises:
+        UserError: every field that is unknown, missing or not allowed, with what is; or fields that
+            contradict each other.
+    """
+    fields, known = dict(_flat(config)), (*NAMES, *RULES)
+    wrong = [f"config.{name}: no such field; {_near(name)}" for name in fields if name not in known]
+    wrong += [f"config.{name} is missing" for name in RULES if name not in fields]
+    wrong += [
+        f"config.{name} is {fields[name]!r}: allowed is {rule.words}"
+        for name, rule in RULES.items()
+        if name in fields and not rule.allows(fields[name])
+    ]
+    if wrong:
+        raise UserError("; ".join(wrong))
+    wrong = list(_contradictions(config))
+    if wrong:
+        raise UserError("; ".join(wrong))
+    return list(_unused(config, fields))
+
+
+def _flat(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in config.items():
+        if isinstance(value, ConfigDict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _near(name: str) -> str:
+    last = {known.rpartition(".")[2]: known for known in RULES}
+    close = difflib.get_close_matches(name, RULES, 1, 0.7)
+    close = close or [last[n] for n in difflib.get_close_matches(name.rpartition(".")[2], last, 1)]
+    return f"did you mean config.{close[0]}?" if close else "configs/common.py lists them"
+
+
+def _contradictions(config: ConfigDict) -> Iterator[str]:
+    loss, data = config.loss, config.data
+    if data.path and data.mixture:
+        yield (
+            f"config.data.path is {data.path!r} and config.data.mixture names "
+            f"{', '.join(path for path, _ in data.mixture)}: give one of the two"
+        )
+    if len(set(data.dimensions)) < len(data.dimensions):
+        yield f"config.data.dimensions is {tuple(data.dimensions)}: allowed is each name once"
+    if not loss.preference_weight and not loss.language_weight:
+        yield (
+            "config.loss.preference_weight and config.loss.language_weight are 0: nothing would "
+            "be learnt; at least one must be above 0"
+        )
+    for name in ("centering_weight", "words_weight", "facts_weight"):
+        if loss[name] and not loss.preference_weight:
+            yield (
+                f"config.loss.{name} is {loss[name]} and config.loss.preference_weight is 0: this "
+                "loss is read off scored states, so both must be above 0, or this one 0"
+            )
+    needs = METRICS.get(config.best_metric)
+    if needs and not loss[needs]:
+        yield (
+            f"config.best_metric is {config.best_metric!r}, which is not measured while "
+            f"config.loss.{needs} is 0: allowed is auto, or a metric of a loss that is on"
+        )
+    if config.batch_size % config.accumulation:
+        yield (
+            f"config.accumulation is {config.accumulation}: it must divide config.batch_size, "
+            f"{config.batch_size}"
+        )
+
+
+def _unused(config: ConfigDict, fields: dict[str, Any]) -> Iterator[str]:
+    before = dict(_flat(defaults()))
+    for names, is_unused, why in UNUSED:
+        changed = [name for name in names if fields[name] != before[name]]
+        if changed and is_unused(config):
+            words = ", ".join(f"config.{name}" for name in changed)
+            yield f"{words} {'counts' if len(changed) == 1 else 'count'} for nothing: {why}"
+    if 0 < config.total_steps < config.optimizer.warmup_steps:
+        yield (
+            f"config.optimizer.warmup_steps is {config.optimizer.warmup_steps}, more than "
+            f"config.total_steps, {config.total_steps}: the learning rate stays below its peak"
+        )
