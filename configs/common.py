@@ -133,6 +133,7 @@ def base() -> ConfigDict:
 
     config.head = ConfigDict()
     config.head.scale = 1.0  # spread of the rewards before training
+    config.head.anew = False  # True: it starts anew, whatever the backbone's folder has
 
     config.mesh = ConfigDict()
     # -1: all devices that are left. Both: fsdp within a slice as far as it divides the kernels

@@ -17,9 +17,11 @@ from ml_collections import ConfigDict
 from jrm_jax import heads, lora, optim, sharding
 from jrm_jax.build_data import Data, backbone_folder
 from jrm_jax.data.encode import Encoder
+from jrm_jax.data.template import Tokenizer
 from jrm_jax.model import published, weights
 from jrm_jax.model.backbone import Backbone, init_backbone
 from jrm_jax.model.config import BackboneConfig, load_config
+from jrm_jax.reward_head import HeadStart, read_head_start
 from jrm_jax.step import LossConfig, TrainState, make_eval_step, make_forward, make_train_step
 
 EVERYTHING = ".*"  # the default of config.trainable
@@ -165,20 +167,20 @@ def init_state(
         params = jax.jit(lambda k: init_backbone(k, backbone), out_shardings=body)(
             jax.random.fold_in(key, 1)
         )
-        kernel = None
     else:
         params = weights.load_params(folder, backbone, body, dtype_of, ignore=("score.weight",))
-        kernel = weights.load_reward_head(folder, backbone)
-    if kernel is None or kernel["kernel"].shape[1] != dimensions:
+    start = head_start(config, backbone)
+    head = {"kernel": start.kernel_DR}
+    if not start.is_whole:
         head = jax.jit(
             lambda k: heads.init_reward_head(k, width, dimensions, config.head.scale),
             out_shardings=shardings["reward_head"],
         )(jax.random.fold_in(key, 2))
-    else:
-        host = jax.tree.map(np.asarray, kernel)  # every process has the whole of it
-        head = jax.device_put(host, shardings["reward_head"])
-    # A spare row that an export has filled is the trained embedding; else begin at <|im_end|>.
-    row = encoder.tokenizer.end_id if kernel is None else encoder.tokenizer.reward_id
+    if start.kernel_DR is not None:  # every process has the whole of it
+        new_DR = np.isnan(start.kernel_DR)
+        head = {"kernel": np.where(new_DR, head["kernel"], start.kernel_DR)}
+        head = jax.device_put(head, shardings["reward_head"])
+    row = reward_row(start, encoder.tokenizer)
     embedding = jax.jit(
         lambda table: table[row].astype(jnp.float32), out_shardings=shardings["reward_embedding"]
     )(params["backbone"]["embed"]["embedding"])
@@ -198,6 +200,20 @@ def init_state(
     )(trainable)
     step = jax.device_put(jnp.int32(0), sharding.replicated(mesh))
     return TrainState(step, trainable, frozen, opt_state), (optimizer, schedule)
+
+
+def head_start(config: ConfigDict, backbone: BackboneConfig) -> HeadStart:
+    """What the backbone's folder has for the reward head of a run."""
+    if config.backbone.random:
+        return HeadStart()
+    dimensions = tuple(config.data.dimensions)
+    return read_head_start(backbone_folder(config), backbone, dimensions, config.head.anew)
+
+
+def reward_row(start: HeadStart, tokenizer: Tokenizer) -> int:
+    """Of the embedding table, where the reward token's embedding begins: the spare row that an
+    export has filled, else <|im_end|>."""
+    return tokenizer.reward_id if start.is_export else tokenizer.end_id
 
 
 def _with_adapters(config: ConfigDict, params: dict, shardings: dict, key: jax.Array) -> dict:

@@ -180,6 +180,7 @@ RULES = {
     "optimizer.clip_norm": _from_0("0: none"),
     "optimizer.groups": _each(_pair(_is_pattern), "a list of pairs (regular expression, number)"),
     "head.scale": ABOVE,
+    "head.anew": TRUTH,
     "mesh.data": SIDE,
     "mesh.fsdp": SIDE,
     "mesh.tensor": SIDE,

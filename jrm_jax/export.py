@@ -25,7 +25,7 @@ from jrm_jax.data.template import Template, save_tokenizer
 from jrm_jax.errors import UserError
 from jrm_jax.model import weights
 from jrm_jax.serving.rounding import Rounding, measure
-from jrm_jax.serving.trained import STAMP, Trained, load_trained
+from jrm_jax.serving.trained import STAMP, Trained, describe_lessons, load_trained
 
 ASSETS = Path(__file__).parent / "assets" / "export"
 CODE, PICTURES = "modeling_jrm", "image_processing_jrm"  # what an export carries
@@ -182,6 +182,8 @@ def _model_card(trained: Trained, dtype: str, rounding: str) -> str:
     mean, deviation = card.get("reward_mean"), card.get("reward_std")
     spread = "unknown" if mean is None else f"mean {mean:.4f}, standard deviation {deviation:.4f}"
     critiques = "what it generates behind the reward token is the critique."
+    if card.get("taught") and not card["taught"].get("language"):
+        critiques = "but it has learnt no critiques: what it generates is the backbone's own."
     if trained.through_reward:
         critiques = (
             "but critiques were trained to see their candidate by the reward token alone, which "
@@ -193,6 +195,7 @@ def _model_card(trained: Trained, dtype: str, rounding: str) -> str:
         rounding=rounding,
         critiques=critiques,
         step=card.get("step"),
+        lessons=describe_lessons(card),
         backbone=settings.get("backbone", {}).get("path", "unknown"),
         data=data.get("path") or data.get("mixture") or "the built-in world of jrm_jax",
         losses=", ".join(f"{k} {v}" for k, v in sorted(losses.items())),

@@ -123,6 +123,11 @@ def _muon(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
 SCALINGS = {"adam": _adam, "muon": _muon}
 
 
+def multiplier(groups: Sequence[tuple[str, float]], path: str) -> float:
+    """Of a parameter's learning rate: that of the first pattern found in its path, else 1."""
+    return next((scale for pattern, scale in groups if re.search(pattern, path)), 1.0)
+
+
 def make_optimizer(
     trainable: dict,
     schedule: Callable,
@@ -151,9 +156,6 @@ def make_optimizer(
     def table(value: Callable[[str], object]) -> dict:
         return unflatten({path: value(path) for path in paths})
 
-    def multiplier(path: str) -> float:
-        return next((scale for pattern, scale in groups if re.search(pattern, path)), 1.0)
-
     chain = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
     if name not in SCALINGS:
         raise UserError(f"config.optimizer.name: {name!r} is none of {', '.join(SCALINGS)}")
@@ -162,7 +164,7 @@ def make_optimizer(
         mask = table(lambda path: any(re.search(pattern, path) for pattern in decay_patterns))
         chain.append(optax.add_decayed_weights(weight_decay, mask))
     if groups:
-        scales = table(multiplier)
+        scales = table(lambda path: multiplier(groups, path))
         chain.append(
             optax.stateless(
                 lambda updates, _: jax.tree.map(lambda u, scale: u * scale, updates, scales)

@@ -35,7 +35,7 @@ def print_results(results: dict[str, Any]) -> None:
     print(f"{results['seconds']:.0f} s ({duration(results['seconds'])}) in this last session")
 
 
-def words(values: dict[str, float]) -> str:
+def in_words(values: dict[str, float]) -> str:
     return "  ".join(f"{name} {value:.4g}" for name, value in values.items())
 
 

@@ -30,9 +30,10 @@ from jrm_jax.checkpoint import Checkpoints, open_checkpoints
 from jrm_jax.errors import UserError
 from jrm_jax.lock import Lock, hold
 from jrm_jax.metrics import Accumulator, Writer
-from jrm_jax.report import json_safe, print_results, words
+from jrm_jax.report import in_words, json_safe, print_results
 from jrm_jax.watch import StopRequest, Trace, Watchdog, describe_memory
 
+LESSONS = ("preference", "language", "words", "facts")
 SCALARS = ("loss", "grad_norm", "param_norm")
 
 
@@ -95,6 +96,9 @@ class _Run:
             config, backbone_config, self.mesh, self.data.encoder.tokenizer.reward_id
         )
         self.rewards = Accumulator()
+        self.taught = dict.fromkeys(LESSONS, 0)  # steps in which a loss had something to teach
+        if words := build.head_start(config, backbone_config).words:
+            say(words)
         state, (optimizer, self.schedule) = build.init_state(
             config, backbone_config, self.mesh, self.data.encoder
         )
@@ -142,6 +146,7 @@ class _Run:
         check_data.check_unchanged(self.workdir, meta["stamp"], self.data.stamp)
         self.checkpoints.delete_after(step)
         self.rewards.totals = meta["rewards"]
+        self.taught |= meta.get("taught", {})
         if self.leader:
             print(f"resuming {self.workdir} from step {step}", flush=True)
         placed = jax.device_put(np.int32(step), state.step.sharding)
@@ -176,7 +181,7 @@ class _Run:
                         if due_eval and "valid" in self.data.eval_plans:
                             valid = self.evaluate("valid")
                             self.writer.write(step, "valid", valid)
-                            self.writer.say(f"step {step}  valid: {words(valid)}")
+                            self.writer.say(f"step {step}  valid: {in_words(valid)}")
                         if due_save and saved != step:
                             with self._timed("checkpoint"):
                                 self._save(step, valid if due_eval else {})
@@ -227,6 +232,8 @@ class _Run:
             )
         window.add({name: (metrics.pop(name), 1.0) for name in SCALARS})
         window.add(metrics)
+        for name in LESSONS:
+            self.taught[name] += name in metrics and bool(metrics[name][1] > 0)
         # moments of the training rewards, as a score's scale; early steps fade out
         for name in ("reward", "reward_square"):
             if name in metrics:
@@ -284,6 +291,7 @@ class _Run:
             "reward_std": rewards.get("reward_std"),
             "backbone": self.backbone and self.backbone._asdict(),
             "rewards": self.rewards.totals,
+            "taught": self.taught,
         }
         self.checkpoints.save(
             step, self.state.trainable, self.state.opt_state, meta, self.metric(valid)

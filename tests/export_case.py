@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import PIL.Image
 from entry_point import EXAMPLE, make_small_backbone
+from safetensors.numpy import load_file, save_file
 
 from configs import joint
 from jrm_jax import export, train
@@ -23,7 +24,7 @@ def make_folder(parent, family):
     """A Hugging Face folder with random weights: Qwen3-VL tied, Qwen2.5-VL flat and untied."""
     small = parent / "qwen3_vl"
     if not small.exists():
-        make_small_backbone(small)
+        give_head(make_small_backbone(small))
     if family == "qwen3_vl":
         return small
     folder = shutil.copytree(small, parent / family)
@@ -51,6 +52,15 @@ def make_folder(parent, family):
     parsed = load_config(folder)
     params = jax.jit(lambda key: init_backbone(key, parsed))(jax.random.key(5))
     save_params(folder, params, parsed, dtype="float32")
+    return give_head(folder)
+
+
+def give_head(folder):
+    """A reward head, as if a run had trained it: a run of no steps that begins here can score."""
+    path = folder / "model.safetensors"
+    width = load_config(folder).text.hidden
+    head = np.random.default_rng(3).normal(0, 3 / np.sqrt(width), (1, width))
+    save_file({**load_file(path), "score.weight": head.astype(np.float32)}, path)
     return folder
 
 
@@ -61,7 +71,6 @@ def start(parent, folder, name):
     config.data.world.train = 8
     config.data.world.valid = config.data.world.test = config.data.world.hard = 0
     config.batch_size, config.total_steps, config.optimizer.warmup_steps = 8, 0, 0
-    config.head.scale = 3.0
     config.lock()
     assert train.run(config, parent / name) == 0
     return parent / name

@@ -66,7 +66,7 @@ ROWS = (
     {"serving", "planning", "evaluation"},
     {"train"},
     {"build", "build_data", "checkpoint", "metrics", "report", "watch", "distributed", "cli",
-     "config_cli", "backbones", "lock", "workdir", "check_data", "check_config"},
+     "config_cli", "backbones", "lock", "workdir", "check_data", "check_config", "reward_head"},
     {"step", "data"},
     {"heads", "losses", "optim", "lora", "sharding", "model"},
     {"arguments", "packaged", "disk", "terminal"},

@@ -6,8 +6,10 @@ Both give the same `Trained`: parameters, encoder and the protocol they were tra
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +24,7 @@ from jrm_jax.data.template import Template, protocol_stamp
 from jrm_jax.errors import UserError
 from jrm_jax.model import weights
 from jrm_jax.model.config import BackboneConfig, load_config
+from jrm_jax.reward_head import HeadStart
 from jrm_jax.workdir import CHECKPOINTS, CONFIG, read_config, read_results
 
 STAMP = "jrm.json"  # in an exported folder: the protocol stamp, reward statistics, origin
@@ -33,7 +36,8 @@ class Trained(NamedTuple):
     params: 'backbone', 'language_head', 'reward_head', 'reward_embedding'.
     folder: a Hugging Face folder with its tokenizer, image processor and config.json.
     card: what is known of the training: 'stamp', 'reward_mean', 'reward_std' (of the training
-        rewards, None if unknown), 'step', 'config', 'results'.
+        rewards, None if unknown), 'step', 'taught' (steps in which each loss had something to
+        teach), 'config', 'results'.
     """
 
     config: BackboneConfig
@@ -49,18 +53,21 @@ class Trained(NamedTuple):
 
 
 def load_trained(
-    path: str | Path, step: int | str = "best", backbone: str | Path = ""
+    path: str | Path, step: int | str = "best", backbone: str | Path = "", scores: bool = True
 ) -> Trained:
     """Read a run's folder (`step`: a number, 'best' or 'latest') or an exported folder.
 
-    `backbone`: where the run's backbone lies by now, or its name; needed if it is not found.
+    Args:
+        backbone: where the run's backbone lies by now, or its name; needed if it is not found.
+        scores: False: a run that has trained no reward is read, too.
 
     Raises:
-        UserError: neither of the two, no such checkpoint, or files at odds with each other.
+        UserError: neither of the two, no such checkpoint, files at odds with each other, or a
+            reward head that was never trained.
     """
     path = Path(path)
     if (path / CHECKPOINTS).is_dir() and (path / CONFIG).is_file():
-        return _load_run(path, step, str(backbone))
+        return _load_run(path, step, str(backbone), scores)
     if (path / STAMP).is_file():
         if backbone:
             raise UserError(f"{path} is an export, which holds its backbone: no other can be given")
@@ -69,7 +76,7 @@ def load_trained(
     raise UserError(f"{path} {what}: give the folder of a run, or one that jrm_jax.export wrote")
 
 
-def _load_run(workdir: Path, step: int | str, backbone: str) -> Trained:
+def _load_run(workdir: Path, step: int | str, backbone: str, scores: bool) -> Trained:
     named = read_config(workdir)
     folder = backbones.for_reading(named, workdir, backbone)
     config = backbones.located(named, folder)
@@ -84,7 +91,12 @@ def _load_run(workdir: Path, step: int | str, backbone: str) -> Trained:
     if optim.flatten(frozen) and not config.backbone.random:
         backbones.for_reading(named, workdir, backbone, weights=True)
     found, trainable, meta = read_checkpoint(workdir / CHECKPOINTS, trainable, step)
-    frozen = _load_frozen(config, folder, architecture, frozenset(optim.flatten(frozen)), encoder)
+    start = functools.cache(lambda: build.head_start(config, architecture))
+    taught = _taught(config, found, meta)
+    if scores and (why := _why_no_score(config, start, found, taught)):
+        raise UserError(f"{workdir}: its scores would come from random weights: {why}")
+    paths = frozenset(optim.flatten(frozen))
+    frozen = _load_frozen(config, folder, architecture, paths, encoder, start)
     params = optim.merge_params(trainable, frozen)
     if (scale := build.lora_scale(config)) is not None:
         params = lora.merge_adapters(params, scale)
@@ -98,6 +110,7 @@ def _load_run(workdir: Path, step: int | str, backbone: str) -> Trained:
         "reward_mean": meta["reward_mean"],
         "reward_std": meta["reward_std"],
         "step": found,
+        "taught": taught,
         "config": named.to_dict(),
         "results": results,
     }
@@ -111,23 +124,47 @@ def _load_frozen(
     architecture: BackboneConfig,
     paths: frozenset[str],
     encoder: Encoder,
+    start: Callable[[], HeadStart],
 ) -> dict[str, Any]:
     """What checkpoints do not hold, as `build.init_state` read it when the run began."""
     if not paths:
         return {}
-    if "reward_head/kernel" in paths:
-        raise UserError("config.trainable leaves out reward_head: this run has trained no score")
     table = "backbone/embed/embedding"
     dtype = build.DTYPES[config.backbone.compute_dtype]
     read = weights.load_params(
         folder, architecture, dtype=dtype, ignore=("score.weight",), only=paths | {table}
     )
     leaves = optim.flatten(read)
+    if "reward_head/kernel" in paths and start().is_whole:
+        leaves["reward_head/kernel"] = jnp.asarray(start().kernel_DR)
     if "reward_embedding" in paths:
-        scored = weights.load_reward_head(folder, architecture) is not None
-        row = encoder.tokenizer.reward_id if scored else encoder.tokenizer.end_id
+        row = build.reward_row(start(), encoder.tokenizer)
         leaves["reward_embedding"] = leaves[table][row].astype(jnp.float32)
-    return optim.unflatten({path: leaves[path] for path in paths})
+    return optim.unflatten({path: leaves[path] for path in paths if path in leaves})
+
+
+def _taught(config: ConfigDict, step: int, meta: dict[str, Any]) -> dict[str, int]:
+    """Steps in which each loss had something to teach. Checkpoints from before that was counted
+    tell it of the preference loss by the mean of its rewards."""
+    ranked = bool(config.loss.preference_weight) and meta["reward_mean"] is not None
+    return meta.get("taught", {"preference": step * ranked})
+
+
+def _why_no_score(
+    config: ConfigDict, start: Callable[[], HeadStart], step: int, taught: dict[str, int]
+) -> str:
+    """'' where the reward head was trained: by this run, or as it came with the backbone."""
+    if step == 0:
+        return "" if start().is_whole else "it has made no step yet"
+    if not config.loss.preference_weight:
+        return "config.loss.preference_weight is 0, it learns from critiques alone"
+    if not taught.get("preference"):
+        return "no group it has seen had a label"
+    path = "reward_head/kernel"
+    learns = optim.matching(build.trainable_patterns(config), [path])
+    if (learns and optim.multiplier(config.optimizer.groups, path)) or start().is_whole:
+        return ""
+    return "config.trainable or config.optimizer.groups keep its reward head as it began, random"
 
 
 def _load_export(folder: Path) -> Trained:
@@ -165,6 +202,14 @@ def _check_stamp(path: Path, stamp: dict[str, Any], encoder: Encoder) -> None:
     if differing:
         words = ", ".join(f"{n} was {stamp[n]!r}, is {found.get(n)!r}" for n in differing)
         raise UserError(f"{path}: the files do not fit what the model was trained with: {words}")
+
+
+def describe_lessons(card: dict[str, Any]) -> str:
+    """'the preference loss in 60 steps, the language loss in 60 steps'"""
+    if "taught" not in card:
+        return "losses unknown"
+    said = [f"the {name} loss in {steps} steps" for name, steps in card["taught"].items() if steps]
+    return ", ".join(said) or "no loss: it has made no step"
 
 
 def scale(card: dict[str, Any]) -> tuple[float, float]:

@@ -20,7 +20,10 @@ BASE = "configs/joint.py"
 VERSION = 1  # raise it when `measure.py` measures something else
 LANGUAGE, FACTS = "loss.language_weight", "loss.facts_weight"
 # Fields that came after the first cells, with the values at which a run is what it was before.
-LATER = {"language_end": 1.0, "through_reward": False, "words_weight": 0.0}  # of config.loss
+LATER = {
+    "loss.language_end": 1.0, "loss.through_reward": False, "loss.words_weight": 0.0,
+    "head.anew": False,
+}  # fmt: skip
 
 
 class Arm(NamedTuple):
@@ -170,8 +173,9 @@ def fingerprint(config: ConfigDict, cell: Cell) -> str:
     starts from."""
     settings = training_config(config, cell).to_dict()
     for name, value in LATER.items():
-        if settings["loss"][name] == value:
-            del settings["loss"][name]
+        part, field = name.split(".")
+        if settings[part][field] == value:
+            del settings[part][field]
     settings["backbone"]["path"] = backbone_digest(settings["backbone"]["path"])
     for name in ("cache", "workers", "prefetch"):
         settings["data"].pop(name)

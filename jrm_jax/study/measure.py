@@ -67,7 +67,7 @@ class Model:
 
     def __init__(self, workdir: Path, settings: ConfigDict, judge: bool):
         self.workdir, self.settings, self.judge = workdir, settings, judge
-        trained = load_trained(workdir)
+        trained = load_trained(workdir, scores=not judge)
         self.card, self.params = trained.card, trained.params
         self.encoder = dataclasses.replace(trained.encoder, language=False)
         self.merge = trained.config.vision.merge**2
@@ -209,7 +209,7 @@ def measure_states(model: Model) -> dict[str, dict[str, Any]]:
     stated_NF, group_N = why.stated_facts("test", model.world["test"], model.world["seed"])
     found: dict[str, dict[str, Any]] = {"ranks": {}, "says": {}}
     for step in steps:
-        params = load_trained(model.workdir, step).params
+        params = load_trained(model.workdir, step, scores=False).params
         states = []
         for batch in model.batches("test"):
             state_BKD = np.asarray(model.call("probe", params, batch)[1])

@@ -1,0 +1,175 @@
+"""What has trained a score and what has not, and where a run's reward head comes from."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from entry_point import Runner, small_backbone  # noqa: F401  a fixture
+from export_case import give_head
+from safetensors.numpy import load_file, save_file
+
+from configs import discriminative, generative, joint
+from jrm_jax import build, build_data, reward_head
+from jrm_jax.model.config import load_config
+from jrm_jax.serving import trained
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, small_backbone):  # noqa: F811
+    """An export, as far as a backbone's folder is concerned: a head for two named dimensions."""
+    folder = tmp_path_factory.mktemp("export") / "two"
+    shutil.copytree(small_backbone, folder)
+    give_head(folder)
+    path = folder / "model.safetensors"
+    head = load_file(path)["score.weight"]
+    save_file({**load_file(path), "score.weight": np.concatenate([head, 2 * head])}, path)
+    name(folder, ["overall", "quality"])
+    return folder
+
+
+def name(folder, labels):
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config["id2label"] = {str(i): label for i, label in enumerate(labels)}
+    path.write_text(json.dumps(config))
+
+
+def start(folder, *dimensions, anew=False):
+    return reward_head.read_head_start(folder, load_config(folder), dimensions, anew)
+
+
+@pytest.fixture(scope="module")
+def columns(folder):
+    return load_file(folder / "model.safetensors")["score.weight"]
+
+
+@pytest.mark.parametrize(
+    ("dimensions", "wanted", "words"),
+    [
+        (("overall", "quality"), (0, 1), "goes on for overall, quality"),
+        (("quality", "overall"), (1, 0), "goes on for quality, overall"),
+        (("quality",), (1,), "goes on for quality; overall is dropped"),
+        (("overall", "style"), (0, None), "goes on for overall; style starts anew; quality is"),
+    ],
+)
+def test_dimensions_of_an_export_are_found_by_their_names(
+    folder, columns, dimensions, wanted, words
+):
+    found = start(folder, *dimensions)
+    assert words in found.words and str(folder) in found.words
+    assert found.is_whole == (None not in wanted)
+    for column, index in zip(found.kernel_DR.T, wanted, strict=True):
+        if index is None:
+            assert np.isnan(column).all()
+        else:
+            np.testing.assert_array_equal(column, columns[index])
+
+
+def test_names_that_clash_are_refused(folder):
+    for dimensions in (("style",), ("style", "taste")):
+        with pytest.raises(trained.UserError) as caught:
+            start(folder, *dimensions)
+        assert f"scores overall, quality, this run {', '.join(dimensions)}" in str(caught.value)
+        assert "--config.head.anew=True" in str(caught.value)
+        found = start(folder, *dimensions, anew=True)
+        assert found.kernel_DR is None and found.is_export and "starts anew" in found.words
+
+
+def test_a_head_without_names_goes_by_number(folder, tmp_path, columns):
+    folder = shutil.copytree(folder, tmp_path / "unnamed")
+    for labels in (["LABEL_0", "LABEL_1"], []):
+        name(folder, labels)
+        np.testing.assert_array_equal(start(folder, "style", "taste").kernel_DR, columns.T)
+        found = start(folder, "style")
+        assert found.kernel_DR is None and "2 outputs without names: it starts anew" in found.words
+
+
+def test_a_folder_without_a_head_needs_no_words(small_backbone):  # noqa: F811
+    assert start(small_backbone, "overall") == reward_head.HeadStart()
+
+
+def test_a_head_that_is_known_in_part_starts_as_said(folder, columns):
+    config = joint.get_config()
+    config.backbone.path, config.data.dimensions = str(folder), ("style", "overall")
+    config.backbone.scan_unroll = 1
+    backbone = build.load_backbone_config(config)
+    encoder = build_data.make_run_encoder(config, backbone)
+    import jax
+
+    mesh = build.make_mesh(config, backbone, jax.devices()[:1])
+    state, _ = build.init_state(config, backbone, mesh, encoder)
+    style_D, overall_D = np.asarray(state.trainable["reward_head"]["kernel"]).T
+    np.testing.assert_array_equal(overall_D, columns[0])
+    assert np.isfinite(style_D).all() and style_D.any()
+
+
+# Why there is no score
+
+WHOLE = reward_head.HeadStart(True, np.ones((4, 1), np.float32))
+NEW = reward_head.HeadStart()
+TAUGHT = {"preference": 5, "language": 5}
+
+
+@pytest.mark.parametrize(
+    ("config", "fields", "start", "step", "taught", "words"),
+    [
+        (joint, {}, NEW, 5, TAUGHT, ""),
+        (joint, {}, NEW, 0, {}, "no step yet"),
+        (joint, {}, WHOLE, 0, {}, ""),
+        (generative, {}, NEW, 5, {"language": 5}, "preference_weight is 0"),
+        (generative, {}, WHOLE, 5, {"language": 5}, "preference_weight is 0"),
+        (joint, {}, NEW, 5, {"preference": 0, "language": 5}, "had a label"),
+        (discriminative, {"trainable": ("backbone",)}, NEW, 5, TAUGHT, "config.trainable"),
+        (discriminative, {"trainable": ("backbone",)}, WHOLE, 5, TAUGHT, ""),
+        (joint, {"optimizer.groups": (("reward_head", 0.0),)}, NEW, 5, TAUGHT, "optimizer.groups"),
+        (joint, {"lora.rank": 2}, NEW, 5, TAUGHT, ""),
+        (joint, {"optimizer.groups": (("reward_head", 10.0),)}, NEW, 5, TAUGHT, ""),
+    ],
+)
+def test_why_a_run_has_no_score(config, fields, start, step, taught, words):
+    config = config.get_config()
+    config.update_from_flattened_dict(fields)
+    found = trained._why_no_score(config, lambda: start, step, taught)
+    assert words in found and bool(words) == bool(found)
+
+
+def test_older_checkpoints_tell_it_by_their_rewards():
+    config = joint.get_config()
+    assert trained._taught(config, 7, {"reward_mean": 0.5}) == {"preference": 7}
+    assert trained._taught(config, 7, {"reward_mean": None}) == {"preference": 0}
+    assert trained._taught(config, 7, {"reward_mean": 0.5, "taught": TAUGHT}) == TAUGHT
+    config.loss.preference_weight = 0.0
+    assert trained._taught(config, 7, {"reward_mean": 0.5}) == {"preference": 0}
+
+
+def test_what_a_model_learnt_from_in_words():
+    words = trained.describe_lessons({"taught": TAUGHT | {"facts": 0}})
+    assert words == "the preference loss in 5 steps, the language loss in 5 steps"
+    assert "no step" in trained.describe_lessons({"taught": {"preference": 0}})
+    assert "unknown" in trained.describe_lessons({})
+
+
+def test_a_generative_run_is_refused_by_all_that_score(tmp_path, small_backbone):  # noqa: F811
+    """As a user trains it, and reads it afterwards."""
+    from jrm_jax import evaluate, export, score
+
+    runner = Runner(tmp_path, small_backbone)
+    workdir = tmp_path / "run"
+    splits = {f"data__world__{split}": 0 for split in ("valid", "test", "hard")}
+    done = runner.run(workdir, "generative", total_steps=1, **splits)
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "out"
+    calls = {
+        score: [f"--model={workdir}", "--instruction=x", "a.png"],
+        export: [f"--checkpoint={workdir}", f"--out={out}"],
+        evaluate: [f"--checkpoint={workdir}", "--benchmark=world", f"--out={out}.json"],
+    }
+    for command, arguments in calls.items():
+        with pytest.raises(SystemExit) as caught:
+            command.main(arguments)
+        assert "its scores would come from random weights" in str(caught.value), command
+        assert "\n" not in str(caught.value)
+    assert not out.exists()
+    found = trained.load_trained(workdir, scores=False)
+    assert found.card["taught"] == {"preference": 0, "language": 1, "words": 0, "facts": 0}
