@@ -1,6 +1,7 @@
 """What the entry point needs besides its flags: names, one-line errors, the allocator."""
 
 import ctypes
+import sys
 from pathlib import Path
 
 from absl import flags
@@ -27,6 +28,12 @@ def keep_memory() -> None:
     # M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
     for option, value in ((-8, 1), (-4, 0), (-1, 2**31 - 1), (-2, 2**26)):
         mallopt(option, value)
+
+
+def free_quietly() -> None:
+    """Python's tracker of shared memory frees what a killed process has left, without saying so;
+    for programs, before they start their first process."""
+    sys.warnoptions.append("ignore:resource_tracker")
 
 
 def run_name(config: ConfigDict) -> str:

@@ -26,6 +26,7 @@ def _main() -> int:
     if _CONFIG.value is None:
         raise UserError("--config is missing: --config=configs/joint.py")
     cli.keep_memory()
+    cli.free_quietly()
     from jrm_jax import distributed, train
 
     config = _CONFIG.value
@@ -42,8 +43,9 @@ def main() -> None:
         if not cli.is_expected(error) and flags.FLAGS.is_parsed():
             raise
         from jrm_jax import distributed
+        from jrm_jax.data.workers import WorkerDied
 
-        distributed.fail(f"error: {cli.one_line(error)}")
+        distributed.fail(f"error: {cli.one_line(error)}", isinstance(error, WorkerDied))
     sys.exit(status)
 
 

@@ -47,16 +47,17 @@ def json_safe(values: dict[str, Any]) -> dict[str, Any]:
 
 def difference(before: dict, now: dict) -> str:
     """'seed: 0 -> 1; loss.margin: 0.0 -> 0.5'."""
-    old, new = _flat(before), _flat(now)
+    old, new = flat(before), flat(now)
     changed = [k for k in dict.fromkeys([*old, *new]) if old.get(k) != new.get(k)]
     return "; ".join(f"{k}: {old.get(k, 'absent')} -> {new.get(k, 'absent')}" for k in changed)
 
 
-def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:
-    flat = {}
+def flat(tree: dict, prefix: str = "") -> dict[str, Any]:
+    """{'a': {'b': 1}} -> {'a.b': 1}"""
+    found = {}
     for key, value in tree.items():
         if isinstance(value, dict) and value:
-            flat.update(_flat(value, f"{prefix}{key}."))
+            found.update(flat(value, f"{prefix}{key}."))
         else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+            found[f"{prefix}{key}"] = value
+    return found

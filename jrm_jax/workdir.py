@@ -13,10 +13,11 @@ from ml_collections import ConfigDict
 
 from jrm_jax.errors import UserError
 from jrm_jax.packaged import load_config_module
-from jrm_jax.report import difference
+from jrm_jax.report import difference, flat
 
 CONFIG, RESULTS, CHECKPOINTS = "config.json", "results.json", "checkpoints"
-FREE = ("heartbeat_seconds", "profile", "watchdog_seconds")  # a run may be watched otherwise
+# A run may be watched otherwise, and its batches, which stay the same, made by other hands.
+FREE = ("heartbeat_seconds", "profile", "watchdog_seconds", "data.workers", "data.prefetch")
 LONGEST = 60  # characters of the data sets' names
 
 
@@ -71,7 +72,7 @@ def check_config(workdir: Path, config: ConfigDict) -> int:
     if not (workdir / CONFIG).exists():
         return config.total_steps
     before, now = (
-        {name: value for name, value in json.loads(text).items() if name not in FREE}
+        {name: value for name, value in flat(json.loads(text)).items() if name not in FREE}
         for text in (as_text(read_config(workdir)), as_text(config))
     )
     for each in (before, now):

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from entry_point import Runner, small_backbone  # noqa: F401  a fixture
@@ -95,7 +96,6 @@ def test_a_head_that_is_known_in_part_starts_as_said(folder, columns):
     config.backbone.scan_unroll = 1
     backbone = build.load_backbone_config(config)
     encoder = build_data.make_run_encoder(config, backbone)
-    import jax
 
     mesh = build.make_mesh(config, backbone, jax.devices()[:1])
     state, _ = build.init_state(config, backbone, mesh, encoder)

@@ -77,7 +77,7 @@ def test_a_field_that_went_is_a_difference(tmp_path):
 def test_how_a_run_is_watched_may_change(tmp_path):
     stored(tmp_path, joint.get_config())
     config = joint.get_config()
-    config.profile, config.watchdog_seconds = (3,), 9.0
+    config.profile, config.watchdog_seconds, config.data.workers = (3,), 9.0, 2
     workdir.check_config(tmp_path, config)
     config.seed = 2
     with pytest.raises(UserError, match="seed: 0 -> 2"):

@@ -44,6 +44,7 @@ import numpy as np
 from jrm_jax.data.encode import EncodedExample, Encoder, TokenRow, make_encoder
 from jrm_jax.data.plan import Bucket
 from jrm_jax.data.sizes import as_example
+from jrm_jax.data.workers import WatchedIterator, init_worker
 from jrm_jax.errors import UserError
 
 __all__ = [
@@ -297,7 +298,8 @@ def make_iterator(
         prefetch: batches kept ready (per worker).
 
     Raises:
-        UserError: the batch does not divide over the hosts; while iterating: a broken picture.
+        UserError: the batch does not divide over the hosts; while iterating: a broken picture, or
+            a worker process that was killed (see `workers`).
     """
     import grain
 
@@ -316,4 +318,5 @@ def make_iterator(
         flags.FLAGS.mark_as_parsed()
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
     several = grain.MultiprocessingOptions(workers, per_worker_buffer_size=max(1, prefetch))
-    return BatchIterator(iter(steps.to_iter_dataset(options).mp_prefetch(several)))
+    prefetched = steps.to_iter_dataset(options).mp_prefetch(several, init_worker)
+    return BatchIterator(WatchedIterator(prefetched))

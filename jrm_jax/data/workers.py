@@ -1,0 +1,109 @@
+"""Worker processes that prepare batches, watched: if one is killed, the run must not wait for it.
+
+A killed process may die with half a batch in its pipe, or with a lock that the others wait for; a
+read from it then never returns. So batches are taken by a thread, and whoever waits for it looks
+after the processes meanwhile.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import queue
+import signal
+import threading
+import time
+from collections.abc import Iterable
+from typing import Any
+
+from jrm_jax.errors import UserError
+
+LOOK = 1.0  # seconds between looks at the processes
+CLOSING = 5.0  # seconds that the thread may take to end
+NAME = "grain-"  # how the names of the processes begin
+
+
+class WorkerDied(UserError):
+    """The program must end without waiting for its other processes."""
+
+
+def init_worker(index: int, count: int) -> None:
+    """In each of the processes: Ctrl-C is for the run, which saves first; and when the run is
+    killed they end, too."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(LOOK)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+class WatchedIterator:
+    """Over the batches of a data set with worker processes. Close it to end them."""
+
+    def __init__(self, batches: Iterable[Any]):
+        self._iterator = iter(batches)
+        self._taken: queue.Queue[tuple[Any, Exception | None]] = queue.Queue(1)
+        self._closing = threading.Event()
+        self._error: Exception | None = None  # the last thing there was
+        self._processes: set[Any] = set()
+        self._thread = threading.Thread(target=self._take, name="batches", daemon=True)
+        self._thread.start()
+
+    def _take(self) -> None:
+        error = None
+        while error is None and not self._closing.is_set():
+            batch = None
+            try:
+                batch = next(self._iterator)
+            except Exception as raised:  # StopIteration among them: told by `__next__`
+                error = raised
+            while not self._closing.is_set():
+                try:
+                    self._taken.put((batch, error), timeout=LOOK)
+                    break
+                except queue.Full:
+                    continue
+
+    def __next__(self) -> Any:
+        """
+        Raises:
+            WorkerDied: a process was killed.
+        """
+        while self._error is None:
+            self._look()
+            try:
+                batch, self._error = self._taken.get(timeout=LOOK)
+            except queue.Empty:
+                continue
+            if self._error is None:
+                return batch
+        self._look()
+        raise self._error
+
+    def _look(self) -> None:
+        found = multiprocessing.active_children()
+        self._processes.update(p for p in found if p.name.startswith(NAME))
+        dead = [p for p in self._processes if p.exitcode]
+        if not dead:
+            return
+        self._closing.set()
+        for process in self._processes:
+            process.kill()
+        code = dead[0].exitcode
+        how = signal.Signals(-code).name if code < 0 else f"status {code}"
+        self._error = WorkerDied(
+            f"a process that prepares batches ({dead[0].pid}) was ended by {how}, perhaps because "
+            "the memory is full: run the same command to go on from the last checkpoint, or with "
+            "fewer config.data.workers"
+        )
+        raise self._error
+
+    def close(self) -> None:
+        self._closing.set()
+        if not isinstance(self._error, WorkerDied):
+            self._thread.join(CLOSING)
+            self._iterator.close()
