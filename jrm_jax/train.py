@@ -97,8 +97,6 @@ class _Run:
         )
         self.rewards = Accumulator()
         self.taught = dict.fromkeys(LESSONS, 0)  # steps in which a loss had something to teach
-        if words := build.head_start(config, backbone_config).words:
-            say(words)
         state, (optimizer, self.schedule) = build.init_state(
             config, backbone_config, self.mesh, self.data.encoder
         )
@@ -106,6 +104,8 @@ class _Run:
             config, backbone, self.data, optimizer, state
         )
         self.state, self.start = self._resume(state)
+        if not self.start and (words := build.head_start(config, backbone_config).words):
+            say(words)
         self.seconds = 0.0  # of this session
         self.spent = {"data": 0.0, "checkpoint": 0.0}  # since the last line of metrics
         self.best_metric = config.best_metric
