@@ -16,8 +16,12 @@ from jrm_jax.packaged import load_config_module
 from jrm_jax.report import difference, flat
 
 CONFIG, RESULTS, CHECKPOINTS = "config.json", "results.json", "checkpoints"
-# A run may be watched otherwise, and its batches, which stay the same, made by other hands.
-FREE = ("heartbeat_seconds", "profile", "watchdog_seconds", "data.workers", "data.prefetch")
+# A run may be watched otherwise; its batches, which stay the same, may be made by other hands; and
+# its backbone may have moved (`backbones` knows it again).
+FREE = (
+    "heartbeat_seconds", "profile", "watchdog_seconds", "data.workers", "data.prefetch",
+    "backbone.path",
+)  # fmt: skip
 LONGEST = 60  # characters of the data sets' names
 
 
@@ -75,8 +79,6 @@ def check_config(workdir: Path, config: ConfigDict) -> int:
         {name: value for name, value in flat(json.loads(text)).items() if name not in FREE}
         for text in (as_text(read_config(workdir)), as_text(config))
     )
-    for each in (before, now):
-        del each["backbone"]["path"]  # it may have moved; `backbones` knows it again
     steps = before["total_steps"]
     if before != {**now, "total_steps": steps} or steps > config.total_steps:
         raise UserError(
