@@ -168,14 +168,20 @@ def test_an_edit_is_known_by_its_content_and_what_was_asked_for_is_kept_apart(pi
         talk(["0.png", "1.png"], RULES + "Add a hat", answer),
         talk(["0.png", "more.png"], RULES + "Add a bow", answer),
         talk(["2.png"], "Natural?", '{"reasoning": "Nobody asked.", "score": [12, 9]}'),
+        talk(["0.png", "3.png"], RULES + "Add a hat", answer),
+        talk(["0.png", "3.png"], RULES + "Add a bow", '{"score": [22, 18]}'),  # says nothing
     ]
     found, kinds = build("editscore", lines(pictures / "train.jsonl", rows))
-    assert [e.prompt[0].text for e in found] == ["Add a hat", "Add a bow"]
+    assert [e.prompt[0].text for e in found] == ["Add a hat", "Add a bow", "Add a hat"]
+    found = found[:2]
     assert len({e.id for e in found}) == 2
     for example in found:
         (candidate,) = example.candidates
         assert candidate.parts[0].data == png(1) and "Quality: Sharp." in candidate.critique
-    assert kinds == {("left out", "judgement of quality without the instruction"): 1}
+    assert kinds == {
+        ("left out", "judgement of quality without the instruction"): 1,
+        ("left out", "judgement without reasoning or comparison"): 1,
+    }
 
 
 def test_bad_rows_of_judgements(pictures, build):

@@ -32,6 +32,7 @@ from jrm_jax.data.ingest.pictures import GroupPictures, content_digest, picture_
 from jrm_jax.data.ingest.rows import SUFFIXES
 from jrm_jax.data.labels import check_type, field_error, parse_labels
 from jrm_jax.data.schema import Candidate, Image, PreferenceExample, Text, validate
+from jrm_jax.errors import RecordError
 
 DIMENSIONS = ("overall", "instruction_following", "consistency", "visual_quality")
 _NAMES = {"SC": ("success", "preservation"), "PQ": ("naturalness", "artifacts")}
@@ -91,10 +92,16 @@ class Judged(NamedTuple):
                 alone[0][0], "conversations", "no question about this edit tells its instruction",
                 "judgement of quality without the instruction",
             )  # fmt: skip
-        return [
-            self._example(instruction, sources, found + alone, problems)
-            for (instruction, sources), found in asked.items()
-        ]
+        examples = []
+        for (instruction, sources), found in asked.items():
+            try:
+                examples.append(self._example(instruction, sources, found + alone, problems))
+            except RecordError as error:
+                if len(asked) == 1:
+                    raise
+                for where, _ in found:  # what else was asked of the same edit stays
+                    problems.leave(where, error)
+        return examples
 
     def _example(
         self,
