@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from jrm_jax import heads, lora, optim, sharding
 from jrm_jax.build_data import Data, backbone_folder
+from jrm_jax.check_data import reads_critiques
 from jrm_jax.data.encode import Encoder
 from jrm_jax.data.template import Tokenizer
 from jrm_jax.model import published, weights
@@ -261,8 +262,12 @@ def make_steps(config: ConfigDict, backbone: Backbone, data: Data, optimizer, st
 
 
 def load_backbone_config(config: ConfigDict) -> BackboneConfig:
-    """The architecture of the run's folder, which must be the published one of its variant."""
+    """The architecture of the run's folder, which must be the published one of its variant; without
+    a language head where the folder has none and no loss reads it."""
     folder = backbone_folder(config)
     found = load_config(folder)
     published.check_variant(config.get("variant", ""), found, str(folder))
-    return found
+    has_files = any(folder.glob("*.safetensors"))  # a run of the Hub's is read without them
+    if reads_critiques(config) or config.backbone.random or not has_files:
+        return found
+    return weights.as_stored(folder, found)

@@ -114,6 +114,8 @@ def _config(trained: Trained, dtype: str) -> dict[str, Any]:
         "label2id": {name: int(i) for i, name in names.items()},
         "problem_type": "regression",
         "pad_token_id": pad,
+        # transformers reads it here, whatever the text part says
+        "tie_word_embeddings": trained.config.text.tie_embeddings,
     }
     # the classifier finds a row's last token by the padding token of the text part
     for part in ("text_config", "vision_config"):
@@ -122,6 +124,7 @@ def _config(trained: Trained, dtype: str) -> dict[str, Any]:
             config[part]["dtype"] = dtype
     if "text_config" in config:
         config["text_config"]["pad_token_id"] = pad
+        config["text_config"]["tie_word_embeddings"] = trained.config.text.tie_embeddings
     return config
 
 
@@ -184,6 +187,8 @@ def _model_card(trained: Trained, dtype: str, rounding: str) -> str:
     critiques = "what it generates behind the reward token is the critique."
     if card.get("taught") and not card["taught"].get("language"):
         critiques = "but it has learnt no critiques: what it generates is the backbone's own."
+    if trained.config.text.headless:
+        critiques = "but its language head is missing, as it was in the backbone: it cannot speak."
     if trained.through_reward:
         critiques = (
             "but critiques were trained to see their candidate by the reward token alone, which "

@@ -25,6 +25,10 @@ def make_folder(parent, family):
     small = parent / "qwen3_vl"
     if not small.exists():
         give_head(make_small_backbone(small))
+        path = small / "config.json"  # tied, as the text part alone states
+        config = json.loads(path.read_text())
+        assert config.pop("tie_word_embeddings") and config["text_config"]["tie_word_embeddings"]
+        path.write_text(json.dumps(config))
     if family == "qwen3_vl":
         return small
     folder = shutil.copytree(small, parent / family)
@@ -64,13 +68,14 @@ def give_head(folder):
     return folder
 
 
-def start(parent, folder, name):
-    """The folder of a run of no steps: its checkpoint 0 is what it starts from."""
-    config = joint.get_config()
+def start(parent, folder, name, config=joint, steps=0):
+    """The folder of a run; of no steps: its checkpoint 0 is what it starts from."""
+    config = config.get_config()
     config.backbone.path, config.data.cache = str(folder), str(parent / "world")
     config.data.world.train = 8
     config.data.world.valid = config.data.world.test = config.data.world.hard = 0
-    config.batch_size, config.total_steps, config.optimizer.warmup_steps = 8, 0, 0
+    config.batch_size, config.total_steps, config.optimizer.warmup_steps = 8, steps, 0
+    config.backbone.scan_unroll = 1
     config.lock()
     assert train.run(config, parent / name) == 0
     return parent / name

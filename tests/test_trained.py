@@ -6,14 +6,19 @@ import shutil
 import jax
 import numpy as np
 import pytest
+import torch
 from entry_point import Runner, small_backbone  # noqa: F401  a fixture
-from export_case import give_head
+from export_case import give_head, make_folder, make_groups, write
+from export_case import start as start_run
 from safetensors.numpy import load_file, save_file
+from test_export import classifier, torch_rewards
 
 from configs import discriminative, generative, joint
 from jrm_jax import build, build_data, reward_head
+from jrm_jax.errors import UserError
 from jrm_jax.model.config import load_config
 from jrm_jax.serving import trained
+from jrm_jax.serving.reward_model import RewardModel
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +74,7 @@ def test_dimensions_of_an_export_are_found_by_their_names(
 
 def test_names_that_clash_are_refused(folder):
     for dimensions in (("style",), ("style", "taste")):
-        with pytest.raises(trained.UserError) as caught:
+        with pytest.raises(UserError) as caught:
             start(folder, *dimensions)
         assert f"scores overall, quality, this run {', '.join(dimensions)}" in str(caught.value)
         assert "--config.head.anew=True" in str(caught.value)
@@ -173,3 +178,32 @@ def test_a_generative_run_is_refused_by_all_that_score(tmp_path, small_backbone)
     assert not out.exists()
     found = trained.load_trained(workdir, scores=False)
     assert found.card["taught"] == {"preference": 0, "language": 1, "words": 0, "facts": 0}
+
+
+# A backbone that cannot speak
+
+
+def test_a_backbone_without_language_head_trains_and_scores(tmp_path):
+    """Untied, its head not among its files; the same run with the head gives the same scores."""
+    whole = make_folder(tmp_path, "qwen2_5_vl")
+    bare = shutil.copytree(whole, tmp_path / "bare")
+    tensors = load_file(bare / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, bare / "model.safetensors")
+    group = make_groups(3)[2]
+    found = []
+    for folder in (whole, bare):
+        workdir = start_run(tmp_path, folder, f"{folder.name}-run", discriminative, 1)
+        found.append(RewardModel.load(workdir).score(*group))
+    np.testing.assert_allclose(found[1], found[0], rtol=0, atol=1e-5)
+    out = write(workdir, tmp_path / "out", "--dtype=float32")
+    assert "lm_head.weight" not in load_file(out / "model.safetensors")
+    again = RewardModel.load(out)
+    np.testing.assert_allclose(again.score(*group), found[0], rtol=0, atol=1e-5)
+    with pytest.raises(UserError, match="without a language head"):
+        again.critique(*group)
+    loaded, info = classifier(out, dtype=torch.float32)
+    assert not info["missing_keys"]
+    np.testing.assert_allclose(next(torch_rewards(loaded, [group])), found[0], rtol=0, atol=1e-4)
+    with pytest.raises(UserError, match="missing .*lm_head.weight"):
+        start_run(tmp_path, bare, "joint-run")

@@ -239,7 +239,7 @@ def init_backbone(key: Array, config: BackboneConfig) -> dict[str, Any]:
         "backbone": backbone.init(body_key, *empty_inputs(config))["params"],
         "language_head": {},
     }
-    if not config.text.tie_embeddings:
+    if config.text.separate_head:
         shape = (config.text.hidden, config.text.vocab)
         kernel = EMBEDDING_SPREAD * jax.random.normal(head_key, shape, jnp.float32)
         params["language_head"] = {"kernel": kernel}

@@ -61,6 +61,12 @@ class TextConfig:
     qkv_bias: bool
     qk_norm: bool
     tie_embeddings: bool
+    headless: bool = False  # untied, and its files hold no language head: it can score, not speak
+
+    @property
+    def separate_head(self) -> bool:
+        """Whether the language head has parameters of its own."""
+        return not (self.tie_embeddings or self.headless)
 
 
 @dataclass(frozen=True)
@@ -242,8 +248,10 @@ def load_config(folder: str | Path) -> BackboneConfig:
     vision_fields = root.get("vision_config")
     if not isinstance(vision_fields, dict):
         raise top.fail("field 'vision_config' is missing")
-    # the head's tying belongs to the whole model: the top level decides where both state it
-    tied = bool(root.get("tie_word_embeddings", nested.get("tie_word_embeddings", False)))
+    # the head's tying belongs to the whole model: the top level decides where both state it, but
+    # files of Qwen2.5-VL from before transformers 5 state it in text_config
+    inner = bool(nested.get("tie_word_embeddings", False))
+    tied = bool(root.get("tie_word_embeddings", inner)) or (family == "qwen2_5_vl" and inner)
     text = _text_config(family, _Fields(path, "text_config", nested or root), tied)
     vision = _vision_config(family, _Fields(path, "vision_config", vision_fields))
     if vision.out_hidden != text.hidden:

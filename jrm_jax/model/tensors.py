@@ -171,7 +171,7 @@ def tensor_table(config: BackboneConfig) -> dict[str, Leaf]:
         if part:
             add(f"backbone/decoder/{stack}/", part, True, layer_rows)
     add("backbone/decoder/", [TEXT], False, _rows("norm/scale norm.weight D"))
-    if not text.tie_embeddings:
+    if text.separate_head:
         add("language_head/", [""], False, _rows(f"kernel {HEAD} D vocab"))
     return table
 

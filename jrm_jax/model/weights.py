@@ -5,6 +5,7 @@ The names, shapes and layouts are the table in tensors.py.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -31,10 +32,24 @@ from jrm_jax.model.tensors import (
     tensor_table,
 )
 
-__all__ = ["abstract_params", "load_params", "load_reward_head", "save_params", "tensor_table"]
+__all__ = [
+    "abstract_params", "as_stored", "load_params", "load_reward_head", "save_params",
+    "tensor_table",
+]  # fmt: skip
 
 STORED_AS = {"float32": ("F32", np.dtype("float32")), "bfloat16": ("BF16", np.dtype(jnp.bfloat16))}
 READABLE = ("F64", "F32", "F16", "BF16")
+
+
+def as_stored(folder: Path, config: BackboneConfig) -> BackboneConfig:
+    """`config`, without a language head if the folder holds none: for what only scores.
+
+    Raises:
+        UserError: the files are damaged or incomplete.
+    """
+    if not config.text.separate_head or HEAD in TensorFiles(folder).tensors:
+        return config
+    return dataclasses.replace(config, text=dataclasses.replace(config.text, headless=True))
 
 
 def _check(files: TensorFiles, config: BackboneConfig, ignore: Collection[str]) -> None:

@@ -87,7 +87,7 @@ class RewardModel:
             raise UserError(f"compute_dtype {compute_dtype!r}: use {' or '.join(build.DTYPES)}")
         self.card, self.encoder, self.batch_size = trained.card, trained.encoder, batch_size
         self.dimensions = self.encoder.dimensions
-        self._params = trained.params
+        self._params, self._headless = trained.params, trained.config.text.headless
         processor = self.encoder.processor
         mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
         self._options = sharding.compiler_options(mesh)
@@ -206,6 +206,8 @@ class RewardModel:
         self, instruction, source, candidates, *, max_tokens=128, temperature=0.0, seed=0
     ) -> list[list[int]]:
         """Token ids of `critique`, without <|im_end|>."""
+        if self._headless:
+            raise UserError("this model's backbone came without a language head: no critiques")
         options, end = (max_tokens, temperature > 0), self.encoder.tokenizer.end_id
         if options not in self._generate:
             generate = make_generate(self._backbone, *self._pixels, *options, end)

@@ -80,7 +80,7 @@ def _load_run(workdir: Path, step: int | str, backbone: str, scores: bool) -> Tr
     named = read_config(workdir)
     folder = backbones.for_reading(named, workdir, backbone)
     config = backbones.located(named, folder)
-    architecture = load_config(folder)
+    architecture = build.load_backbone_config(config)
     encoder = build_data.make_run_encoder(config, architecture)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     whole = build.abstract_params(config, architecture, len(encoder.dimensions), encoder.facts)
@@ -169,7 +169,7 @@ def _why_no_score(
 
 def _load_export(folder: Path) -> Trained:
     card = json.loads((folder / STAMP).read_text())
-    architecture = load_config(folder)
+    architecture = weights.as_stored(folder, load_config(folder))
     stamp = card["stamp"]
     encoder = make_encoder(
         folder,
