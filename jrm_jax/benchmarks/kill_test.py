@@ -1,6 +1,6 @@
 """`kill -9` at random moments of a short run, then compare with a run that nothing disturbed.
 
-    python -m jrm_jax.benchmarks.kill_test [--kills=20] [--out=docs/kill_test.md]
+    python -m jrm_jax.benchmarks.kill_test [--kills=20] [--reader] [--out=docs/kill_test.md]
 
 Every start but the last is killed: in its start-up, between steps, or while it saves (it saves
 after every other step). Exit 1 unless every start resumed from the latest complete checkpoint and
@@ -121,7 +121,41 @@ def losses(workdir: Path) -> list[tuple[int, float]]:
     return [(row["step"], row["loss"]) for row in rows if row["split"] == "train"]
 
 
-def run(folder: Path, kills: int, steps: int, seed: int, fields: tuple[str, ...] = ()) -> list[str]:
+READ = "from jrm_jax.benchmarks.kill_test import read_on; read_on({!r})"
+
+
+def read_on(workdir: str) -> None:
+    """Score an edit with the run's best and latest checkpoints in turn, for ever; prints the steps.
+    Ends with an error where a checkpoint that is there cannot be read."""
+    from jrm_jax.errors import UserError
+    from jrm_jax.serving.reward_model import RewardModel
+
+    pictures_NHW3 = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8)
+    reads = 0
+    while True:
+        there = on_disk(Path(workdir))[0]
+        try:
+            model = RewardModel.load(workdir, ("best", "latest")[reads % 2])
+        except UserError as error:
+            if there:
+                sys.exit(str(error))
+            time.sleep(0.5)  # nothing is saved yet
+            continue
+        score_K = model.score("Make it red.", pictures_NHW3[0], list(pictures_NHW3[1:]))
+        if not np.isfinite(score_K).all():
+            sys.exit(f"scores of step {model.card['step']} are {score_K}")
+        reads += 1
+        print(f"read {model.card['step']}", flush=True)
+
+
+def run(
+    folder: Path,
+    kills: int,
+    steps: int,
+    seed: int,
+    fields: tuple[str, ...] = (),
+    reader: bool = False,
+) -> list[str]:
     """Lines of a Markdown report. Exits with a message where something is wrong."""
     from jrm_jax.benchmarks import make_tiny_backbone
     from jrm_jax.checkpoint import read_arrays
@@ -139,6 +173,7 @@ def run(folder: Path, kills: int, steps: int, seed: int, fields: tuple[str, ...]
         "|---|---|---|---|---|---|",
     ]
     during_saves, wrong = 0, []
+    reading = Start([sys.executable, "-c", READ.format(str(workdir))], folder) if reader else None
     for number in range(kills + 1):
         before, _ = on_disk(workdir)
         start = Start(command, folder)
@@ -162,6 +197,15 @@ def run(folder: Path, kills: int, steps: int, seed: int, fields: tuple[str, ...]
         row = (number + 1, shown, f"{lived:.1f}", start.steps(), after[-2:], half)
         report.append("| " + " | ".join(map(str, row)) + " |")
         print(report[-1], flush=True)
+    read = ""
+    if reading is not None:
+        ended = reading.process.poll() is not None
+        reading.process.kill()
+        reading.end()
+        reads = [line for line in reading.lines if line.startswith("read ")]
+        if ended or not reads or len(reads) < len(reading.lines):
+            wrong.append(f"the reader: {reading.lines[-3:]}")
+        read = f" Meanwhile it was loaded and scored {len(reads)} times, from {len(set(reads))} steps."
     wanted, found = (read_arrays(w, steps) for w in (folder / "whole", workdir))
     same = wanted.keys() == found.keys() and all(
         np.array_equal(wanted[name], found[name]) for name in wanted
@@ -174,7 +218,7 @@ def run(folder: Path, kills: int, steps: int, seed: int, fields: tuple[str, ...]
         sys.exit("\n".join(wrong))
     verdict = (
         f"{kills} kills, {during_saves} of them during a save; {len(wanted)} arrays (parameters and"
-        f" optimizer state) and {steps} losses equal the undisturbed run's bit for bit."
+        f" optimizer state) and {steps} losses equal the undisturbed run's bit for bit.{read}"
     )
     print(verdict)
     return [*report, "", verdict]
@@ -187,6 +231,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--reader", action="store_true", help="score the run in a loop meanwhile")
     run_command(parser, argv, run, "Kill test", "one CPU process")
 
 

@@ -27,5 +27,7 @@ def run_command(
     with tempfile.TemporaryDirectory() as folder:
         lines = run(Path(folder), **options)
     if out:
-        command = " ".join([parser.prog, *(f"--{name}={value}" for name, value in options.items())])
+        given = {name: value for name, value in options.items() if value is not False}
+        words = (f"--{name}" if v is True else f"--{name}={v}" for name, v in given.items())
+        command = " ".join([parser.prog, *words])
         out.write_text("\n".join([f"# {title}", "", f"`{command}` ({where}):", "", *lines, ""]))
