@@ -205,7 +205,8 @@ def run(
         reads = [line for line in reading.lines if line.startswith("read ")]
         if ended or not reads or len(reads) < len(reading.lines):
             wrong.append(f"the reader: {reading.lines[-3:]}")
-        read = f" Meanwhile it was loaded and scored {len(reads)} times, from {len(set(reads))} steps."
+        steps_read = len(set(reads))
+        read = f" Meanwhile it was scored {len(reads)} times, at {steps_read} different steps."
     wanted, found = (read_arrays(w, steps) for w in (folder / "whole", workdir))
     same = wanted.keys() == found.keys() and all(
         np.array_equal(wanted[name], found[name]) for name in wanted
