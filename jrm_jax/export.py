@@ -20,7 +20,7 @@ import numpy as np
 
 from jrm_jax import disk
 from jrm_jax.arguments import Parser
-from jrm_jax.data.images import read_config as read_processor_config
+from jrm_jax.data.processor import read_config as read_processor_config
 from jrm_jax.data.template import Template, save_tokenizer
 from jrm_jax.errors import UserError
 from jrm_jax.model import weights

@@ -18,7 +18,7 @@ import pytest
 from jrm_jax import terminal
 from jrm_jax.benchmarks import build_scale
 from jrm_jax.data import builders, store
-from jrm_jax.data.ingest import building, rows
+from jrm_jax.data.ingest import building, rows, waiting
 from jrm_jax.data.ingest.pairs import Pairs
 from jrm_jax.data.schema import from_record
 from jrm_jax.errors import UserError
@@ -115,7 +115,7 @@ def test_rows_that_lie_apart_become_one_group_however_little_memory_there_is(tmp
     assert [len(example.candidates) for example in examples] == [4] * 12
     assert sorted(int((e.weight[..., 0] > 0).sum() // 2) for e in examples) == [5] + [6] * 11
     assert len({example.prompt[1].data for example in examples}) == 12
-    monkeypatch.setattr(building, "WAITING_BYTES", 0)  # every row waits on the disk
+    monkeypatch.setattr(waiting, "MEMORY", 0)  # every row waits on the disk
     build(source, tmp_path / "tight")
     assert contents(tmp_path / "tight") == contents(tmp_path / "roomy")
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image as Pillow
 
 from jrm_jax.data import images
-from jrm_jax.data.images import Processor, load_processor, patchify, smart_resize
+from jrm_jax.data.processor import Processor, load_processor, patchify, smart_resize
 from jrm_jax.data.world.draw import encode_png
 from jrm_jax.errors import UserError
 

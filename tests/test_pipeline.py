@@ -8,7 +8,6 @@ import pytest
 from PIL import Image as Pillow
 from test_template import ROWS, make_model_folder
 
-from jrm_jax.data.images import load_processor
 from jrm_jax.data.pipeline import (
     Encoder,
     assemble_batch,
@@ -16,6 +15,7 @@ from jrm_jax.data.pipeline import (
     repeat_prompt,
 )
 from jrm_jax.data.plan import Bucket, make_buckets, measure
+from jrm_jax.data.processor import load_processor
 from jrm_jax.data.schema import Candidate, Image, PreferenceExample, Text
 from jrm_jax.data.template import Token, load_tokenizer
 from jrm_jax.errors import UserError

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image as Pillow
 
 from jrm_jax.data.ingest.pictures import check_image, image_reader
+from jrm_jax.data.parsing import parse_json
 from jrm_jax.data.schema import (
     Candidate,
     Image,
@@ -17,7 +18,6 @@ from jrm_jax.data.schema import (
     Text,
     from_record,
     in_dimensions,
-    parse_json,
     to_record,
     validate,
 )
@@ -148,7 +148,7 @@ BAD = [
     (broken(weight=-1), "weight[0][1][0]", "must be >= 0"),
     (broken(weight=[[0, 1, 1], [2, 0, 1], [1, 1, 0]]), "weight[0][1][0]", "differs from"),
     (broken(weight="x"), "weight", "must be a number"),
-    (broken(id=5), "id", "must be a string"),
+    (broken(id=[5]), "id", "must be a string"),
     (broken(id=""), "id", "non-empty"),
     (broken(dimensions="a"), "dimensions", "list of names"),
     (broken(dimensions=["a", "a"], ranks={"a": [1, 2, 3]}), "dimensions", "distinct"),

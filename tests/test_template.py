@@ -9,7 +9,7 @@ import sys
 import pytest
 from entry_point import ROOT
 
-from jrm_jax.data.images import Processor
+from jrm_jax.data.processor import Processor
 from jrm_jax.data.schema import Image, Text
 from jrm_jax.data.template import (
     IM_END,

@@ -89,7 +89,7 @@ LAYOUTS = {
         (Flag("--no_critiques", "preferences only", {"action": "store_true"}),),
     ),
     "jsonl": Kind(
-        "examples as JSON lines, JSON list or parquet, see jrm_jax/data/schema.py",
+        "examples as JSON lines, JSON list or parquet, see jrm_jax/data/parsing.py",
         lambda folder, args: Records(folder),
     ),
     "csv": Kind(
@@ -183,11 +183,10 @@ def build(args: argparse.Namespace) -> None:
         for kind, count in kinds.items():
             print(f"  {count} {words}: {kind}")
     if result.left or result.notes:
-        problems = args.out / building.PROBLEMS
-        with problems.open(encoding="utf-8") as lines:
+        with result.listed.open(encoding="utf-8") as lines:
             for _, line in zip(range(SHOWN), lines, strict=False):
                 print(f"  {line.rstrip().split(chr(9))[-1]}")
-        print(f"all of them: {problems}")
+        print(f"all of them: {result.listed}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jrm_jax.data.images import Processor, load_processor
+from jrm_jax.data.processor import Processor, load_processor
 from jrm_jax.data.schema import (
     DEFAULT_DIMENSIONS,
     Candidate,

@@ -1,130 +1,28 @@
-"""Pictures to patches, as transformers' Qwen2-VL image processor (Pillow backend) makes them.
+"""Encoded pictures to pixels: one rule, wherever a picture enters.
 
-Letters: n patches of an image, F = 3 * patch * patch features in the order (channel, row, column),
-h, w pixels. Patches are merge-block major: the merge x merge patches that become one visual token
-are neighbours, tokens are row-major. The frames of a still are equal, so only one is stored, and
-pixels stay uint8: the model normalises them on the device with `mean` and `std`.
-
-Pictures are turned upright by their EXIF tag, transparency is laid on white and deep modes are
-scaled to 8 bits (`to_rgb`): what a person saw who judged them.
+Letters: h, w pixels. Pictures are turned upright by their EXIF tag, transparency is laid on white
+and deep modes are scaled to 8 bits (`to_rgb`): what a person saw who judged them.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import io
-import json
-import math
+import warnings
 import zlib
-from pathlib import Path
 
 import numpy as np
-
-from jrm_jax.errors import UserError
 
 MAX_ASPECT = 200
 MAX_PIXELS = 100_000_000  # beyond it a small file may be a decompression bomb
 _PNG = b"\x89PNG\r\n\x1a\n"
-_BICUBIC = 3
+_NEEDED = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")  # chunks of a PNG that make the pixels
 _ORIENTATION = 0x0112  # EXIF tag
+# What turns a picture with that tag upright, as Pillow's `Transpose` numbers it
+_TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}
+_BITS = 258  # TIFF tag: bits of each channel
+# Pillow's own words on a broken file: what matters of them is an error here, the rest does no harm
+warnings.filterwarnings("ignore", module=r"PIL\.")
 _RANGES = {"I": (2.0**8, 2.0**16, 2.0**32), "F": (1.0, 2.0**8, 2.0**16, 2.0**32)}
-_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-
-
-@dataclasses.dataclass(frozen=True)
-class Processor:
-    """How pictures become patches. `mean` and `std` are in units of the pixel range 0..1."""
-
-    patch: int
-    merge: int
-    min_pixels: int
-    max_pixels: int
-    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
-    std: tuple[float, ...] = (0.5, 0.5, 0.5)
-
-    @property
-    def features(self) -> int:
-        return 3 * self.patch**2
-
-    def grid(self, height: int, width: int) -> tuple[int, int]:
-        """(rows, columns) of patches of a picture of that size.
-
-        Raises:
-            ValueError: no area, or one side more than 200 times the other.
-        """
-        factor = self.patch * self.merge
-        rows, columns = smart_resize(height, width, factor, self.min_pixels, self.max_pixels)
-        return rows // self.patch, columns // self.patch
-
-    def encode(self, data: bytes) -> tuple[np.ndarray, tuple[int, int]]:
-        """Encoded picture -> (patches [n, F] uint8, (rows, columns) of patches).
-
-        Raises:
-            ValueError: not a picture, truncated, unreasonably large, or too narrow.
-        """
-        pixels = self.resize(decode(data))
-        grid = pixels.shape[0] // self.patch, pixels.shape[1] // self.patch
-        return patchify(pixels, self.patch, self.merge), grid
-
-    def resize(self, pixels: np.ndarray) -> np.ndarray:
-        """[h, w, 3] uint8 -> the same with both sides multiples of patch * merge."""
-        rows, columns = self.grid(*pixels.shape[:2])
-        size = (columns * self.patch, rows * self.patch)
-        if pixels.shape[:2] == size[::-1]:
-            return pixels
-        import PIL.Image
-
-        return np.asarray(PIL.Image.fromarray(pixels).resize(size, _BICUBIC))
-
-    def measure(self, data: bytes) -> int:
-        """Number of patches, from the file's header alone.
-
-        EXIF orientation is not looked at: it swaps the sides, the number stays.
-
-        Raises:
-            ValueError: as `encode`, as far as the header tells.
-        """
-        width, height = image_size(data)
-        rows, columns = self.grid(height, width)
-        return rows * columns
-
-
-def smart_resize(
-    height: int, width: int, factor: int, min_pixels: int, max_pixels: int
-) -> tuple[int, int]:
-    """(height, width) as multiples of `factor`, area in range, shape kept as far as possible.
-
-    The rule of the Qwen2-VL image processor, Python's rounding half to even included.
-
-    Raises:
-        ValueError: no area, or one side more than 200 times the other.
-    """
-    if min(height, width) < 1 or max(height, width) > MAX_ASPECT * min(height, width):
-        raise ValueError(
-            f"a picture of {width} x {height} pixels: one side may be at most {MAX_ASPECT} times "
-            "the other"
-        )
-    rows, columns = round(height / factor), round(width / factor)
-    if rows * columns * factor**2 > max_pixels:
-        shrink = math.sqrt(height * width / max_pixels)
-        rows = max(1, math.floor(height / shrink / factor))
-        columns = max(1, math.floor(width / shrink / factor))
-    elif rows * columns * factor**2 < min_pixels:
-        grow = math.sqrt(min_pixels / (height * width))
-        rows, columns = math.ceil(height * grow / factor), math.ceil(width * grow / factor)
-    return rows * factor, columns * factor
-
-
-def patchify(pixels: np.ndarray, patch: int, merge: int) -> np.ndarray:
-    """[h, w, 3] uint8 -> [n, 3 * patch * patch] uint8, merge-block major."""
-    height, width, channels = pixels.shape
-    rows, columns = height // (patch * merge), width // (patch * merge)
-    # Two plain copies, whole pixel runs first: several times faster than one 7-axis transpose.
-    runs = pixels.reshape(rows, merge, patch, columns, merge, patch * channels)
-    blocks = np.ascontiguousarray(runs.transpose(0, 3, 1, 4, 2, 5))
-    blocks = blocks.reshape(rows * columns * merge**2, patch**2, channels)
-    return np.ascontiguousarray(blocks.swapaxes(1, 2)).reshape(len(blocks), -1)
 
 
 def decode(data: bytes) -> np.ndarray:
@@ -146,8 +44,6 @@ def _plain_png(data: bytes) -> np.ndarray | None:
     if data[:8] != _PNG or data[12:16] != b"IHDR" or data[24:29] != b"\x08\x02\x00\x00\x00":
         return None
     width, height = image_size(data)
-    if not 0 < width * height <= MAX_PIXELS:
-        return None
     at, kind, stream = 8, b"", []
     while kind != b"IEND":
         kind, end = data[at + 4 : at + 8], at + 12 + int.from_bytes(data[at : at + 4], "big")
@@ -173,18 +69,31 @@ def open_image(data: bytes):
     """Encoded picture -> upright, opaque RGB Pillow image, decoded in full.
 
     Raises:
-        ValueError: not a picture, truncated, or unreasonably large.
+        ValueError: not a picture, truncated, or (`SizeError`) of a size that no processor takes.
     """
     import PIL.Image
-    import PIL.ImageOps
 
-    width, height = image_size(data)
-    if width * height > MAX_PIXELS:
-        raise ValueError(f"a picture of {width} x {height} pixels; at most {MAX_PIXELS:,} pixels")
+    image_size(data)
     try:
         return to_rgb(PIL.Image.open(io.BytesIO(data)))
     except Exception as error:  # Pillow's readers raise many kinds for broken files
+        bare = _bare_png(data)
+        if bare != data:
+            return open_image(bare)
         raise ValueError(f"not a readable image ({_one_line(error)})") from error
+
+
+def _bare_png(data: bytes) -> bytes:
+    """A PNG without the chunks that its pixels do not need, whose damage does them no harm; other
+    data as it is."""
+    if data[:8] != _PNG:
+        return data
+    at, kept, kind = 8, [_PNG], b""
+    while kind != b"IEND" and at + 12 <= len(data):
+        kind, end = data[at + 4 : at + 8], at + 12 + int.from_bytes(data[at : at + 4], "big")
+        kept += [data[at:end]] if kind in _NEEDED else []
+        at = end
+    return b"".join(kept) if kind == b"IEND" else data
 
 
 def to_rgb(image):
@@ -195,14 +104,14 @@ def to_rgb(image):
     (`eight_bits`), transparency laid on white.
     """
     import PIL.Image
-    import PIL.ImageOps
 
     image.load()
     try:
-        if image.getexif().get(_ORIENTATION, 1) != 1:
-            image = PIL.ImageOps.exif_transpose(image)
+        turn = _TURNS.get(image.getexif().get(_ORIENTATION))
     except Exception:  # a broken tag of a good picture; Pillow raises many kinds
-        pass
+        turn = None
+    if turn is not None:
+        image = image.transpose(turn)
     if is_deep(image.mode):
         image = PIL.Image.fromarray(eight_bits(np.asarray(image), image.mode))
     if "A" in image.getbands() or image.info.get("transparency") is not None:
@@ -215,6 +124,19 @@ def to_rgb(image):
 def is_deep(mode: str) -> bool:
     """Whether a Pillow mode has more than 8 bits a channel ('I;16...', 'I', 'F')."""
     return mode[0] in "IF"
+
+
+def has_deep_channels(data: bytes) -> bool:
+    """Whether a good picture's file has more than 8 bits a channel, from its header."""
+    if data[:8] == _PNG:
+        return data[24] > 8
+    if data[:2] == b"\xff\xd8":  # JPEG
+        return False
+    import PIL.Image
+
+    with PIL.Image.open(io.BytesIO(data)) as image:
+        bits = getattr(image, "tag_v2", {}).get(_BITS, 8)
+        return is_deep(image.mode) or max(bits if isinstance(bits, tuple) else (bits,)) > 8
 
 
 def eight_bits(values: np.ndarray, mode: str) -> np.ndarray:
@@ -234,98 +156,39 @@ def image_size(data: bytes) -> tuple[int, int]:
     """(width, height) from the header, before EXIF orientation.
 
     Raises:
-        ValueError: the header cannot be read.
+        ValueError: the header cannot be read, or (`SizeError`) no processor takes that size.
     """
     if data[:8] == _PNG and data[12:16] == b"IHDR" and len(data) > 24:
-        return int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
-    import PIL.Image
+        size = int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
+    else:
+        import PIL.Image
 
-    try:
-        with PIL.Image.open(io.BytesIO(data)) as image:
-            return image.size
-    except Exception as error:  # as in open_image
-        raise ValueError(f"not a readable image ({_one_line(error)})") from error
+        try:
+            with PIL.Image.open(io.BytesIO(data)) as image:
+                size = image.size
+        except Exception as error:  # as in open_image
+            raise ValueError(f"not a readable image ({_one_line(error)})") from error
+    check_size(*size)
+    return size
+
+
+class SizeError(ValueError):
+    """A picture that cannot be encoded, whatever it shows."""
+
+
+def check_size(width: int, height: int) -> None:
+    """
+    Raises:
+        SizeError: no area, one side more than 200 times the other, or unreasonably large.
+    """
+    size = f"a picture of {width} x {height} pixels"
+    if min(width, height) < 1 or max(width, height) > MAX_ASPECT * min(width, height):
+        raise SizeError(f"{size}: one side may be at most {MAX_ASPECT} times the other")
+    if width * height > MAX_PIXELS:
+        raise SizeError(f"{size}; at most {MAX_PIXELS:,} pixels")
 
 
 def _one_line(error: BaseException) -> str:
     if type(error).__name__ == "UnidentifiedImageError":  # its words name a buffer of ours
         return "its format is none that Pillow knows"
     return " ".join(str(error).split()) or type(error).__name__
-
-
-def load_processor(folder: str | Path, max_visual_tokens: int | None = None) -> Processor:
-    """Read `preprocessor_config.json` (or the newer `processor_config.json`) of a folder.
-
-    Args:
-        max_visual_tokens: visual tokens a picture may have at most; replaces the folder's cap and
-            lowers its floor to a quarter of it. As in the original rule, a picture much longer than
-            wide may still exceed it.
-
-    Raises:
-        UserError: no such file, or it asks for something other than the Qwen2-VL processing.
-    """
-    path, fields = read_config(Path(folder))
-
-    def fail(field: str, message: str) -> UserError:
-        return UserError(f"{path}: field '{field}': {message}")
-
-    def integer(field: str, value: object) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise fail(field, f"is {value!r}, must be a positive integer")
-        return value
-
-    def triple(field: str, default: tuple[float, ...]) -> tuple[float, ...]:
-        value = fields.get(field, default)
-        if not isinstance(value, (list, tuple)) or len(value) != 3:
-            raise fail(field, f"is {value!r}, must be three numbers")
-        return tuple(float(v) for v in value)
-
-    for field, wanted in (("do_resize", True), ("do_rescale", True), ("do_convert_rgb", True)):
-        if fields.get(field, wanted) != wanted:
-            raise fail(field, f"is {fields[field]!r}; only {wanted!r} is supported")
-    if fields.get("resample", _BICUBIC) != _BICUBIC:
-        raise fail("resample", f"is {fields['resample']!r}; only {_BICUBIC} (bicubic) is supported")
-    if abs(fields.get("rescale_factor", 1 / 255) - 1 / 255) > 1e-9:
-        raise fail("rescale_factor", f"is {fields['rescale_factor']!r}; only 1/255 is supported")
-    normalised = fields.get("do_normalize", True)
-    size = fields.get("size") or {}
-    low = fields.get("min_pixels") or size.get("shortest_edge", size.get("min_pixels", 56 * 56))
-    high = fields.get("max_pixels") or size.get(
-        "longest_edge", size.get("max_pixels", 28 * 28 * 1280)
-    )
-    patch = integer("patch_size", fields.get("patch_size", 14))
-    merge = integer("merge_size", fields.get("merge_size", 2))
-    low, high = integer("min_pixels", low), integer("max_pixels", high)
-    if max_visual_tokens is not None:
-        if max_visual_tokens < 1:
-            raise UserError(f"max_visual_tokens is {max_visual_tokens}, must be at least 1")
-        high = max_visual_tokens * (patch * merge) ** 2
-        # Growing rounds up: with the floor near the cap, small pictures would grow beyond it.
-        low = min(low, max(1, high // 4))
-    return Processor(
-        patch=patch,
-        merge=merge,
-        min_pixels=low,
-        max_pixels=high,
-        mean=triple("image_mean", _CLIP_MEAN) if normalised else (0.0, 0.0, 0.0),
-        std=triple("image_std", _CLIP_STD) if normalised else (1.0, 1.0, 1.0),
-    )
-
-
-def read_config(folder: Path) -> tuple[Path, dict]:
-    for name in ("preprocessor_config.json", "processor_config.json"):
-        path = folder / name
-        if not path.is_file():
-            continue
-        try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"{path} is not valid JSON ({error})") from error
-        fields = fields.get("image_processor", fields) if isinstance(fields, dict) else None
-        if isinstance(fields, dict):
-            return path, fields
-        raise UserError(f"{path} does not hold an image processor's settings")
-    raise UserError(
-        f"{folder / 'preprocessor_config.json'} not found: give a Hugging Face model folder with "
-        "its image processor"
-    )

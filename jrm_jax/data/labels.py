@@ -20,7 +20,7 @@ from jrm_jax.errors import RecordError
 def parse_labels(
     obj: dict, count: int, dimensions: tuple[str, ...], where: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(preference, weight), each [K, K, R] float32; see `schema.parse_json` for what is read."""
+    """(preference, weight), each [K, K, R] float32; see `parsing.parse_json` for what is read."""
     keys = [key for key in ("ranks", "scores", "preference") if obj.get(key) is not None]
     if len(keys) > 1:
         raise field_error(where, keys[1], f"stands beside {keys[0]!r}; give only one kind of label")
@@ -116,15 +116,92 @@ def _matrix(
 def _number(value: Any, where: str, field: str) -> float:
     if value is None:
         return math.nan
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise field_error(where, field, f"is {json.dumps(value)[:40]}, must be a number or null")
-    return float(value)
+    number = finite(value)
+    if number is None:
+        raise field_error(where, field, f"is {shown(value)}, must be a number or null")
+    return number
+
+
+def finite(value: Any) -> float | None:
+    """A number of JSON as float64; None where it is none, not finite, or beyond float64."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:  # of an integer with hundreds of digits
+        return None
+    return number if math.isfinite(number) else None
+
+
+def shown(value: Any) -> str:
+    """The beginning of a value, as JSON writes it; of any type."""
+    return json.dumps(value, default=repr)[:40]
 
 
 def check_type(value: Any, kind: type, where: str, field: str, words: str) -> None:
     if not isinstance(value, kind):
-        found = "null" if value is None else json.dumps(value, default=repr)[:40]
-        raise field_error(where, field, f"is {found}, must be {words}")
+        raise field_error(where, field, f"is {shown(value)}, must be {words}")
+
+
+_FLAGS = {
+    "true": True, "1": True, "yes": True,
+    "false": False, "0": False, "no": False, "": False, "nan": False, "none": False, "null": False,
+}  # fmt: skip
+
+
+def read_flag(value: Any, where: str, field: str) -> bool:
+    """true or false, as JSON, a number or a word says it; nothing said is false.
+
+    Raises:
+        RecordError: another word.
+    """
+    word = f"{value:g}" if isinstance(value, float) else str(value).strip().lower()
+    if word not in _FLAGS:
+        raise field_error(where, field, f"is {shown(value)}, must be true or false")
+    return _FLAGS[word]
+
+
+def read_id(value: Any, where: str) -> str | None:
+    """A name, or a whole number as text; None where there is none.
+
+    Raises:
+        RecordError: something else.
+    """
+    if isinstance(value, float) and (math.isnan(value) or value.is_integer()):
+        value = None if math.isnan(value) else int(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if value is not None:
+        check_type(value, str, where, "id", "a string or a whole number")
+    return value
+
+
+BROKEN_TEXT = (
+    "is no valid text (half of a surrogate pair, or bytes that are not UTF-8): correct it, or save"
+    " the file as UTF-8",
+    "text that is not valid Unicode",
+)
+
+
+def is_text(value: str) -> bool:
+    """Whether UTF-8 can hold it: JSON can write half of a surrogate pair, which nothing else
+    can."""
+    try:
+        value.isascii() or value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def check_text(value: Any, where: str, field: str, words: str = "a non-empty string") -> None:
+    """
+    Raises:
+        RecordError: no string, empty, or not to be encoded.
+    """
+    if not isinstance(value, str) or not value:
+        raise field_error(where, field, f"must be {words}")
+    if not is_text(value):
+        raise field_error(where, field, *BROKEN_TEXT)
 
 
 def check_keys(

@@ -4,39 +4,27 @@ K >= 2, or 1 with a critique: then the language loss alone learns from it.
 
 Letters: K candidates, R reward dimensions.
 
-    PreferenceExample <- parse_json(object of a JSON line, read_image, where)
+    PreferenceExample <- parsing.parse_json(object of a JSON line, read_image, where)
     PreferenceExample <-> record {'id', 'record', 'images'} of a prepared data set
-
-A line of JSON:
-
-    {"id": "cat-7",                              optional
-     "prompt": [{"text": "Make the cat white"}, {"image": "cat.png"}],
-     "candidates": [{"parts": [{"image": "a.png"}], "critique": "The cat is white now."},
-                    {"parts": [{"image": "b.png"}]}],
-     "scores": {"overall": [8, 5]}}              or "ranks": [1, 2], or "preference": [[..]]
-
-A part may be a bare string (text), a prompt or a candidate may be one string or a list of parts.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from jrm_jax.data.labels import check_keys, check_type, field_error, labels_in, parse_labels
-from jrm_jax.errors import RecordError
+from jrm_jax.data.labels import (
+    check_text,
+    field_error,
+    labels_in,
+)
 
 DEFAULT_DIMENSIONS = ("overall",)
 SHARE_ERROR = 1e-5  # of float32 shares that are written with six digits
-_EXAMPLE_KEYS = (
-    "id", "prompt", "candidates", "dimensions", "ranks", "scores", "preference", "weight",
-)  # fmt: skip
-_LABELS = ("ranks", "scores", "preference")
-_CANDIDATE_KEYS = ("parts", "critique", "score_line")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,20 +80,21 @@ def validate(example: PreferenceExample, where: str) -> None:
     Raises:
         UserError: one line '<where>: field <name>: what is wrong'.
     """
-    if not isinstance(example.id, str) or not example.id:
-        raise field_error(where, "id", "must be a non-empty string")
+    check_text(example.id, where, "id")
     _validate_parts(example.prompt, where, "prompt")
     count, dimensions = len(example.candidates), example.dimensions
-    _check_count(example.candidates, where)
+    check_count(example.candidates, where)
     for index, candidate in enumerate(example.candidates):
         _validate_parts(candidate.parts, where, f"candidates[{index}].parts")
         critique = candidate.critique
-        if critique is not None and (not isinstance(critique, str) or not critique.strip()):
-            raise field_error(
-                where, f"candidates[{index}].critique", "must be a non-empty string or absent"
-            )
+        if critique is not None:
+            blank = isinstance(critique, str) and not critique.strip()
+            field, words = f"candidates[{index}].critique", "a non-empty string or absent"
+            check_text("" if blank else critique, where, field, words)
     if not dimensions or len(set(dimensions)) != len(dimensions):
         raise field_error(where, "dimensions", "must be distinct names, at least one")
+    for name in dimensions:
+        check_text(name, where, "dimensions", "distinct names, at least one")
     shape = (count, count, len(dimensions))
     for name in ("preference", "weight"):
         found = np.shape(getattr(example, name))
@@ -116,8 +105,12 @@ def validate(example: PreferenceExample, where: str) -> None:
     _validate_labels(example.preference, example.weight, where)
 
 
-def _check_count(candidates: Sequence[Candidate], where: str) -> None:
-    """One candidate alone can teach by its critique only."""
+def check_count(candidates: Sequence[Candidate], where: str) -> None:
+    """One candidate alone can teach by its critique only.
+
+    Raises:
+        RecordError: there are too few.
+    """
     count = len(candidates)
     if count < 2 and not any(candidate.critique for candidate in candidates):
         raise field_error(
@@ -161,117 +154,9 @@ def _validate_parts(parts: Sequence[Part], where: str, field: str) -> None:
         raise field_error(where, field, "is empty: give at least one text or image")
     for index, part in enumerate(parts):
         if isinstance(part, Text):
-            if not isinstance(part.text, str) or not part.text:
-                raise field_error(where, f"{field}[{index}].text", "must be a non-empty string")
+            check_text(part.text, where, f"{field}[{index}].text")
         elif not isinstance(part, Image) or not isinstance(part.data, bytes) or not part.data:
             raise field_error(where, f"{field}[{index}]", "must be a text or an image with data")
-
-
-# JSON
-
-
-def parse_json(
-    obj: Any,
-    read_image: Callable[[str], bytes],
-    where: str,
-    *,
-    default_id: str | None = None,
-) -> PreferenceExample:
-    """Turn one JSON object (see the top of this file) into a validated example.
-
-    Args:
-        read_image: image name -> encoded bytes, e.g. `pictures.image_reader(folder)`.
-        where: 'file:line', the beginning of every message.
-        default_id: id of an object without one; default: `where`.
-
-    Reward dimensions: `named_dimensions`, else ('overall',).
-
-    Labels, one of: `ranks` (1 = best, equal = tie), `scores` (larger = better), each a list of K
-    numbers or {dimension: list}, null = unlabelled; or `preference` [K][K] or [K][K][R]. `weight`
-    is a number, [K][K] or [K][K][R]. No label at all: every candidate needs a critique.
-
-    Raises:
-        UserError: one line that names file, line and field.
-    """
-    check_type(obj, dict, where, "(whole line)", "an object")
-    if "critique" in obj:
-        raise field_error(
-            where, "critique", "is comparative (it stands beside the candidates); give one critique"
-            " per candidate, as candidates[i].critique, about that candidate alone",
-        )  # fmt: skip
-    check_keys(obj, _EXAMPLE_KEYS, ("prompt", "candidates"), where, "")
-    prompt = _parse_parts(obj["prompt"], read_image, where, "prompt")
-    check_type(obj["candidates"], list, where, "candidates", "a list")
-    candidates = tuple(
-        _parse_candidate(value, read_image, where, f"candidates[{index}]")
-        for index, value in enumerate(obj["candidates"])
-    )
-    _check_count(candidates, where)
-    if obj.get("dimensions") is not None:
-        check_type(obj["dimensions"], list, where, "dimensions", "a list of names")
-        for name in obj["dimensions"]:
-            check_type(name, str, where, "dimensions", "a list of names")
-    names = named_dimensions(obj) or DEFAULT_DIMENSIONS
-    preference, weight = parse_labels(obj, len(candidates), names, where)
-    if not weight.any() and not all(candidate.critique for candidate in candidates):
-        raise field_error(
-            where, "ranks", "no labels: give 'ranks', 'scores' or 'preference' (or a critique for"
-            " every candidate)",
-        )  # fmt: skip
-    name = obj.get("id", where if default_id is None else default_id)
-    check_type(name, str, where, "id", "a string")
-    example = PreferenceExample(name, prompt, candidates, preference, weight, names)
-    validate(example, where)
-    return example
-
-
-def _parse_candidate(value: Any, read_image, where: str, field: str) -> Candidate:
-    if not isinstance(value, dict) or "text" in value or "image" in value:
-        return Candidate(_parse_parts(value, read_image, where, field))
-    check_keys(value, _CANDIDATE_KEYS, ("parts",), where, field)
-    critique, score_line = value.get("critique"), value.get("score_line", False)
-    if critique is not None:
-        check_type(critique, str, where, f"{field}.critique", "a string")
-    check_type(score_line, bool, where, f"{field}.score_line", "true or false")
-    parts = _parse_parts(value["parts"], read_image, where, f"{field}.parts")
-    return Candidate(parts, critique, score_line)
-
-
-def _parse_parts(value: Any, read_image, where: str, field: str) -> tuple[Part, ...]:
-    if isinstance(value, (str, dict)):
-        value = [value]
-    check_type(value, list, where, field, "text or a list of parts")
-    parts = []
-    for index, part in enumerate(value):
-        name = f"{field}[{index}]"
-        if isinstance(part, str):
-            part = {"text": part}
-        check_type(part, dict, where, name, 'a string, {"text": ...} or {"image": ...}')
-        check_keys(part, ("text", "image"), (), where, name)
-        if len(part) != 1:
-            raise field_error(where, name, "needs exactly one of 'text' and 'image'")
-        ((kind, content),) = part.items()
-        check_type(content, str, where, f"{name}.{kind}", "a string")
-        if kind == "text":
-            parts.append(Text(content))
-            continue
-        try:
-            parts.append(Image(read_image(content)))
-        except RecordError as error:
-            raise field_error(where, f"{name}.image", str(error), error.kind) from error
-    return tuple(parts)
-
-
-def named_dimensions(obj: Mapping[str, Any]) -> tuple[str, ...]:
-    """Reward dimensions that a line of JSON names: its `dimensions`, else the names in `scores` or
-    `ranks`, else 'overall' where it has labels without names, else none."""
-    names = obj.get("dimensions")
-    if names is not None:
-        right = isinstance(names, list) and all(isinstance(name, str) for name in names)
-        return tuple(names) if right else ()
-    labels = [obj[key] for key in _LABELS if obj.get(key) is not None]
-    named = [tuple(value) for value in labels if isinstance(value, dict) and value]
-    return named[0] if named else DEFAULT_DIMENSIONS if labels else ()
 
 
 def in_dimensions(example: PreferenceExample, dimensions: tuple[str, ...]) -> PreferenceExample:

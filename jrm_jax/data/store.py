@@ -14,7 +14,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jrm_jax import disk
 from jrm_jax.data.schema import PreferenceExample, to_record
@@ -121,39 +121,97 @@ class Shards:
 
     def describe(self, dimensions: Sequence[str], manifest: Mapping[str, Any]) -> None:
         """Write TFDS's description and ours; the folder can be read afterwards."""
-        import tensorflow_datasets as tfds
-        from tensorflow_datasets.core import naming
-
-        identity = tfds.core.DatasetIdentity(
-            name=self.name, version="1.0.0", data_dir=str(self.folder), module_name=__name__
-        )
-        info = tfds.core.DatasetInfo(
-            builder=identity,
-            features=_features(),
-            description="Groups of candidates with preferences and critiques, for jrm_jax.",
-        )
-        info.set_file_format(_FORMAT)
-        splits = []
-        for split, shards in self.done.items():
-            template = naming.ShardedFileTemplate(
-                dataset_name=self.name,
-                data_dir=str(self.folder),
-                split=split,
-                filetype_suffix=_FORMAT,
-                template=_SHARD_NAME,
-            )
-            splits.append(
-                tfds.core.SplitInfo(
-                    name=split,
-                    shard_lengths=[n for n, _ in shards],
-                    num_bytes=sum(size for _, size in shards),
-                    filename_template=template,
-                )
-            )
-        info.set_splits(tfds.core.splits.SplitDict(splits))
-        info.write_to_directory(str(self.folder))
+        splits = {
+            split: ([n for n, _ in shards], sum(size for _, size in shards))
+            for split, shards in self.done.items()
+        }
+        _describe(self.folder, self.name, splits)
         content = {"dimensions": list(dimensions), "counts": self.counts, **manifest}
         (self.folder / MANIFEST).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _describe(folder: Path, name: str, splits: Mapping[str, tuple[Sequence[int], int]]) -> None:
+    """TFDS's own description. splits: {split: (examples of each shard, bytes)}."""
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core import naming
+
+    identity = tfds.core.DatasetIdentity(
+        name=name, version="1.0.0", data_dir=str(folder), module_name=__name__
+    )
+    info = tfds.core.DatasetInfo(
+        builder=identity,
+        features=_features(),
+        description="Groups of candidates with preferences and critiques, for jrm_jax.",
+    )
+    info.set_file_format(_FORMAT)
+    found = []
+    for split, (lengths, size) in splits.items():
+        template = naming.ShardedFileTemplate(
+            dataset_name=name,
+            data_dir=str(folder),
+            split=split,
+            filetype_suffix=_FORMAT,
+            template=_SHARD_NAME,
+        )
+        found.append(
+            tfds.core.SplitInfo(
+                name=split, shard_lengths=lengths, num_bytes=size, filename_template=template
+            )
+        )
+    info.set_splits(tfds.core.splits.SplitDict(found))
+    info.write_to_directory(str(folder))
+
+
+class Existing(NamedTuple):
+    """A prepared data set to which splits are to be added. name: TFDS's, part of file names."""
+
+    path: Path
+    name: str
+    dimensions: tuple[str, ...]
+
+
+def check_splits(path: Path, splits: Sequence[str]) -> Existing | None:
+    """The data set that lies there; None where nothing does.
+
+    Raises:
+        UserError: something else lies there, or a data set that has one of these splits.
+    """
+    if not path.exists():
+        return None
+    try:
+        manifest, name = read_manifest(path), _builder(path).info.name
+    except UserError as error:
+        raise UserError(f"{path} exists already: choose another --out ({error})") from error
+    there = [split for split in splits if split in manifest["counts"]]
+    if there:
+        words = f"{path} exists already and has the split {there[0]!r}"
+        raise UserError(f"{words}: remove it, or choose another --out or --split")
+    return Existing(path, name, tuple(manifest["dimensions"]))
+
+
+def add_splits(path: Path, folder: Path, files: Mapping[str, str]) -> None:
+    """Move the splits of one data set into another; `path` is whole at any moment, and what was
+    begun can be done again.
+
+    Args:
+        files: what else of `folder` is to move, with its new name.
+    """
+    new, old = read_manifest(folder), read_manifest(path)
+    splits = {}
+    for place in (path, folder):
+        info = _builder(place).info
+        splits |= {s.name: (s.shard_lengths, s.num_bytes) for s in info.splits.values()}
+    for shard in sorted(folder.glob(f"*.{_FORMAT}-*")):
+        os.replace(shard, path / shard.name)
+    for name, moved in files.items():
+        os.replace(folder / name, path / moved)
+    _describe(folder, info.name, splits)
+    os.replace(folder / "dataset_info.json", path / "dataset_info.json")
+    old["counts"] |= new["counts"]
+    old.setdefault("added", []).append(new)
+    (folder / MANIFEST).write_text(json.dumps(old, indent=2) + "\n")
+    os.replace(folder / MANIFEST, path / MANIFEST)
+    shutil.rmtree(folder)
 
 
 def check_absent(path: Path) -> None:
@@ -254,10 +312,23 @@ def open_dataset(path: str | Path) -> dict[str, Any]:
         UserError: no prepared data set there, or one that cannot be read.
     """
     read_manifest(path)
+    try:
+        return dict(_builder(path).as_data_source())
+    except UserError:
+        raise
+    except Exception as error:  # as in `_builder`
+        raise _unreadable(path, error) from error
+
+
+def _builder(path: str | Path) -> Any:
     import tensorflow_datasets as tfds
 
     try:
-        return dict(tfds.builder_from_directory(str(path)).as_data_source())
+        return tfds.builder_from_directory(str(path))
     except Exception as error:  # tfds raises many kinds, all meaning the same here
-        detail = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} cannot be read as a TFDS data set ({detail})") from error
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: str | Path, error: Exception) -> UserError:
+    detail = " ".join(str(error).split())[:200]
+    return UserError(f"{path} cannot be read as a TFDS data set ({detail})")

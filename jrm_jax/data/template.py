@@ -21,7 +21,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from jrm_jax.data.images import Processor
+from jrm_jax.data.processor import Processor
 from jrm_jax.data.schema import Image, Part
 from jrm_jax.errors import UserError
 

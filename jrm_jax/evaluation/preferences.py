@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from jrm_jax.data.ingest.rows import is_place
-from jrm_jax.data.schema import Image, PreferenceExample, from_record, parse_json
+from jrm_jax.data.parsing import parse_json
+from jrm_jax.data.schema import Image, PreferenceExample, from_record
 from jrm_jax.data.store import MANIFEST, open_dataset
 from jrm_jax.errors import UserError
 from jrm_jax.evaluation import files

@@ -26,6 +26,7 @@ import numpy as np
 from jrm_jax import build, sharding
 from jrm_jax.data.encode import EncodedExample
 from jrm_jax.data.images import to_rgb
+from jrm_jax.data.picture_names import read_named, short
 from jrm_jax.data.pipeline import assemble_batch
 from jrm_jax.data.plan import Bucket
 from jrm_jax.data.schema import Candidate, Image, Part, Text
@@ -35,7 +36,7 @@ from jrm_jax.serving.generate import make_generate
 from jrm_jax.serving.trained import Trained, load_trained, scale
 from jrm_jax.step import make_score_step, make_state_step
 
-Picture = Any  # path, encoded bytes, PIL image, or uint8 array [h, w, 3]
+Picture = Any  # path, data: URI, encoded bytes, PIL image, or uint8 array [h, w, 3]
 TOKENS = 16  # token slots are rounded up to steps of this
 
 
@@ -258,7 +259,7 @@ class RewardModel:
         named: list[tuple[str, bytes]] = []
 
         def read(picture: Picture, name: str) -> Image:
-            label = f"{name} ({picture})" if isinstance(picture, str | Path) else name
+            label = f"{name} ({short(str(picture))})" if isinstance(picture, str | Path) else name
             try:
                 named.append((f"{where}{label}", read_picture(picture)))
             except (ValueError, OSError) as error:
@@ -314,7 +315,7 @@ def read_picture(picture: Picture) -> bytes:
     if isinstance(picture, bytes):
         return picture
     if isinstance(picture, str | Path):
-        return Path(picture).read_bytes()
+        return read_named(str(picture))
     import PIL.Image
 
     if isinstance(picture, np.ndarray):

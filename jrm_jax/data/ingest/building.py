@@ -17,7 +17,6 @@ import fcntl
 import hashlib
 import json
 import os
-import pickle
 import shutil
 import sqlite3
 from collections import Counter
@@ -26,9 +25,12 @@ from pathlib import Path
 from typing import Any
 
 from jrm_jax.data import store
+from jrm_jax.data.images import has_deep_channels
 from jrm_jax.data.ingest import card
 from jrm_jax.data.ingest.layout import Layout, Member, Options, Problems, Result
-from jrm_jax.data.ingest.rows import find, read_rows
+from jrm_jax.data.ingest.rows import NoRows, find, read_rows
+from jrm_jax.data.ingest.texts import printable
+from jrm_jax.data.ingest.waiting import Waiting
 from jrm_jax.data.schema import (
     DEFAULT_DIMENSIONS,
     Image,
@@ -39,14 +41,13 @@ from jrm_jax.data.schema import (
 from jrm_jax.errors import RecordError, UserError
 
 VERSION = 2  # raise it when the same files give other data sets
-STATE, LOCK, PROBLEMS = "state.sqlite", "lock", "problems.txt"
-WAITING_BYTES = 128 * 2**20  # of rows in memory that wait for the others of their group
+STATE, LOCK = "state.sqlite", "lock"
+DEEP = "picture with more than 8 bits a channel (scaled to 8)"
+CARD, PROBLEMS = "README.md", "problems.txt"
 _TABLES = """
 CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value TEXT);
 CREATE TABLE IF NOT EXISTS groups (key TEXT PRIMARY KEY, rows INTEGER, label TEXT, differs INTEGER)
     WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS waiting (key TEXT, number INTEGER, content BLOB);
-CREATE INDEX IF NOT EXISTS waiting_key ON waiting (key);
 CREATE TABLE IF NOT EXISTS problems (kept INTEGER, kind TEXT, detail TEXT);
 """
 
@@ -58,17 +59,19 @@ def build(
     options: Options,
     progress: Callable[[str, int, int, Counter], None] = lambda *_: None,
 ) -> Result:
-    """Write the data set `out`; goes on where an earlier call with the same arguments was stopped.
+    """Write the data set `out`, or add splits to it; goes on where an earlier call with the same
+    arguments was stopped.
 
     Args:
         name: of the layout, for the card and for messages.
         progress: called now and then with (what is done, rows done, rows there are, counts).
 
     Raises:
-        UserError: `out` exists, a file cannot be read, a bad row (see `Options`), no usable row,
-            or a half-made data set of other files lies there.
+        UserError: `out` exists and has the split, a file cannot be read, a bad row (see `Options`),
+            no usable row, or a half-made data set of other files lies there.
     """
-    store.check_absent(out)
+    splits = (options.split, "valid") if options.valid_fraction else (options.split,)
+    base = store.check_splits(out, splits)
     files = find(source, layout.suffixes)
     folder = out.with_name(f"{out.name}.building")
     with store.disk_errors(out):
@@ -78,10 +81,9 @@ def build(
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 raise UserError(f"{folder} is being written by another process") from error
-            work = _Work(layout, name, files, folder, options, progress)
+            work = _Work(layout, name, files, folder, options, progress, base)
             try:
                 result = work.run(source)
-                folder.rename(out)
             except BaseException as error:
                 work.close()
                 if isinstance(error, sqlite3.OperationalError):
@@ -93,29 +95,36 @@ def build(
                     raise UserError(words) from error
                 shutil.rmtree(folder, ignore_errors=True)
                 raise
-    work.close()
-    for left in (STATE, LOCK):
-        (out / left).unlink(missing_ok=True)
-    return result
+            work.close()
+            texts = {CARD: CARD, PROBLEMS: PROBLEMS}
+            if base is None:
+                folder.rename(out)
+            else:
+                added = "-".join(result.counts)
+                texts = {CARD: f"README-{added}.md", PROBLEMS: f"problems-{added}.txt"}
+                store.add_splits(out, folder, texts)
+        for left in (STATE, LOCK):
+            (out / left).unlink(missing_ok=True)
+    return result._replace(listed=out / texts[PROBLEMS])
 
 
 class _Work:
     """One build: its state on the disk, and the rows that wait in memory."""
 
-    def __init__(self, layout, name, files, folder, options, progress):
+    def __init__(self, layout, name, files, folder, options, progress, base):
         self.layout, self.name, self.files, self.folder = layout, name, files, folder
-        self.options, self.progress = options, progress
+        self.options, self.progress, self.base = options, progress, base
         self.state = sqlite3.connect(folder / STATE, isolation_level=None)
         self.state.executescript(_TABLES)
         self._check_fingerprint()
         self.shards = store.Shards(
-            folder, "preferences", self._get("shards", {}), options.shard_examples
-        )
+            folder, base.name if base else "preferences", self._get("shards", {}),
+            options.shard_examples,
+        )  # fmt: skip
         self.counts = Counter(self._get("counts", {}))
         self.dimensions = tuple(self._get("dimensions", ()))
         self.problems = Problems(self.state, options.skip_bad, self.counts)
-        self.waiting: dict[str, list[tuple[int, Member]]] = {}
-        self.waiting_bytes = 0
+        self.waiting = Waiting(self.state)
 
     def close(self) -> None:
         self.shards.abandon()
@@ -131,7 +140,7 @@ class _Work:
 
     def _check_fingerprint(self) -> None:
         facts = [VERSION, self.name, *self.options._replace(skip_bad=None)]
-        facts.append(repr(self.layout))
+        facts += [repr(self.layout), self.base and self.base.dimensions]
         facts += [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in self.files]
         digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
         if self._get("fingerprint", digest) != digest:
@@ -152,6 +161,8 @@ class _Work:
                 self._commit(number + 1)
             if number % 64 == 0:
                 self.progress("writing", number, sum(total), self.counts)
+        for key in self.waiting.keys():  # of groups one of whose rows could not be read
+            self._emit(self.waiting.take(key))
         self._commit(sum(total))
         return self._finish(source, sum(total))
 
@@ -162,7 +173,7 @@ class _Work:
         rows_of_files, done, named = [], 0, {}
         for file in self.files:
             count = 0
-            for where, row in read_rows(file, self.layout.columns):
+            for where, row in self._read(file, self.layout.columns):
                 count += 1
                 if isinstance(row, UserError):
                     continue  # told in the second pass
@@ -183,19 +194,44 @@ class _Work:
             rows_of_files.append(count)
             done += count
         if not done:
-            raise UserError(f"{self.files[0]}: no usable record (the file is empty)")
+            raise self._nothing(self.files[0], " (the file is empty)")
         self.dimensions = tuple(named) or DEFAULT_DIMENSIONS
+        if self.base:
+            more = [name for name in named if name not in self.base.dimensions]
+            if more:
+                raise UserError(
+                    f"{self.base.path} has the dimensions {', '.join(self.base.dimensions)}, these"
+                    f" files also {', '.join(more)}: build them as a data set of their own"
+                )
+            self.dimensions = self.base.dimensions
         self._set(**{"rows of files": rows_of_files, "dimensions": self.dimensions})
         self.state.execute("COMMIT")
 
     def _rows(self, total: Sequence[int], position: int) -> Iterator[tuple[int, str, Any]]:
         first = 0
         for file, count in zip(self.files, total, strict=True):
-            if position < first + count:
-                skip = max(0, position - first)
-                for number, (where, row) in enumerate(read_rows(file, None, skip), first + skip):
+            if count and position < first + count:
+                number = max(first, position)
+                for where, row in self._read(file, None, number - first):
                     yield number, where, row
+                    number += 1
+                if number != first + count:
+                    raise UserError(f"{printable(file)} has changed while it was read: begin anew")
             first += count
+
+    def _read(
+        self, file: Path, columns: Any, skip: int = 0
+    ) -> Iterator[tuple[str, dict[str, Any] | UserError]]:
+        """`read_rows`; where a file cannot be read on, the error is its last row. Of several files
+        one that is no list of rows is passed over."""
+        try:
+            yield from read_rows(file, columns, skip)
+        except NoRows as error:
+            if len(self.files) == 1:
+                raise
+            self.problems.note("JSON file that holds no list of rows (passed over)", str(error))
+        except UserError as error:
+            yield printable(file), RecordError(str(error), "file that cannot be read on")
 
     def _take(self, number: int, where: str, row: dict[str, Any] | UserError) -> None:
         self.problems.left.clear()
@@ -219,34 +255,8 @@ class _Work:
                 self.problems.note("id with contradicting labels", f"{where}: {key}")
             self._emit([(where, row)])
             return
-        self.waiting.setdefault(key, []).append((number, (where, row)))
-        self.waiting_bytes += _size(row)
-        found = self.state.execute(
-            "SELECT count(*) FROM waiting WHERE key = ?", (key,)
-        ).fetchone()[0]
-        if found + len(self.waiting[key]) == wanted:
-            self._emit(self._gather(key, found))
-        elif self.waiting_bytes > WAITING_BYTES:
-            self._spill()
-
-    def _gather(self, key: str, found: int) -> list[Member]:
-        """The rows of a complete group in the order of the files."""
-        members = self.waiting.pop(key)
-        self.waiting_bytes -= sum(_size(row) for _, (_, row) in members)
-        if found:
-            stored = self.state.execute("SELECT content FROM waiting WHERE key = ?", (key,))
-            members += [pickle.loads(content) for (content,) in stored]
-            self.state.execute("DELETE FROM waiting WHERE key = ?", (key,))
-        return [member for _, member in sorted(members, key=lambda item: item[0])]
-
-    def _spill(self) -> None:
-        """Waiting rows go to the disk."""
-        for key, members in self.waiting.items():
-            self.state.executemany(
-                "INSERT INTO waiting VALUES (?, ?, ?)",
-                [(key, member[0], pickle.dumps(member, 5)) for member in members],
-            )
-        self.waiting, self.waiting_bytes = {}, 0
+        if self.waiting.add(key, number, (where, row)) == wanted:
+            self._emit(self.waiting.take(key))
 
     def _emit(self, members: list[Member]) -> None:
         try:
@@ -256,8 +266,11 @@ class _Work:
                 self.problems.leave(where, error)
             return
         for example in examples:
+            assert set(example.dimensions) <= set(self.dimensions)  # `layout.dimensions` named all
             example = in_dimensions(example, self.dimensions)
             record, split = to_record(example), self._split(example)
+            for data in filter(has_deep_channels, record["images"]):
+                self.problems.note(DEEP, f"{members[0][0]}: {len(data):,} bytes")
             self.shards.add(split, record)
             card.count(self.counts, split, example, record)
 
@@ -273,15 +286,17 @@ class _Work:
         return "valid" if chosen else self.options.split
 
     def _commit(self, position: int) -> None:
-        self._spill()
+        self.waiting.spill()
         self.shards.close_files()
         self._set(shards=self.shards.done, counts=self.counts, position=position)
         self.state.execute("COMMIT")
         self.state.execute("BEGIN")
 
+    def _nothing(self, source: Path, why: str = "") -> UserError:
+        first = self.state.execute("SELECT detail FROM problems LIMIT 1").fetchone()
+        return UserError(f"{source}: no usable record{f'; first: {first[0]}' if first else why}")
+
     def _finish(self, source: Path, rows: int) -> Result:
-        if self.state.execute("SELECT count(*) FROM waiting").fetchone()[0]:
-            raise RuntimeError("rows wait for others that do not come: the files have changed")
         kinds = {
             kept: dict(self.state.execute(
                 "SELECT kind, count(*) FROM problems WHERE kept = ? GROUP BY kind ORDER BY kind",
@@ -291,9 +306,7 @@ class _Work:
         }  # fmt: skip
         counts = self.shards.counts
         if not counts:
-            first = self.state.execute("SELECT detail FROM problems LIMIT 1").fetchone()
-            detail = f"; first: {first[0]}" if first else ""
-            raise UserError(f"{source}: no usable record{detail}")
+            raise self._nothing(source)
         if self.options.valid_fraction and len(counts) < 2:
             raise UserError(
                 f"--valid_fraction={self.options.valid_fraction} puts all {sum(counts.values())}"
@@ -305,21 +318,9 @@ class _Work:
                 file.write(f"{'kept' if kept else 'left out'}\t{kind}\t{detail}\n")
         self.shards.describe(self.dimensions, {"layout": self.name, "source": str(source),
                                                "rows": rows, "left_out": kinds[0]})  # fmt: skip
-        sizes = [(file, os.stat(file).st_size) for file in self.files]
+        sizes = [(printable(file), os.stat(file).st_size) for file in self.files]
         text = card.text(self.name, sizes, self.options, result, self.counts)
-        (self.folder / "README.md").write_text(text, encoding="utf-8")
+        (self.folder / CARD).write_text(text, encoding="utf-8")
         self.state.execute("COMMIT")
         return result
 
-
-def _size(row: dict[str, Any]) -> int:
-    """Bytes of a row, about."""
-    total = 0
-    for value in row.values():
-        if isinstance(value, dict):
-            total += _size(value)
-        elif isinstance(value, list):
-            total += sum(_size(v) if isinstance(v, dict) else len(str(v)) for v in value)
-        else:
-            total += len(value) if isinstance(value, bytes | str) else 50
-    return total + 200

@@ -37,7 +37,7 @@ def count(
 
 
 def text(
-    layout: str, files: Sequence[tuple[Path, int]], options: Any, result: Any, counts: Counter
+    layout: str, files: Sequence[tuple[str, int]], options: Any, result: Any, counts: Counter
 ) -> str:
     """The card in Markdown."""
     left = sum(result.left.values())
@@ -47,7 +47,7 @@ def text(
         f"Prepared by `python -m jrm_jax.data.builders {layout}` from {len(files)} files"
         f" ({sum(size for _, size in files):,} bytes):",
         "",
-        *(f"- `{path.name}` ({size:,} bytes)" for path, size in files[:20]),
+        *(f"- `{Path(name).name}` ({size:,} bytes)" for name, size in files[:20]),
         *(["- ..."] if len(files) > 20 else []),
         "",
         f"{result.rows:,} rows were read: {result.rows - left:,} kept, {left:,} left out"

@@ -9,13 +9,12 @@ SpatialReward-Train's rows the card shows the key `image` alone, and names by ro
 from __future__ import annotations
 
 import json
-import math
 import re
 from typing import Any, NamedTuple
 
 from jrm_jax.data.ingest import regions, talks
 from jrm_jax.data.ingest.pictures import GroupPictures
-from jrm_jax.data.labels import check_type, field_error
+from jrm_jax.data.labels import check_type, field_error, finite
 
 LARGEST = 25  # of EditScore's scales
 SIDES = ("SC", "PQ")
@@ -126,16 +125,13 @@ def _answer(text: str, where: str) -> dict[str, Any]:
 
 
 def _two(value: Any, where: str, field: str) -> tuple[float, float]:
-    numbers = value if isinstance(value, list | tuple) else [value]
-    right = len(numbers) == 2 and all(
-        isinstance(n, int | float) and not isinstance(n, bool) and math.isfinite(n) for n in numbers
-    )
-    if not right:
+    numbers = [finite(n) for n in (value if isinstance(value, list | tuple) else [value])]
+    if len(numbers) != 2 or None in numbers:
         raise field_error(where, field, f"is {str(value)[:40]}, must be two numbers")
     if min(numbers) < 0 or max(numbers) > LARGEST:
         words = f"is {str(value)[:40]}, must be from 0 to {LARGEST}"
         raise field_error(where, field, words, "score out of its range")
-    return float(numbers[0]), float(numbers[1])
+    return numbers[0], numbers[1]
 
 
 def listed(row: dict[str, Any], names: tuple[str, ...], where: str) -> list:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from jrm_jax.data.labels import field_error
+from jrm_jax.data.labels import field_error, finite, read_flag, shown
 
 EDITREWARD = ("overall", "instruction_following", "visual_quality")
 VOTES = {"leftvote": 1.0, "rightvote": 0.0, "tie": 0.5, "tievote": 0.5}
@@ -61,12 +61,12 @@ def _scored(row: dict[str, Any], columns: Columns, where: str) -> Judgement:
         if (first is None) != (second is None):
             odd.append(("score of one edit of a pair only (not used)", f"{where}: {names[0]}"))
         scores.append((first, second))
-    vote = "tie" if row.get("tie_case") else row.get("vote_type")
+    vote = "tie" if read_flag(row.get("tie_case"), where, "tie_case") else row.get("vote_type")
     if vote in BOTH_BAD:
         odd.append(("both edits called bad (a tie)", where))
-    elif vote is not None and vote not in VOTES:
+    elif vote is not None and (not isinstance(vote, str) or vote not in VOTES):
         raise field_error(
-            where, "vote_type", f"is {vote!r}; known: {', '.join((*VOTES, *BOTH_BAD))}",
+            where, "vote_type", f"is {vote!r:.40}; known: {', '.join((*VOTES, *BOTH_BAD))}",
             "vote of an unknown kind",
         )  # fmt: skip
     if len(scores) == len(EDITREWARD) and vote is None:
@@ -140,7 +140,7 @@ def _stated(row: dict[str, Any], columns: Columns, where: str) -> Judgement:
     counts, confidence = row.get("choice_dist"), row.get("confidence")
     share, odd, weight = 1.0, [], 1.0
     if counts not in _ABSENT:
-        numbers = [_number(n) for n in counts] if isinstance(counts, list | tuple) else []
+        numbers = [finite(n) for n in counts] if isinstance(counts, list | tuple) else []
         if len(numbers) != 2 or None in numbers or min(numbers) < 0 or not sum(numbers):
             raise field_error(where, "choice_dist", f"is {str(counts)[:40]}, must be the votes for"
                               " both pictures")  # fmt: skip
@@ -148,7 +148,7 @@ def _stated(row: dict[str, Any], columns: Columns, where: str) -> Judgement:
         if numbers[0] < numbers[1]:
             odd.append(("more votes in the second place (path1 is the preferred one)", where))
     if confidence not in _ABSENT:
-        weight = _number(confidence)
+        weight = finite(confidence)
         if weight is None or not 0 < weight <= 1:
             raise field_error(where, "confidence", f"is {str(confidence)[:40]}, must be above 0 and"
                               " at most 1")  # fmt: skip
@@ -159,14 +159,10 @@ def _score(row: dict[str, Any], name: str, where: str) -> float | None:
     value = row.get(name)
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
-    if _number(value) is None:
-        raise field_error(where, name, f"is {value!r}, must be a number")
-    return float(value)
-
-
-def _number(value: Any) -> float | None:
-    right = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if right else None
+    number = finite(value)
+    if number is None:
+        raise field_error(where, name, f"is {shown(value)}, must be a number")
+    return number
 
 
 def _hub(source: str, first: str, second: str) -> Columns:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import sqlite3
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from jrm_jax.data import store
@@ -90,10 +91,11 @@ class Problems:
 
 
 class Result(NamedTuple):
-    """counts: groups per split. left, notes: {kind: how many}."""
+    """counts: groups per split. left, notes: {kind: how many}. listed: file that lists them all."""
 
     counts: dict[str, int]
     dimensions: tuple[str, ...]
     rows: int
     left: dict[str, int]
     notes: dict[str, int]
+    listed: Path = Path()

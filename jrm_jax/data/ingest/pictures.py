@@ -7,12 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jrm_jax.data.images import open_image
+from jrm_jax.data.images import SizeError, open_image
 from jrm_jax.data.labels import field_error
+from jrm_jax.data.picture_names import read_named, short
 from jrm_jax.errors import RecordError
 
 CHECKED = 4096  # names of pictures that a reader remembers
 MISSING, BROKEN = "picture that is missing", "picture that cannot be decoded"
+UNFIT = "picture of a size that no model can take"
+NAME = 256  # characters: a longer one is no name of a file
 
 
 def check_image(data: bytes, name: str) -> None:
@@ -23,12 +26,15 @@ def check_image(data: bytes, name: str) -> None:
     """
     try:
         open_image(data)
+    except SizeError as error:
+        raise RecordError(f"{name} is {error}; crop or remove it", UNFIT) from error
     except ValueError as error:
         raise RecordError(f"{name} is {error}; replace or remove it", BROKEN) from error
 
 
 def image_reader(folder: str | Path) -> Callable[[str], bytes]:
-    """read_image(name) -> file content, for names relative to `folder`; each is decoded once.
+    """read_image(name) -> file content, for names relative to `folder`, or the picture that a
+    data: URI or base64 holds; each is decoded once.
 
     Raises (when called):
         RecordError: the file is missing, unreadable, truncated, or not a picture.
@@ -38,7 +44,7 @@ def image_reader(folder: str | Path) -> Callable[[str], bytes]:
     def read(name: str) -> bytes:
         data = _content(root, name)
         if name not in checked:
-            check_image(data, f"image file {root / name}")
+            check_image(data, f"image file {short(str(root / name))}")
             if len(checked) == CHECKED:  # names need memory, too
                 checked.clear()
             checked.add(name)
@@ -48,12 +54,13 @@ def image_reader(folder: str | Path) -> Callable[[str], bytes]:
 
 
 def _content(root: Path, name: str) -> bytes:
-    path = root / name
     try:
-        return path.read_bytes()
+        return read_named(name, root)
     except OSError as error:
-        words = f"image file {path} cannot be read ({error.strerror})"
+        words = f"image file {short(str(root / name))} cannot be read ({error.strerror})"
         raise RecordError(words, MISSING) from error
+    except ValueError as error:
+        raise RecordError(f"picture {short(name)} is {error}", MISSING) from error
 
 
 def content_digest(folder: Path, value: Any, where: str, field: str) -> str:
@@ -80,9 +87,11 @@ def _encoded(value: Any, where: str, field: str) -> str | bytes:
 
 
 def picture_name(value: Any) -> str:
-    """What tells pictures apart before they are read: a file's name, or a digest of the bytes."""
+    """What tells pictures apart before they are read: a file's name, or a digest of the picture."""
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
+    if isinstance(value, str) and len(value) > NAME:
+        value = value.encode()
     return hashlib.sha256(value).hexdigest() if isinstance(value, bytes) else str(value or "")
 
 

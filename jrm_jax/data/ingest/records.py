@@ -8,22 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jrm_jax.data.chosen import SIDES, as_group
 from jrm_jax.data.ingest.layout import Member, Problems
 from jrm_jax.data.ingest.pictures import check_image, image_reader
 from jrm_jax.data.ingest.rows import SUFFIXES
-from jrm_jax.data.labels import check_type, field_error
-from jrm_jax.data.schema import (
-    PreferenceExample,
-    from_record,
-    named_dimensions,
-    parse_json,
-    validate,
-)
+from jrm_jax.data.labels import field_error, read_id
+from jrm_jax.data.parsing import named_dimensions, parse_json
+from jrm_jax.data.schema import PreferenceExample, from_record, validate
 from jrm_jax.errors import RecordError
 
+_MARK = "\0"  # no file's name begins so
 _LABELS = ("dimensions", "ranks", "scores", "preference", "weight")
 
 
@@ -36,16 +34,13 @@ class Records(NamedTuple):
 
     def columns(self, names: list[str]) -> list[str]:
         """Of parquet, what `key` and `label` need."""
-        return [name for name in names if name in ("id", "record", *_LABELS)]
+        return [name for name in names if name in ("id", "record", *_LABELS, *SIDES)]
 
     def key(self, row: dict[str, Any], where: str) -> str | None:
-        name = row.get("id")
-        if name is not None:
-            check_type(name, str, where, "id", "a string")
-        return name or None
+        return read_id(row.get("id"), where) or None
 
     def label(self, row: dict[str, Any]) -> str:
-        said = row.get("record") or {name: row.get(name) for name in _LABELS}
+        said = row.get("record") or {name: row.get(name) for name in (*_LABELS, *SIDES)}
         return hashlib.sha256(json.dumps(said, default=str).encode()).hexdigest()[:16]
 
     def dimensions(self, row: dict[str, Any]) -> tuple[str, ...]:
@@ -61,7 +56,7 @@ class Records(NamedTuple):
         if "record" in row and "images" in row:
             return [_prepared(row, where)]
         pictures: dict[str, bytes] = {}
-        plain = _plain(row, pictures)
+        plain = _plain(as_group(row, where), pictures)
         read = image_reader(self.folder)
 
         def picture(name: str) -> bytes:
@@ -70,7 +65,10 @@ class Records(NamedTuple):
             check_image(pictures[name], "the picture")
             return pictures[name]
 
-        return [parse_json(plain, picture, where)]
+        return [parse_json(plain, picture, where, is_file=self._is_file)]
+
+    def _is_file(self, name: str) -> bool:
+        return name.startswith(_MARK) or os.path.isfile(self.folder / name)
 
 
 def _plain(value: Any, pictures: dict[str, bytes]) -> Any:
@@ -82,7 +80,7 @@ def _plain(value: Any, pictures: dict[str, bytes]) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item, pictures) for item in value]
     if isinstance(value, bytes):
-        name = f"\0{len(pictures)}"  # no file has such a name
+        name = f"{_MARK}{len(pictures)}"
         pictures[name] = value
         return name
     return value

@@ -5,26 +5,37 @@ Nothing is held but the row at hand (of parquet: a few rows), however large a fi
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from jrm_jax.errors import UserError
+from jrm_jax.data.ingest.delimited import read_cells
+from jrm_jax.data.ingest.texts import check_row, open_text, printable
+from jrm_jax.data.labels import shown
+from jrm_jax.errors import RecordError, UserError
 
 SUFFIXES = (".json", ".jsonl", ".parquet", ".arrow")
-# what the `datasets` library writes beside the rows of a folder that it saved
-NO_ROWS = re.compile(r"state\.json|dataset_infos?\.json|dataset_dict\.json|cache-.*\.arrow")
-_PLACE = re.compile(r".+\.(json|jsonl|parquet|arrow|csv)(:\d+|\[\d+\])", re.DOTALL)
+_PLACE = re.compile(r".+\.(json|jsonl|parquet|arrow|csv|tsv)(:\d+|\[\d+\])", re.DOTALL)
 Pick = Callable[[list[str]], list[str]]
 _BLOCK = 1 << 16  # characters
 _BATCH = 16  # rows of parquet
+_WORD = 16  # characters: longer than any word of JSON, which the end of a block may cut
+# what the `datasets` library, TFDS and this project write beside the rows of a folder
+NO_ROWS = re.compile(
+    r"state\.json|dataset_infos?\.json|dataset_dict\.json|features\.json|jrm_jax\.json|cache-.*\.arrow"
+)
+
+
+class NoRows(UserError):
+    """A JSON file whose content is no list."""
 
 
 def find(path: str | Path, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
     """The file itself, or all of a folder's files of these kinds, sorted.
+
+    Hidden files and folders are passed over, and what tools write about themselves.
 
     Raises:
         UserError: there are none.
@@ -32,12 +43,16 @@ def find(path: str | Path, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
     path = Path(path)
     if path.is_file():
         return [path]
-    there = sorted(p for p in path.rglob("*") if p.suffix in suffixes) if path.is_dir() else []
-    found = [p for p in there if not NO_ROWS.fullmatch(p.name)]
+    found = []
+    for file in path.rglob("*") if path.is_dir() else ():
+        parts = file.relative_to(path).parts
+        hidden = any(part.startswith(".") or part == "__MACOSX" for part in parts)
+        if file.suffix.lower() in suffixes and not hidden and not NO_ROWS.fullmatch(file.name):
+            found += [file] if file.is_file() else []
     if not found:
         what = "holds none of" if path.is_dir() else "is not there; expected one of"
         raise UserError(f"{path} {what} {', '.join('*' + s for s in suffixes)}")
-    return found
+    return sorted(found)
 
 
 def read_rows(
@@ -53,20 +68,29 @@ def read_rows(
         skip: rows at the beginning that are not wanted.
 
     Raises:
-        UserError: a file that cannot be read on.
+        UserError: a file that cannot be read on; `NoRows`: one that holds no list.
     """
-    readers = {".parquet": _parquet, ".arrow": _arrow, ".jsonl": _lines, ".csv": _csv}
-    rows = readers.get(path.suffix, _json_list)(path, columns, skip)
+    readers = {
+        ".parquet": _parquet, ".arrow": _arrow, ".jsonl": _lines, ".csv": read_cells,
+        ".tsv": read_cells,
+    }  # fmt: skip
+    rows = readers.get(path.suffix.lower(), _json_list)(path, columns, skip)
     try:
         for where, row in rows:
-            if not isinstance(row, dict | UserError):
-                found = "null" if row is None else json.dumps(row)[:40]
+            if isinstance(row, dict):
+                try:
+                    check_row(row, where)
+                except RecordError as error:
+                    row = error
+            elif not isinstance(row, UserError):
+                found = "a list" if isinstance(row, list) else shown(row)
                 row = UserError(f"{where}: field '(whole row)': is {found}, must be an object")
             yield where, row
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror or error})") from error
+        words = f"{printable(path)} cannot be read ({error.strerror or error})"
+        raise UserError(words) from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error})") from error
+        raise UserError(f"{printable(path)} is no text ({error}): save it as UTF-8") from error
 
 
 def is_place(name: str) -> bool:
@@ -75,62 +99,71 @@ def is_place(name: str) -> bool:
 
 
 def _lines(path: Path, columns, skip: int) -> Iterator[tuple[str, Any]]:
-    count = 0
-    with path.open(encoding="utf-8") as lines:
+    count, name = 0, printable(path)
+    with open_text(path) as lines:
         for number, line in enumerate(lines, 1):
-            if not line.strip():
+            text = line.strip().lstrip("\ufeff")  # the mark may stand where files were joined
+            if not text:
                 continue
             count += 1
             if count <= skip:
                 continue
-            where = f"{path}:{number}"
+            where = f"{name}:{number}"
             try:
-                yield where, json.loads(line)
-            except ValueError as error:
+                yield where, json.loads(text)
+            except (ValueError, RecursionError) as error:
                 yield where, UserError(f"{where}: not JSON ({error})")
 
 
 def _json_list(path: Path, columns, skip: int) -> Iterator[tuple[str, Any]]:
     """Decodes entry by entry, and reads on whenever one is not complete."""
-    decoder = json.JSONDecoder()
-    with path.open(encoding="utf-8") as file:
+    decoder, name = json.JSONDecoder(), printable(path)
+    with open_text(path) as file:
         text = file.read(_BLOCK).lstrip()
         if text and text[0] != "[":
             kind = "an object" if text[0] == "{" else "no list"
-            raise UserError(f"{path} must hold a list of objects, is {kind}")
+            raise NoRows(f"{name} must hold a list of objects, is {kind}")
         text, index, ended = text[1:], 0, not text
         while True:
             rest = text = text.lstrip()
             if index and text.startswith(","):
                 rest = text[1:].lstrip()
             elif index and text and text[0] != "]":
-                raise UserError(f"{path} is not JSON (no comma before entry {index})")
+                raise UserError(f"{name} is not JSON (no comma before entry {index})")
             if rest.startswith("]"):
                 return
             try:
                 row, end = decoder.raw_decode(rest)
                 complete = end < len(rest)  # else a number may go on in the next block
-            except ValueError as error:
-                if ended:
-                    raise UserError(f"{path} is not JSON (entry {index}: {error})") from error
+            except (ValueError, RecursionError) as error:
+                if ended or _is_hopeless(error, rest):
+                    raise UserError(f"{name} is not JSON (entry {index}: {error})") from error
                 complete = False
             if not complete:
                 if ended:
-                    raise UserError(f"{path} is not JSON (the list has no end)")
+                    raise UserError(f"{name} is not JSON (the list has no end)")
                 # as much again as there is, so that a long entry is not decoded ever and ever
                 block = file.read(max(_BLOCK, len(text)))
                 text, ended = text + block, not block
                 continue
             text = rest[end:]
             if index >= skip:
-                yield f"{path}[{index}]", row
+                yield f"{name}[{index}]", row
             index += 1
+
+
+def _is_hopeless(error: Exception, text: str) -> bool:
+    """Whether more text cannot help: the error is not at the end, nor in an open string."""
+    if not isinstance(error, json.JSONDecodeError):
+        return True
+    return not error.msg.startswith("Unterminated") and error.pos < len(text) - _WORD
 
 
 def _parquet(path: Path, columns, skip: int) -> Iterator[tuple[str, Any]]:
     import pyarrow
     import pyarrow.parquet
 
+    name = printable(path)
     try:
         with pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
             names = columns(file.schema_arrow.names) if columns else None
@@ -147,30 +180,26 @@ def _parquet(path: Path, columns, skip: int) -> Iterator[tuple[str, Any]]:
                 batch_size=_BATCH, row_groups=groups, columns=names
             )
             for batch in batches:
-                for row in batch.to_pylist():
-                    if index >= skip:
-                        yield f"{path}[{index}]", row
-                    index += 1
+                yield from _rows_of(batch, name, index, skip)
+                index += batch.num_rows
     except pyarrow.ArrowException as error:
-        raise UserError(f"{path} is no readable parquet file ({error})") from error
+        raise UserError(f"{name} is no readable parquet file ({error})") from error
 
 
 def _arrow(path: Path, columns, skip: int) -> Iterator[tuple[str, Any]]:
     """Arrow IPC: the stream that `Dataset.save_to_disk` writes, or the file format."""
     import pyarrow
 
+    name = printable(path)
     try:
         with pyarrow.memory_map(str(path)) as source:
             index = 0
             for batch in _record_batches(source):
                 wanted = batch.select(columns(batch.schema.names)) if columns else batch
-                for start in range(max(0, skip - index), batch.num_rows, _BATCH):
-                    rows = wanted.slice(start, _BATCH).to_pylist()
-                    for place, row in enumerate(rows, index + start):
-                        yield f"{path}[{place}]", row
+                yield from _rows_of(wanted, name, index, skip)
                 index += batch.num_rows
     except pyarrow.ArrowException as error:
-        raise UserError(f"{path} is no readable Arrow file ({error})") from error
+        raise UserError(f"{name} is no readable Arrow file ({error})") from error
 
 
 def _record_batches(source) -> Iterator[Any]:
@@ -187,15 +216,13 @@ def _record_batches(source) -> Iterator[Any]:
     yield from stream
 
 
-def _csv(path: Path, columns, skip: int) -> Iterator[tuple[str, Any]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
-        for index, row in enumerate(reader):
-            if index < skip:
-                continue
-            where = f"{path}:{reader.line_num}"
-            if None in row or None in row.values():
-                heads = len(reader.fieldnames or ())
-                yield where, UserError(f"{where}: has not as many cells as the {heads} heads")
-            else:
-                yield where, row
+def _rows_of(batch: Any, name: str, first: int, skip: int) -> Iterator[tuple[str, Any]]:
+    """Rows of a record batch, the first of which is the file's row `first`."""
+    for number in range(max(0, skip - first), batch.num_rows):
+        where = f"{name}[{first + number}]"
+        try:
+            (row,) = batch.slice(number, 1).to_pylist()
+        except (ValueError, OverflowError) as error:  # text that is not UTF-8, a date out of range
+            kind = "row that cannot be read"
+            row = RecordError(f"{where}: cannot be read ({error})", kind)
+        yield where, row

@@ -6,11 +6,14 @@
 
 Columns: edit; source (may be empty: text to image) and instruction, or group, which then tells what
 belongs together; critique; and `score` (larger is better) or `rank` (1 is best), for more than one
-reward dimension `score_NAME` or `rank_NAME`. An empty cell is an unlabelled one.
+reward dimension `score_NAME` or `rank_NAME`. An empty cell is an unlabelled one. The delimiter may
+be a comma, a semicolon, a tab or |.
 """
 
 from __future__ import annotations
 
+import math
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +30,8 @@ from jrm_jax.data.schema import (
 )
 from jrm_jax.errors import UserError
 
+_MISSING = ("", "nan", "na", "n/a", "null", "none", "-")  # what tables write where nothing is
+_DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+")
 _KNOWN = ("source", "instruction", "edit", "group", "critique")
 
 
@@ -34,7 +39,7 @@ class Table(NamedTuple):
     """Layout. folder: where pictures' names lead."""
 
     folder: Path
-    suffixes: tuple[str, ...] = (".csv",)
+    suffixes: tuple[str, ...] = (".csv", ".tsv")
     columns: None = None
     gathers: bool = True
 
@@ -62,7 +67,7 @@ class Table(NamedTuple):
                 (row["instruction"], pictures(source, where, "source") if source else b""),
                 pictures(row["edit"], where, "edit"),
                 kind,
-                {name: _number(row, column, where) for name, column in columns.items()},
+                {name: _number(row, column, where, problems) for name, column in columns.items()},
                 row.get("critique", "").strip() or None,
             )
             if edits and edit.prompt != edits[0].prompt:
@@ -128,11 +133,20 @@ def _labels(row: dict[str, Any], where: str) -> tuple[str, dict[str, str]]:
     return next(iter(found.items())) if found else ("", {})
 
 
-def _number(row: dict[str, str], name: str, where: str) -> float | None:
+def _number(
+    row: dict[str, str], name: str, where: str, problems: Problems
+) -> float | None:
+    """None: unlabelled. A comma may be the decimal point, where it does not part the cells."""
     text = row[name].strip()
-    if not text:
+    if text.lower() in _MISSING:
+        if text:
+            detail = f"{where}: {name} is {text!r}"
+            problems.note("score or rank that is no number (that edit is unlabelled)", detail)
         return None
     try:
-        return float(text)
+        number = float(text.replace(",", ".") if _DECIMAL_COMMA.fullmatch(text) else text)
     except ValueError as error:
         raise field_error(where, name, f"is {text!r}, must be a number") from error
+    if not math.isfinite(number):
+        raise field_error(where, name, f"is {text!r}, must be a finite number")
+    return number

@@ -1,0 +1,140 @@
+"""Lines of JSON as the ecosystem writes pairs, in the form that `schema` reads.
+
+    {"instruction": "Make the cat white", "source": "cat.png", "chosen": "a.png",
+     "rejected": "b.png"}
+
+`prompt` or `conversations` may stand for `instruction`; they and the answers may be chat messages
+(`role` and `content`, or `from` and `value`), whose pictures without a name are those of `images`,
+in order. A list of answers holds several rejected (or chosen) ones. An answer that is a string is a
+picture where it ends like the name of one, else text. Fields that mean nothing here (models,
+categories) are passed over.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from jrm_jax.data.labels import field_error
+from jrm_jax.data.picture_names import ends_like_picture
+
+SIDES = ("chosen", "rejected")
+_ASKED = ("instruction", "prompt", "conversations")
+_SOURCES = ("source", "source_image", "source_img", "input_image", "input_images", "image")
+_KEPT = ("id", "weight", "dimensions")
+_KNOWN = (*SIDES, *_ASKED, *_SOURCES, "images", *_KEPT)
+_PLACE = "<image>"  # where a text of messages has the next of `images`
+_LIKE = 0.85  # share of equal letters from which an unknown field is a misspelt known one
+
+
+def as_group(obj: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """A pair as prompt, candidates and ranks; anything else as it is. Null fields are absent ones.
+
+    Raises:
+        RecordError: names the field that is missing or has another form.
+    """
+    if not isinstance(obj, dict) or "candidates" in obj or not set(SIDES) & set(obj):
+        return obj
+    obj = {name: value for name, value in obj.items() if value is not None}
+    for name in SIDES:
+        if name not in obj:
+            raise field_error(where, name, "is missing beside the other answer")
+    for name in obj:
+        close = difflib.get_close_matches(str(name), _KNOWN, 1, _LIKE)
+        if close and name not in _KNOWN:
+            raise field_error(where, str(name), f"is unknown; did you mean {close[0]!r}?")
+    asked = next((name for name in _ASKED if name in obj), None)
+    if asked is None:
+        raise field_error(where, "instruction", "is missing (or 'prompt')")
+    images = obj.get("images", [])
+    unnamed = iter(list(images) if isinstance(images, list) else [images])
+    read = _Reader(where, unnamed)
+    prompt = read.parts(obj[asked], asked, str)  # the schema's own rule for strings
+    for name in _SOURCES:
+        if name in obj:
+            several = obj[name] if isinstance(obj[name], list) else [obj[name]]
+            prompt += [{"image": value} for value in map(_picture, several)]
+    answers = [[read.answer(value, side) for value in _several(obj[side])] for side in SIDES]
+    prompt += [{"image": value} for value in map(_picture, unnamed)]
+    group = {name: obj[name] for name in _KEPT if name in obj}
+    ranks = [place for place, values in enumerate(answers, 1) for _ in values]
+    return group | {"prompt": prompt, "candidates": [*answers[0], *answers[1]], "ranks": ranks}
+
+
+def _several(value: Any) -> list:
+    """The answers of one side: a list that is no list of messages holds several."""
+    if isinstance(value, list) and not any(_is_message(item) for item in value):
+        return value
+    return [value]
+
+
+class _Reader:
+    """Parts of one line. unnamed: pictures for the places that name none."""
+
+    def __init__(self, where: str, unnamed: Iterator):
+        self._where, self._unnamed = where, unnamed
+
+    def answer(self, value: Any, field: str) -> Any:
+        if isinstance(value, dict) and "parts" in value:
+            return value  # a candidate as the schema has it
+        return self.parts(value, field, _named_or_text)
+
+    def parts(self, value: Any, field: str, string: Callable[[str], Any]) -> list:
+        """Of a string, a picture, a part, messages, or a list of these. string: what one means."""
+        if isinstance(value, str):
+            return [string(value)]
+        if isinstance(value, bytes):
+            return [{"image": value}]
+        if isinstance(value, list):
+            return [part for item in value for part in self.parts(item, field, string)]
+        if _is_message(value):
+            content = value.get("content", value.get("value"))
+            return self._said(content) or self.parts(content, field, _text)
+        if isinstance(value, dict):
+            if value.get("type") == "image_url":
+                link = value.get("image_url")
+                return [{"image": link.get("url") if isinstance(link, dict) else link}]
+            named = {k: v for k, v in value.items() if k in ("text", "image") and v is not None}
+            if value.get("type") == "image" and not named:
+                return [{"image": self._next(field)}]
+            if value and set(value) <= {"bytes", "path"}:
+                return [{"image": _picture(value)}]
+            if len(named) == 1 and set(value) <= {"text", "image", "type"}:
+                return [named]
+        words = "must be a text, a picture's name, or a list of parts or messages"
+        raise field_error(self._where, field, words)
+
+    def _said(self, content: Any) -> list:
+        """A message's text with places for pictures; [] where it is something else."""
+        if not isinstance(content, str) or _PLACE not in content:
+            return []
+        parts: list[dict[str, Any]] = []
+        for index, text in enumerate(content.split(_PLACE)):
+            parts += [{"image": self._next("images")}] if index else []
+            parts += [{"text": text.strip()}] if text.strip() else []
+        return parts
+
+    def _next(self, field: str) -> Any:
+        found = next(self._unnamed, None)
+        if found is None:
+            words = "has a place for a picture, and 'images' holds none for it"
+            raise field_error(self._where, field, words)
+        return _picture(found)
+
+
+def _text(value: str) -> dict[str, str]:
+    return {"text": value}
+
+
+def _named_or_text(value: str) -> dict[str, str]:
+    return {"image" if ends_like_picture(value) else "text": value}
+
+
+def _picture(value: Any) -> Any:
+    """A name or bytes, of a Hugging Face column ({'bytes', 'path'}), too."""
+    return value.get("bytes") or value.get("path") if isinstance(value, dict) else value
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and ("role" in value or "from" in value)

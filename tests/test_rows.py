@@ -1,0 +1,261 @@
+"""Files as people and tools leave them: encodings, broken texts, tables, what is no data at all."""
+
+import io
+import json
+
+import pytest
+from benchmark_files import png
+from layout_case import build, lines, pictures  # noqa: F401
+
+from jrm_jax.data import builders
+from jrm_jax.data.ingest import delimited, rows
+from jrm_jax.errors import UserError
+
+
+def line(name="a", **changes):
+    return {
+        "id": name, "prompt": ["Grüße an die Katze", {"image": "0.png"}],
+        "candidates": [{"image": "1.png"}, {"image": "2.png"}], "ranks": [1, 2],
+    } | changes  # fmt: skip
+
+
+def written(rows_, **options):
+    return "".join(json.dumps(row, ensure_ascii=False, **options) + "\n" for row in rows_)
+
+
+# Encodings
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".JSON"])
+def test_marks_at_the_beginning_of_a_file(pictures, build, encoding, suffix):
+    found = [line("a"), line("b")]
+    text = written(found) if suffix == ".jsonl" else json.dumps(found, ensure_ascii=False)
+    path = pictures / f"own{suffix}"
+    path.write_text(text, encoding=encoding)
+    examples, kinds = build("jsonl", path)
+    assert [e.id for e in examples] == ["a", "b"] and not kinds
+    assert examples[0].prompt[0].text == "Grüße an die Katze"
+
+
+def test_marks_where_files_were_joined(pictures, build):
+    text = "".join("\ufeff" + written([line(name)]) for name in "abc")
+    (pictures / "own.jsonl").write_text(text)
+    examples, kinds = build("jsonl", pictures / "own.jsonl")
+    assert [e.id for e in examples] == list("abc") and not kinds
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+def test_bytes_that_are_no_utf_8_cost_their_row_only(pictures, build, capsys, suffix):
+    found = [line("a", prompt="Cat"), line("b"), line("c", prompt="Dog")]
+    text = written(found) if suffix == ".jsonl" else json.dumps(found, ensure_ascii=False)
+    path = pictures / f"own{suffix}"
+    path.write_bytes(text.encode("latin-1"))
+    examples, kinds = build("jsonl", path)
+    assert [e.id for e in examples] == ["a", "c"]
+    assert kinds == {("left out", "text that is not valid Unicode"): 1}
+    assert builders.main(["jsonl", f"--data={path}", f"--out={pictures / 'no'}"]) == 1
+    said = capsys.readouterr().err
+    at = ":2: field 'prompt[0]'" if suffix == ".jsonl" else "[1]: field 'prompt[0]'"
+    assert at in said and "save the file as UTF-8" in said and said.count("\n") == 1
+
+
+HALF = "Smile \ud83d"
+
+
+@pytest.mark.parametrize("changes", [
+    {"prompt": HALF}, {"id": HALF}, {HALF: 1}, {"scores": {HALF: [1, 2]}},
+    {"candidates": [{"parts": ["x"], "critique": HALF}, "y"]}, {"prompt": [{"image": HALF}]},
+])  # fmt: skip
+def test_half_of_a_surrogate_pair_is_left_out_with_a_reason(pictures, build, changes):
+    found = [line("a"), line("b") | changes, line("c")]
+    examples, kinds = build("jsonl", lines(pictures / "own.jsonl", found))
+    assert [e.id for e in examples] == ["a", "c"]
+    assert kinds == {("left out", "text that is not valid Unicode"): 1}
+
+
+def test_half_of_a_surrogate_pair_in_the_other_layouts(pictures, build):
+    pair = {"prompt": HALF, "path_src": "0.png", "path1": "1.png", "path2": "2.png",
+            "model1_overall_score": 8, "model2_overall_score": 5}  # fmt: skip
+    (pictures / "pairs.json").write_text(json.dumps([pair, pair | {"prompt": "Add a hat"}]))
+    judged = {"instruction": "Add a hat", "input_image": "0.png", "output_image": "1.png",
+              "SC_reasoning": HALF, "SC_score": [3, 4]}  # fmt: skip
+    lines(pictures / "judged.jsonl", [judged, judged | {"SC_reasoning": "Fine."}])
+    for layout, name in (("editreward", "pairs.json"), ("editscore", "judged.jsonl")):
+        examples, kinds = build(layout, pictures / name)
+        assert len(examples) == 1
+        assert kinds == {("left out", "text that is not valid Unicode"): 1}
+
+
+@pytest.mark.parametrize("nested", ["[" * 40 + "]" * 40, "[" * 100_000])
+def test_rows_nested_beyond_reason(pictures, build, nested):
+    text = written([line("a")]) + f'{{"id": "b", "prompt": {nested}}}\n' + written([line("c")])
+    (pictures / "own.jsonl").write_text(text)
+    examples, kinds = build("jsonl", pictures / "own.jsonl")
+    assert [e.id for e in examples] == ["a", "c"] and sum(kinds.values()) == 1
+
+
+def test_a_files_name_may_be_any_bytes(pictures, build):
+    folder = pictures / "data"
+    folder.mkdir()
+    path = folder / b"caf\xe9.jsonl".decode(errors="surrogateescape")
+    path.write_text(written([{k: v for k, v in line().items() if k != "id"}]) + "{\n")
+    (example,), kinds = build("jsonl", folder, f"--images={pictures}")
+    assert example.id.endswith("data/caf\\udce9.jsonl:1")
+    assert kinds == {("left out", "row that cannot be read"): 1}
+
+
+# What is no data
+
+
+def test_hidden_files_and_tools_own_files_are_passed_over(pictures, build, capsys):
+    folder = pictures / "data"
+    for name in ("", ".cache", "__MACOSX", "sub.json"):
+        (folder / name).mkdir(parents=True)
+    lines(folder / "train.jsonl", [line("a")])
+    for name in ("._train.jsonl", ".hidden.json", ".cache/x.json", "__MACOSX/train.jsonl"):
+        (folder / name).write_bytes(b"\0\5\x16\7\0\2")
+    for name in ("dataset_infos.json", "dataset_info.json", "state.json", "jrm_jax.json"):
+        (folder / name).write_text('{"splits": {"train": 3}}')
+    examples, kinds = build("jsonl", folder, f"--images={pictures}")
+    assert [e.id for e in examples] == ["a"] and not kinds
+    (folder / "results.json").write_text('{"accuracy": 0.7}')  # somebody's: passed over, told
+    examples, kinds = build("jsonl", folder, f"--images={pictures}")
+    assert len(examples) == 1
+    assert kinds == {("kept", "JSON file that holds no list of rows (passed over)"): 1}
+    (folder / "train.jsonl").unlink()
+    (folder / "own.json").write_text("{}")
+    arguments = [f"--data={folder}", f"--out={pictures / 'no'}"]
+    assert builders.main(["jsonl", *arguments, "--skip_bad"]) == 1
+    said = capsys.readouterr().err
+    assert "no usable record; first: " in said and "own.json must hold a list" in said
+
+
+def test_a_file_that_breaks_off_costs_what_follows_in_it(pictures, build, capsys):
+    folder = pictures / "data"
+    folder.mkdir()
+    whole = json.dumps([line("a"), line("b"), line("c")])
+    (folder / "1.json").write_text(whole[: whole.index('"c"')])
+    lines(folder / "2.jsonl", [line("d")])
+    (folder / "3.parquet").write_bytes(b"PAR1" + b"x" * 100)
+    examples, kinds = build("jsonl", folder, f"--images={pictures}")
+    assert [e.id for e in examples] == ["a", "b", "d"]
+    assert kinds == {("left out", "file that cannot be read on"): 2}
+    arguments = [f"--data={folder}", f"--out={pictures / 'no'}", f"--images={pictures}"]
+    assert builders.main(["jsonl", *arguments]) == 1
+    said = capsys.readouterr().err
+    assert "1.json is not JSON (entry 2" in said and said.count("\n") == 1
+
+
+def test_a_broken_list_is_not_read_to_its_end(tmp_path, monkeypatch):
+    sizes = []
+
+    class Text(io.StringIO):
+        def read(self, size):
+            sizes.append(size)
+            return super().read(size)
+
+    text = Text('[{"a": 1}, {"b" 2}, ' + '{"c": 3}, ' * 50_000 + "1]")
+    monkeypatch.setattr(rows, "_BLOCK", 64)
+    monkeypatch.setattr(rows, "open_text", lambda path: text)
+    with pytest.raises(UserError, match="entry 1"):
+        list(rows.read_rows(tmp_path / "list.json"))
+    assert sizes == [64]
+
+
+# Tables
+
+
+def table(path, text, encoding="utf-8"):
+    path.write_text(text, encoding=encoding)
+    return path
+
+
+def test_cells_that_hold_no_number(pictures, build):
+    text = "source,instruction,edit,score\n" + "".join(
+        f"0.png,Add,{i}.png,{score}\n"
+        for i, score in enumerate(("3", "nan", "5", "N/A", "inf", "", "high"), 1)
+    )
+    (example,), kinds = build("csv", table(pictures / "t.csv", text))
+    assert len(example.candidates) == 5  # 3, nan, 5, N/A, empty
+    assert example.preference[0, 2, 0] == 0
+    assert [int(example.weight[i].sum()) for i in range(5)] == [1, 0, 1, 0, 0]
+    assert kinds == {
+        ("kept", "score or rank that is no number (that edit is unlabelled)"): 2,
+        ("left out", "field 'score'"): 2,
+    }
+    problems = (pictures / "out0" / "problems.txt").read_text()
+    for number, words in ((3, "score is 'nan'"), (6, "must be a finite"), (8, "must be a number")):
+        assert any(f"t.csv:{number}: " in said and words in said for said in problems.splitlines())
+
+
+@pytest.mark.parametrize("opened", ['z,Add "a hat,x', '"z,Add,x', 'z,"Add,x', 'z,Add,"x'])
+def test_a_quote_that_is_never_closed(pictures, build, capsys, monkeypatch, opened):
+    monkeypatch.setattr(delimited, "CELL", 2000)
+    good = [f"{i},Add {i},{i % 8}.png,Said {i}." for i in range(200)]
+    cells = opened.split(",")
+    good[5] = ",".join([cells[0], cells[1], "5.png", cells[2]])
+    good[150] = '150,Add 150,6.png,"Said\nin ""two"" lines."'
+    text = "\n".join(["group,instruction,edit,critique", *good]) + "\n"
+    path = table(pictures / "t.csv", text)
+    examples, kinds = build("csv", path)
+    harmless = opened.startswith("z,Add ")  # a quote inside a cell opens nothing
+    assert len(examples) == 200 - (not harmless)
+    assert 'Said\nin "two" lines.' in [e.candidates[0].critique for e in examples]
+    assert kinds == ({} if harmless else {("left out", "quote that is not closed"): 1})
+    if not harmless:
+        assert builders.main(["csv", f"--data={path}", f"--out={pictures / 'no'}"]) == 1
+        said = capsys.readouterr().err
+        assert "t.csv:7: a quote (\") opens here" in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(("delimiter", "encoding", "first"), [
+    (";", "utf-8-sig", ""), ("\t", "utf-16", ""), ("|", "utf-8", ""), (";", "utf-8", "sep=;\r\n"),
+])  # fmt: skip
+def test_tables_as_spreadsheets_write_them(pictures, build, delimiter, encoding, first):
+    rows_ = [
+        (" source", "instruction ", "edit", "score", ""),
+        ("0.png", "Größer, bitte", "1.png", "3,5", ""),
+        ("0.png", "Größer, bitte", "2.png", "4", ""),
+        ("0.png", "Größer, bitte", "3.png", "3.25", ""),
+    ]  # fmt: skip
+    text = first + "".join(delimiter.join(row) + "\r\n" for row in rows_)
+    (example,), kinds = build("csv", table(pictures / "t.csv", text, encoding))
+    assert not kinds and example.prompt[0].text == "Größer, bitte"
+    assert example.preference[..., 0].tolist() == [[0.5, 0, 1], [1, 0.5, 1], [0, 0, 0.5]]
+
+
+def test_heads_that_stand_twice_are_refused(pictures, capsys):
+    path = table(pictures / "t.csv", "edit,instruction,score,score\n1.png,Add,1,2\n")
+    assert builders.main(["csv", f"--data={path}", f"--out={pictures / 'no'}", "--skip_bad"]) == 1
+    assert "column 'score' is there twice" in capsys.readouterr().err
+
+
+# Ids and flags
+
+
+def test_numbers_as_ids(pictures, build):
+    names = (7, 8.0, "nine", None, True, [1])
+    examples, kinds = build("jsonl", lines(pictures / "own.jsonl", [line(n) for n in names]))
+    assert [e.id for e in examples][:3] == ["7", "8", "nine"]
+    assert examples[3].id.endswith("own.jsonl:4") and len(examples) == 4
+    assert kinds == {("left out", "field 'id'"): 2}
+
+
+@pytest.mark.parametrize(("said", "tie"), [
+    (True, True), ("True", True), ("true ", True), (1, True), (1.0, True), ("yes", True),
+    (False, False), ("False", False), ("false", False), (0, False), ("0", False), ("", False),
+    (None, False), (float("nan"), False), ("maybe", None), (2, None), ([True], None),
+])  # fmt: skip
+def test_ties_said_in_words(pictures, build, capsys, said, tie):
+    (pictures / "x.png").write_bytes(png(99))
+    pair = {"prompt": "Add", "path_src": "0.png", "path1": "1.png", "path2": "2.png",
+            "model1_overall_score": 8, "model2_overall_score": 5}  # fmt: skip
+    path = pictures / "pairs.json"
+    path.write_text(json.dumps([pair | {"tie_case": said}]))
+    if tie is None:
+        assert builders.main(["editreward", f"--data={path}", f"--out={pictures / 'no'}"]) == 1
+        assert "field 'tie_case': is" in capsys.readouterr().err
+        return
+    (example,), _ = build("editreward", path)
+    assert example.preference[0, 1, 0] == (0.5 if tie else 1)
