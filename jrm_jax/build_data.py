@@ -41,9 +41,9 @@ class Data:
     stamp: dict[str, Any]
 
     def example_names(self, ids: Sequence[int]) -> list[str]:
-        """String ids of global training ids, for messages."""
+        """String ids of global training ids, for messages; none for filler rows (-1)."""
         names = []
-        for example_id in ids:
+        for example_id in filter(lambda i: i >= 0, ids):
             which, index = self.train_plan.locate(int(example_id))
             names.append(f"{example_id} ({as_example(self.train_sets[which][index]).id})")
         return names

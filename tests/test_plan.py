@@ -114,23 +114,52 @@ def epoch_of(plan, number):
     return [plan.batch(step) for step in range(number * length, (number + 1) * length)]
 
 
-def test_an_epoch_holds_every_example_and_fills_with_its_own():
+def test_an_epoch_holds_every_example_once_and_fillers_weigh_nothing():
     plan, sizes, buckets = make_plan()
-    chosen = assign(sizes, buckets, True)
+    table, home = needs(sizes, True), assign(sizes, buckets, True)
+    lengths = set()
     for number in range(3):
         batches = epoch_of(plan, number)
-        counts = collections.Counter()
         for bucket, ids in batches:
-            assert ids.shape == (8,) and ids.dtype == np.int64
-            assert all(buckets[chosen[i]] == bucket for i in ids)
-            counts.update(ids.tolist())
-        assert set(counts) == set(range(103))
-        extra = sum(counts.values()) - 103
-        assert 0 <= extra < 8 * len(buckets)
-        for index in range(len(buckets)):  # copies are spread evenly: a batch is filled once
-            mine = [counts[i] for i in np.flatnonzero(chosen == index)]
-            assert max(mine) - min(mine) <= 1 and sum(mine) == -(-len(mine) // 8) * 8
+            assert ids.shape == (8,) and ids.dtype == np.int64 and ids[0] >= 0
+            assert bucket.fits(table[ids[ids >= 0]]).all()
+        ids = np.array(flat(batches))
+        assert sorted(ids[ids >= 0]) == list(range(103))
+        assert (ids < 0).sum() < 8 * len(buckets)
+        stands = {int(i): buckets.index(bucket) for bucket, batch in batches for i in batch}
+        guests = collections.Counter(b for i, b in stands.items() if i >= 0 and home[i] != b)
+        assert all(count < 8 for count in guests.values()) and all(
+            home[i] <= b for i, b in stands.items() if i >= 0
+        )
+        for bucket, batch in batches:  # places stay empty only where nothing cheaper fits
+            if (batch < 0).any():
+                cheaper = [i for i, b in stands.items() if i >= 0 and b < buckets.index(bucket)]
+                assert not bucket.fits(table[cheaper]).any()
+        lengths.add(len(batches))
+    assert len(lengths) == 1
     assert plan.epoch(plan.steps_per_epoch) == 1
+
+
+def test_one_large_group_among_pairs_comes_once_an_epoch():
+    rows = [[2, 3, 16, 20, 10, 15, 6]] * 31 + [[64, 65, 16, 20, 10, 15, 6]]
+    sizes = Sizes.from_rows(rows)
+    buckets = make_buckets([sizes], language=True)
+    assert len(buckets) == 2
+    plan = Plan([Source(sizes)], buckets, 16, 0)
+    assert plan.steps_per_epoch == 2
+    for number in range(4):
+        batches = epoch_of(plan, number)
+        assert sorted(flat(batches)) == list(range(32))  # 15 pairs stand beside the large group
+    narrow = [Bucket(2, 3, 16, 99, 99, 8), Bucket(64, 65, 16, 24, 16, 8)]  # now nothing fits there
+    rows = [[2, 3, 16, 50, 10, 15, 6]] * 31 + rows[31:]
+    plan = Plan([Source(Sizes.from_rows(rows))], narrow, 16, 0)
+    ids = np.array(flat(epoch_of(plan, 0)))
+    assert plan.steps_per_epoch == 3 and sorted(ids) == [-1] * 16 + list(range(32))
+    # several epochs of different members, resumed anywhere
+    mixed = Plan([Source(sizes, 0.3)], buckets, 16, 0)
+    whole = [mixed.batch(step)[1].tolist() for step in range(30)]
+    again = Plan([Source(sizes, 0.3)], buckets, 16, 0)
+    assert [again.batch(step)[1].tolist() for step in range(29, -1, -1)] == whole[::-1]
 
 
 def flat(batches):
@@ -177,7 +206,8 @@ def test_mixture_weights():
         while plan.epoch(step) == epoch:
             seen.update(plan.batch(step)[1].tolist())
             step += 1
-        assert set(seen) == set(i for i in counts if counts[i])
+        del seen[-1]  # fillers
+        assert seen == counts
     assert [rotated[i] for i in range(50, 80)] == [2] * 30  # 5 epochs of 0.4: all, twice
     thirds = [set(plan._members_of(epoch)) for epoch in (0, 5)]
     assert thirds[0] != thirds[1]  # where the rotation begins again, the order is another
@@ -190,7 +220,7 @@ def test_epochs_without_members_are_passed_over():
     sizes = make_sizes(3)
     plan = Plan([Source(sizes, 0.2)], make_buckets([sizes], language=True), 2, 0)
     seen = set(np.concatenate([plan.batch(step)[1] for step in range(6)]).tolist())
-    assert seen == {0, 1, 2}
+    assert seen == {-1, 0, 1, 2}
 
 
 @pytest.mark.parametrize("weights", [(0,), (-1,)])

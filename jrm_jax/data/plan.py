@@ -204,9 +204,11 @@ class Plan(_Ids):
     """Training: step -> (bucket, global example ids [batch_size] int64). Endless.
 
     An epoch holds each source `weight` times: its epochs cut one endless stream of seeded shuffles
-    into pieces of weight * n, so a fraction rotates through the whole set. Examples are batched
-    by bucket; a bucket's last batch is filled with examples of the same bucket and epoch, so none
-    is lost; batches come in seeded order.
+    into pieces of weight * n, so a fraction rotates through the whole set. Examples are batched by
+    bucket. Where a bucket's examples fill no whole number of batches, examples of cheaper buckets
+    that have room there take the places; what is still empty is -1, filler rows that weigh nothing.
+    So each example comes as often as its weight says, and a few large ones hardly ever stand alone
+    in a batch. Batches come in seeded order.
     """
 
     def __init__(
@@ -225,6 +227,12 @@ class Plan(_Ids):
             for weight, members in zip(self.weights, self._members, strict=True)
         ):
             raise UserError("the data mixture is empty: give at least one data set a weight > 0")
+        fits = np.concatenate([
+            np.stack([bucket.fits(needs(s.sizes, language)) for bucket in self.buckets], axis=1)
+            for s in sources
+        ])  # fmt: skip
+        self._kinds, self._kind_of = np.unique(fits, axis=0, return_inverse=True)
+        self._kind_of = self._kind_of.reshape(-1).astype(np.int16)
         self._constant = all(weight.is_integer() for weight in self.weights)
         self._ends = [self._length(0)]  # steps up to the end of each epoch
         self._epoch = functools.lru_cache(maxsize=2)(self._make_epoch)
@@ -278,17 +286,41 @@ class Plan(_Ids):
         return np.concatenate(pieces) if pieces else np.zeros(0, np.int64)
 
     def _length(self, epoch: int) -> int:
-        counts = np.bincount(self._bucket_of[self._members_of(epoch)])
+        counts = self._shares(self._kind_of[self._members_of(epoch)]).sum(axis=1)
         return int((-(-counts // self.batch_size)).sum())
+
+    def _shares(self, kinds: np.ndarray) -> np.ndarray:
+        """[buckets, kinds] int64: how many examples of each kind stand in a bucket's batches.
+
+        A kind is a set of buckets that have room for an example. By the counts alone, so that
+        epochs with the same examples are equally long.
+
+        Args:
+            kinds: of an epoch's examples [n].
+        """
+        left = np.bincount(kinds, minlength=len(self._kinds))
+        shares = np.zeros((len(self.buckets), len(self._kinds)), np.int64)
+        by_cost = sorted(range(len(self.buckets)), key=lambda b: self.buckets[b].cost)
+        home = [next((b for b in by_cost if kind[b]), -1) for kind in self._kinds]
+        for bucket in reversed(by_cost):
+            own = [kind for kind, place in enumerate(home) if place == bucket]
+            shares[bucket, own], left[own] = left[own], 0
+            room = -int(shares[bucket].sum()) % self.batch_size
+            guests = [k for k in np.flatnonzero(left) if self._kinds[k, bucket]]
+            for kind in sorted(guests, key=lambda k: -by_cost.index(home[k])):  # the largest first
+                shares[bucket, kind] = min(room, left[kind])
+                room -= int(shares[bucket, kind])
+                left[kind] -= shares[bucket, kind]
+        return shares
 
     def _make_epoch(self, epoch: int) -> list[tuple[int, np.ndarray]]:
         ids = self._members_of(epoch)
         ids = ids[_shuffled(len(ids), self.seed, 0, 2 * epoch)]
-        batches = []
-        for bucket in range(len(self.buckets)):
-            mine = ids[self._bucket_of[ids] == bucket]
-            full = np.resize(mine, -(-len(mine) // self.batch_size) * self.batch_size)
-            batches += [(bucket, part) for part in full.reshape(-1, self.batch_size)]
+        kinds = self._kind_of[ids]
+        bucket_of = np.zeros(len(ids), np.int64)
+        for kind, shares in enumerate(self._shares(kinds).T):
+            bucket_of[kinds == kind] = np.repeat(np.arange(len(self.buckets)), shares)
+        batches = _by_bucket(ids, bucket_of, len(self.buckets), self.batch_size)
         return [batches[i] for i in _shuffled(len(batches), self.seed, 0, 2 * epoch + 1)]
 
 
@@ -304,12 +336,8 @@ class EvalPlan(_Ids):
     ):
         super().__init__(sources, buckets, batch_size, language)
         ids = np.concatenate([np.zeros(0, np.int64), *self._members])
-        self._batches = []
-        for bucket in range(len(self.buckets)):
-            mine = ids[self._bucket_of[ids] == bucket]
-            full = np.full(-(-len(mine) // batch_size) * batch_size, -1, np.int64)
-            full[: len(mine)] = mine
-            self._batches += [(bucket, part) for part in full.reshape(-1, batch_size)]
+        bucket_of = self._bucket_of[ids]
+        self._batches = _by_bucket(ids, bucket_of, len(self.buckets), batch_size)
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -330,6 +358,19 @@ def eval_plan(
     """`EvalPlan` of one data set's sizes, or of several sources."""
     sources = [Source(sizes)] if isinstance(sizes, Sizes) else sizes
     return EvalPlan(sources, buckets, batch_size, language)
+
+
+def _by_bucket(
+    ids: np.ndarray, bucket_of: np.ndarray, buckets: int, batch_size: int
+) -> list[tuple[int, np.ndarray]]:
+    """(bucket, ids) of the batches of each bucket in turn; its last one is filled with -1."""
+    batches = []
+    for bucket in range(buckets):
+        mine = ids[bucket_of == bucket]
+        full = np.full(-(-len(mine) // batch_size) * batch_size, -1, np.int64)
+        full[: len(mine)] = mine
+        batches += [(bucket, part) for part in full.reshape(-1, batch_size)]
+    return batches
 
 
 def _shuffled(count: int, *seed: int) -> np.ndarray:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jrm_jax.data.ingest import rows as source
+from jrm_jax.data.picture_names import inline_picture, short
 from jrm_jax.errors import UserError
 from jrm_jax.evaluation.cases import Picture
 
@@ -137,7 +138,7 @@ class Row(NamedTuple):
         return self._replace(fields=value, where=where)
 
     def picture(self, value: Any, what: str, like: Picture | None = None) -> Picture:
-        """A path, or the {'bytes', 'path'} of a Hugging Face image column.
+        """A path, a data: URI, or the {'bytes', 'path'} of a Hugging Face image column.
 
         Raises:
             UserError: `--images` leads to one file for two names.
@@ -147,8 +148,13 @@ class Row(NamedTuple):
             data, name = value.get("bytes"), value.get("path")
         elif isinstance(value, str):
             data, name = None, value
+        try:
+            data = data or (inline_picture(name) if isinstance(name, str) else None)
+        except ValueError:
+            name = None
         if isinstance(data, bytes) and data:
-            return Picture(f"{self.where} {what}" + (f" ({name})" if name else ""), data, like)
+            named = f" ({short(name)})" if name else ""
+            return Picture(f"{self.where} {what}{named}", data, like)
         if isinstance(name, str) and name:
             return Picture(str(self.path(name)), None, like)
         # counted as missing when it is read
@@ -174,7 +180,7 @@ def read_rows(
         UserError: no such files, one that cannot be read, or a row that is no object.
     """
     for file in find(path, suffixes):
-        for where, row in source.read_rows(file):
+        for where, row in source.read_rows(file, any_text=True):
             if not isinstance(row, UserError):
                 yield Row(_readable(row), where, file.parent, images)
             elif bad is None:

@@ -1,4 +1,4 @@
-"""A user's own JSON lines (see `jrm_jax.data.schema`), prepared data sets, and the built-in world.
+"""A user's own JSON lines (see `jrm_jax.data.parsing`), prepared data sets, and the built-in world.
 
 No official layout: predictions are JSON lines {'id', 'scores': [one per candidate]}, or
 {'id', 'scores': {dimension: [..]}}.
@@ -7,6 +7,7 @@ No official layout: predictions are JSON lines {'id', 'scores': [one per candida
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -74,11 +75,14 @@ def read_jsonl(path: str, issues: Issues, images: files.Images | None = None) ->
 
         def read(name: str, row=row, pictures=pictures) -> bytes:
             # the schema keeps bytes; a mark stands for the file, which is read when scored
-            pictures[name.encode()] = Picture(str(row.path(name)))
+            pictures[name.encode()] = row.picture(name, "picture")
             return name.encode()
 
+        def is_file(name: str, row=row) -> bool:
+            return os.path.isfile(row.path(name))
+
         try:
-            example = parse_json(row.fields, read, row.where)
+            example = parse_json(row.fields, read, row.where, is_file=is_file)
         except UserError as error:
             bad(error)
             continue

@@ -56,7 +56,7 @@ def find(path: str | Path, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
 
 
 def read_rows(
-    path: Path, columns: Pick | None = None, skip: int = 0
+    path: Path, columns: Pick | None = None, skip: int = 0, any_text: bool = False
 ) -> Iterator[tuple[str, dict[str, Any] | UserError]]:
     """(where, row) of a file: a JSON list, JSON lines, parquet, Arrow or CSV, by its suffix.
 
@@ -66,6 +66,7 @@ def read_rows(
     Args:
         columns: picks of the columns of parquet and Arrow those that are read; None: all.
         skip: rows at the beginning that are not wanted.
+        any_text: give rows whose text cannot be encoded as they are, not as errors.
 
     Raises:
         UserError: a file that cannot be read on; `NoRows`: one that holds no list.
@@ -79,7 +80,7 @@ def read_rows(
         for where, row in rows:
             if isinstance(row, dict):
                 try:
-                    check_row(row, where)
+                    check_row(row, where, any_text)
                 except RecordError as error:
                     row = error
             elif not isinstance(row, UserError):

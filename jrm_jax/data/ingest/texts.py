@@ -34,8 +34,8 @@ def printable(path: Path) -> str:
     return str(path).encode(errors="backslashreplace").decode()
 
 
-def check_row(row: Any, where: str) -> None:
-    """Of JSON's types.
+def check_row(row: Any, where: str, any_text: bool = False) -> None:
+    """Of JSON's types. any_text: texts that cannot be encoded may pass.
 
     Raises:
         RecordError: a text in it cannot be encoded, or it is nested beyond reason; names the field.
@@ -46,11 +46,11 @@ def check_row(row: Any, where: str) -> None:
         if depth > DEPTH:
             raise RecordError(f"{where}: is nested more than {DEPTH} deep", "row nested too deep")
         if isinstance(value, str):
-            if not is_text(value):
+            if not any_text and not is_text(value):
                 raise field_error(where, field, *BROKEN_TEXT)
         elif isinstance(value, dict):
             for key, item in value.items():
-                if not is_text(key):
+                if not any_text and not is_text(key):
                     raise field_error(where, field, *BROKEN_TEXT)
                 waiting.append((f"{field}.{key}" if field else key, item, depth + 1))
         elif isinstance(value, list):
