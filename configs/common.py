@@ -98,7 +98,13 @@ def base() -> ConfigDict:
     config.data.visual_cuts = ()  # ... and by visual tokens of the largest picture
     config.data.round_to = 8  # token slots are multiples of this
     config.data.max_visual_tokens = 0  # per picture; 0: the cap of the backbone's folder
-    config.data.max_critique = 0  # tokens; longer ones are an error, or left out; 0: no cap
+    # Caps of a group; one that exceeds them is an error, or left out; 0: no cap
+    config.data.max_candidates = 0
+    config.data.max_pictures = 0
+    config.data.max_picture_tokens = 0  # visual tokens of its largest picture, after resizing
+    config.data.max_prompt = 0  # tokens, those of its pictures included
+    config.data.max_candidate = 0  # tokens of the longest candidate with its critique
+    config.data.max_critique = 0  # tokens of the longest critique
     config.data.skip_large = False  # leave out what exceeds a cap, and say so
     config.data.share_prompt = True  # False: the prompt is repeated for each candidate
     config.data.workers = 0  # processes that decode ahead; 0: threads

@@ -18,6 +18,7 @@ from jrm_jax import check_data, sharding
 from jrm_jax.backbones import find_folder, path_of
 from jrm_jax.check_data import reads_critiques
 from jrm_jax.data import contents, plan, store
+from jrm_jax.data.buckets import Bucket, make_buckets, select
 from jrm_jax.data.encode import Encoder, make_encoder
 from jrm_jax.data.pipeline import BatchIterator, make_iterator, repeat_prompt
 from jrm_jax.data.sizes import Sizes, as_example, measure
@@ -37,7 +38,7 @@ class Data:
     train_sets: tuple[Sequence[Any], ...]
     eval_plans: dict[str, plan.EvalPlan]
     eval_sets: dict[str, Sequence[Any]]
-    buckets: tuple[plan.Bucket, ...]
+    buckets: tuple[Bucket, ...]
     stamp: dict[str, Any]
 
     def example_names(self, ids: Sequence[int]) -> list[str]:
@@ -83,7 +84,7 @@ def build_data(config: ConfigDict, backbone: BackboneConfig, say: Callable[[str]
     encoder = make_run_encoder(config, backbone)
     folders = _data_folders(config)
     store.check_dimensions(config.data.dimensions, [path for path, _ in folders])
-    caps = plan.Bucket(0, 0, 0, 0, 0, config.data.max_critique)
+    caps = make_caps(config, backbone)
     sources: dict[str, list[plan.Source]] = {}
     sets: dict[str, list[Sequence[Any]]] = {}
     held: list[dict[str, contents.Contents]] = []  # by data set, then by split
@@ -94,13 +95,13 @@ def build_data(config: ConfigDict, backbone: BackboneConfig, say: Callable[[str]
             found = held[-1][split] = contents.read_contents(folder, split, records)
             key = f"{encoder.key}/{found.digest}"
             sizes = measure(records, encoder.sizes, key, name=name, folder=folder)
-            kept, words = plan.select(sizes, caps, language, config.data.skip_large, name)
+            kept, words = select(sizes, caps, language, config.data.skip_large, name)
             if words:
                 say(words)
             sources.setdefault(split, []).append(plan.Source(sizes, weight, kept))
             sets.setdefault(split, []).append(records)
     _check_splits(config, folders, held, say)
-    buckets = plan.make_buckets(
+    buckets = make_buckets(
         [Sizes.from_rows(s.sizes.rows()[s.kept]) for each in sources.values() for s in each],
         language=language,
         merge=backbone.vision.merge,
@@ -151,6 +152,19 @@ def _check_splits(
         say(words)
     if not any("valid" in found for found in held):
         say(check_data.describe_no_valid(config, paths))
+
+
+def make_caps(config: ConfigDict, backbone: BackboneConfig) -> Bucket:
+    """What a group may need at most; 0: no cap."""
+    data = config.data
+    return Bucket(
+        candidates=data.max_candidates,
+        images=data.max_pictures,
+        patches=data.max_picture_tokens * backbone.vision.merge**2,
+        prompt=data.max_prompt,
+        candidate=data.max_candidate,
+        critique=data.max_critique,
+    )
 
 
 def _data_folders(config: ConfigDict) -> list[tuple[Path, float]]:

@@ -128,8 +128,8 @@ def test_the_facts_head_learns_and_is_absent_when_off(tmp_path):
 
     from configs import joint
     from jrm_jax import build, build_data, sharding
+    from jrm_jax.data.buckets import Bucket
     from jrm_jax.data.pipeline import assemble_batch
-    from jrm_jax.data.plan import Bucket
     from jrm_jax.errors import UserError
     from jrm_jax.losses import combine
     from jrm_jax.model.backbone import Backbone

@@ -7,7 +7,7 @@ from aot_case import one_device, small_case, traced
 from jax.extend.core import jaxprs_in_params
 
 from jrm_jax import build
-from jrm_jax.data.plan import Bucket
+from jrm_jax.data.buckets import Bucket
 from jrm_jax.model.published import PUBLISHED
 from jrm_jax.planning import compiling, flops
 

@@ -7,13 +7,15 @@ import numpy as np
 import pytest
 from test_pipeline import encoder, equal, example, folder, replace  # noqa: F401  fixtures
 
+from jrm_jax.data.buckets import make_buckets
 from jrm_jax.data.pipeline import (
     HostBatch,
     assemble_batch,
     make_iterator,
 )
-from jrm_jax.data.plan import Plan, Source, eval_plan, make_buckets, measure
+from jrm_jax.data.plan import Plan, Source, eval_plan
 from jrm_jax.data.schema import to_record
+from jrm_jax.data.sizes import measure
 from jrm_jax.data.template import render
 from jrm_jax.errors import UserError
 

@@ -14,6 +14,7 @@ from jrm_jax.benchmarks.kill_test import SMALL
 from jrm_jax.data import store
 from jrm_jax.data.pipeline import assemble_batch
 from jrm_jax.data.schema import from_record
+from jrm_jax.data.sizes import Sizes, measure
 from jrm_jax.data.world import scenes
 from jrm_jax.errors import UserError
 from jrm_jax.losses import combine, term_weights
@@ -107,14 +108,43 @@ def test_weights_of_a_mixture_say_how_often_each_set_is_seen(config, data_sets):
     )  # fmt: skip
     data = build_data.build_data(config, build.load_backbone_config(config), print)
     plan = data.train_plan
-    ids = [int(i) for step in range(2 * plan.steps_per_epoch) for i in plan(step)[1]]
-    kinds = [data.example_names([i])[0].split("(")[1].split()[0] for i in ids]
+    steps = next(step for step in range(99) if plan.epoch(step) == 2)  # two epochs
+    ids = [int(i) for step in range(steps) for i in plan(step)[1]]
+    kinds = [name.split("(")[1].split()[0] for name in data.example_names(ids)]
     found = {kind: kinds.count(kind) for kind in KINDS}
-    assert found["critiques"] == 0 and found["both"] >= 4 * COUNT
-    assert COUNT <= found["preferences"] <= COUNT + config.batch_size
+    assert found == {"both": 4 * COUNT, "preferences": COUNT, "critiques": 0}
     config.data.dimensions = ("overall", "beauty")
     with pytest.raises(UserError, match="'beauty' is not in the data, which has overall"):
         build_data.build_data(config, build.load_backbone_config(config), print)
+
+
+def test_what_exceeds_a_cap_is_left_out_and_told(config):
+    """Each cap of the config means its own part of an example."""
+    backbone = build.load_backbone_config(config)
+    data = build_data.build_data(config, backbone, print)
+    parts = [measure(s, data.encoder.sizes, "", name="train").rows() for s in data.train_sets]
+    sizes = Sizes.from_rows(np.concatenate(parts))
+    found = {
+        "max_candidates": sizes.candidates, "max_pictures": sizes.images,
+        "max_picture_tokens": sizes.patches // backbone.vision.merge**2,
+        "max_prompt": sizes.prompt, "max_candidate": sizes.answer, "max_critique": sizes.critique,
+    }  # fmt: skip
+    for name, values in found.items():
+        largest = values.max()
+        capped = config.copy_and_resolve_references()
+        capped.data[name] = int(largest)
+        said = []
+        build_data.build_data(capped, backbone, said.append)
+        assert not said
+        capped.data[name] = int(largest) - 1
+        with pytest.raises(UserError, match="are too large.*skip_large=True"):
+            build_data.build_data(capped, backbone, said.append)
+    capped.data.skip_large = True
+    data = build_data.build_data(capped, backbone, said.append)
+    assert len(said) >= 1 and "critique up to" in said[0] and said[0].endswith("left out")
+    kept = sum(int((data.train_plan.batch(step)[1] >= 0).sum())
+               for step in range(data.train_plan.steps_per_epoch))  # fmt: skip
+    assert kept == (sizes.critique < largest).sum()
 
 
 def test_gradients_of_a_mixture_are_the_sum_of_those_computed_apart(config):

@@ -8,15 +8,16 @@ import pytest
 from PIL import Image as Pillow
 from test_template import ROWS, make_model_folder
 
+from jrm_jax.data.buckets import Bucket, make_buckets
 from jrm_jax.data.pipeline import (
     Encoder,
     assemble_batch,
     make_encoder,
     repeat_prompt,
 )
-from jrm_jax.data.plan import Bucket, make_buckets, measure
 from jrm_jax.data.processor import load_processor
 from jrm_jax.data.schema import Candidate, Image, PreferenceExample, Text
+from jrm_jax.data.sizes import measure
 from jrm_jax.data.template import Token, load_tokenizer
 from jrm_jax.errors import UserError
 from jrm_jax.model.config import BackboneConfig, VisionConfig

@@ -8,20 +8,11 @@ import stat
 import numpy as np
 import pytest
 
-from jrm_jax.data import plan as plans
-from jrm_jax.data.plan import (
-    Bucket,
-    Plan,
-    Sizes,
-    Source,
-    assign,
-    eval_plan,
-    make_buckets,
-    measure,
-    needs,
-    select,
-)
+from jrm_jax.data import sizes as sizes_module
+from jrm_jax.data.buckets import Bucket, assign, make_buckets, needs, select
+from jrm_jax.data.plan import Plan, Source, eval_plan
 from jrm_jax.data.schema import Candidate, PreferenceExample, Text, to_record
+from jrm_jax.data.sizes import Sizes, measure
 from jrm_jax.errors import UserError
 
 
@@ -81,6 +72,22 @@ def test_small_pairs_get_their_own_bucket():
         make_buckets([sizes], language=True, round_patches=6)
 
 
+def test_an_outlier_has_a_bucket_of_its_own():
+    row = [2, 3, 16, 40, 10, 15, 6]
+    outliers = {3: 9000, 4: 2000}  # by the column that is large: prompt, candidate
+    for column, value in outliers.items():
+        rows = [list(row) for _ in range(49)] + [list(row)]
+        rows[-1][column] = value
+        rows[-1][5] = max(rows[-1][4:6])
+        sizes = Sizes.from_rows(rows)
+        small, large = make_buckets([sizes], language=True)
+        assert small == Bucket(2, 3, 16, 40, 16, 8)
+        assert assign(sizes, (small, large), True).tolist() == [0] * 49 + [1]
+        assert len(make_buckets([sizes], language=True, min_examples=2)) == 1
+    varied = Sizes.from_rows([[2, 3, 16, 20 + 3 * i, 10, 15, 6] for i in range(50)])
+    assert len(make_buckets([varied], language=True)) == 1  # a range is no reason to cut
+
+
 def test_an_example_without_a_bucket_is_an_error():
     with pytest.raises(UserError, match="1 examples fit no bucket, the first is 1"):
         assign(
@@ -98,8 +105,14 @@ def test_oversized_examples_are_counted_and_listed():
     assert sorted([*kept, *large]) == list(range(50)) and len(large)
     assert f"train: {len(large)} of 50 examples are too large (patches up to" in words
     assert str(large[0]) in words
-    with pytest.raises(UserError, match="lower the pixel cap"):
+    with pytest.raises(UserError, match="lower the pixel cap.*skip_large=True"):
         select(sizes, caps, True, False, "train")
+    for field, cap in (("candidates", 3), ("images", 4), ("prompt", 30), ("candidate", 30)):
+        caps = Bucket(**(dict.fromkeys(vars(caps), 0) | {field: cap}))
+        kept, words = select(sizes, caps, True, True, "train")
+        column = list(vars(caps)).index(field)
+        assert (needs(sizes, True)[kept, column] <= cap).all() and 0 < len(kept) < 50
+        assert f"({field} up to {needs(sizes, True)[:, column].max()} > {cap})" in words
     with pytest.raises(UserError, match="50 of 50"):
         select(sizes, Bucket(1, 0, 0, 0, 0, 0), True, True, "train")
     assert select(sizes, Bucket(0, 0, 0, 0, 0, 0), True, False, "x")[1] is None
@@ -288,14 +301,14 @@ def test_measuring_falls_back_where_the_data_cannot_be_written(tmp_path, monkeyp
     folder = tmp_path / "data"
     folder.mkdir()
     os.chmod(folder, stat.S_IRUSR | stat.S_IXUSR)
-    real = plans.measure.__globals__["tempfile"].mkstemp
+    real = sizes_module.tempfile.mkstemp
 
     def mkstemp(dir, suffix):  # root may write anywhere
         if os.fspath(dir) == os.fspath(folder):
             raise PermissionError(13, "read only")
         return real(dir=dir, suffix=suffix)
 
-    monkeypatch.setattr(plans.measure.__globals__["tempfile"], "mkstemp", mkstemp)
+    monkeypatch.setattr(sizes_module.tempfile, "mkstemp", mkstemp)
     meter = Meter()
     kwargs = {"name": "train", "folder": folder, "fallback": tmp_path / "cache"}
     for _ in range(2):

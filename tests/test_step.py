@@ -11,8 +11,8 @@ import pytest
 from entry_point import make_small_backbone
 
 from jrm_jax import sharding
+from jrm_jax.data.buckets import Bucket
 from jrm_jax.data.pipeline import assemble_batch, make_encoder, repeat_prompt
-from jrm_jax.data.plan import Bucket
 from jrm_jax.data.schema import Candidate, Image, Text
 from jrm_jax.data.world import scenes
 from jrm_jax.heads import gather_hidden, init_reward_head, init_words_head, language_kernel

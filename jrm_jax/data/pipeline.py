@@ -41,8 +41,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from jrm_jax.data.buckets import Bucket
 from jrm_jax.data.encode import EncodedExample, Encoder, TokenRow, make_encoder
-from jrm_jax.data.plan import Bucket
 from jrm_jax.data.sizes import as_example
 from jrm_jax.data.workers import WatchedIterator, init_worker
 from jrm_jax.errors import UserError

@@ -18,8 +18,8 @@ import jax
 from ml_collections import ConfigDict
 
 from jrm_jax import build, lora, sharding
+from jrm_jax.data.buckets import Bucket
 from jrm_jax.data.pipeline import empty_batch
-from jrm_jax.data.plan import Bucket
 from jrm_jax.errors import UserError
 from jrm_jax.model.config import BackboneConfig
 from jrm_jax.model.published import PIXELS, PUBLISHED, UNUSED_TOKEN

@@ -16,7 +16,7 @@ import jax
 from ml_collections import ConfigDict
 
 from jrm_jax import build, build_data, sharding
-from jrm_jax.data.plan import Bucket
+from jrm_jax.data.buckets import Bucket
 from jrm_jax.errors import UserError
 from jrm_jax.model.config import BackboneConfig
 from jrm_jax.model.layers import REMAT

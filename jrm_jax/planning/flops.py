@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from jrm_jax.data.plan import Bucket
+from jrm_jax.data.buckets import Bucket
 from jrm_jax.model.config import BackboneConfig
 from jrm_jax.optim import flatten
 

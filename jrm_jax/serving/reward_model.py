@@ -24,11 +24,11 @@ import jax
 import numpy as np
 
 from jrm_jax import build, sharding
+from jrm_jax.data.buckets import Bucket
 from jrm_jax.data.encode import EncodedExample
 from jrm_jax.data.images import to_rgb
 from jrm_jax.data.picture_names import read_named, short
 from jrm_jax.data.pipeline import assemble_batch
-from jrm_jax.data.plan import Bucket
 from jrm_jax.data.schema import Candidate, Image, Part, Text
 from jrm_jax.errors import UserError
 from jrm_jax.model.backbone import Backbone

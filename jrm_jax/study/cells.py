@@ -22,7 +22,8 @@ LANGUAGE, FACTS = "loss.language_weight", "loss.facts_weight"
 # Fields that came after the first cells, with the values at which a run is what it was before.
 LATER = {
     "loss.language_end": 1.0, "loss.through_reward": False, "loss.words_weight": 0.0,
-    "head.anew": False,
+    "head.anew": False, "data.max_candidates": 0, "data.max_pictures": 0,
+    "data.max_picture_tokens": 0, "data.max_prompt": 0, "data.max_candidate": 0,
 }  # fmt: skip
 
 

@@ -30,8 +30,9 @@ from jrm_jax import sharding
 from jrm_jax.arguments import Parser
 from jrm_jax.checkpoint import complete_steps
 from jrm_jax.data import store
+from jrm_jax.data.buckets import make_buckets
 from jrm_jax.data.pipeline import assemble_batch, make_iterator
-from jrm_jax.data.plan import EvalPlan, Source, make_buckets
+from jrm_jax.data.plan import EvalPlan, Source
 from jrm_jax.data.schema import Candidate, Image, Text
 from jrm_jax.data.sizes import measure as measure_sizes
 from jrm_jax.data.world import scenes

@@ -16,8 +16,9 @@ import jax
 import numpy as np
 
 from jrm_jax import optim
+from jrm_jax.data.buckets import make_buckets
 from jrm_jax.data.pipeline import make_iterator
-from jrm_jax.data.plan import EvalPlan, Source, make_buckets
+from jrm_jax.data.plan import EvalPlan, Source
 from jrm_jax.data.world import facts, scenes
 from jrm_jax.losses import combine, term_weights
 from jrm_jax.model.backbone import Backbone
