@@ -1,5 +1,6 @@
 """Predictions as others leave them: missing scores, broken lines, names from elsewhere."""
 
+import base64
 import json
 import random
 
@@ -226,6 +227,20 @@ def test_two_names_never_lead_to_one_picture(tmp_path):
         images.find(f"b/{name}")
     with pytest.raises(UserError, match="--images=.* is no folder"):
         Images(tmp_path / name)
+
+
+def test_pictures_that_stand_in_the_text(tmp_path):
+    path, names = own_lines(tmp_path), pictures(tmp_path / "images", 5)
+    text = path.read_text()
+    for name in names:
+        data = base64.b64encode((tmp_path / name).read_bytes()).decode()
+        text = text.replace(f'"{name}"', f'"data:image/png;base64,{data}"')
+    (tmp_path / "inline.jsonl").write_text(text)
+    wanted, found = (LAYOUTS["jsonl"].read(str(tmp_path / n), Issues()).cases
+                     for n in ("own.jsonl", "inline.jsonl"))  # fmt: skip
+    assert [[p.read() for p in case.pictures] for case in found] == [
+        [p.read() for p in case.pictures] for case in wanted
+    ]
 
 
 # A user's own groups under other paths
