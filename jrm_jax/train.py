@@ -159,11 +159,13 @@ class _Run:
         began = time.monotonic()
         batches = build_data.batches(config, self.data, "train", self.mesh, self.start, total)
         pending: tuple[int, dict] | None = None
-        window, window_began = Accumulator(), time.monotonic()
+        window = Accumulator()
         valid: dict[str, float] = {}
         saved = self.start if self.start else -1
         try:
             with batches, self.watchdog:
+                self._compile()
+                window_began = time.monotonic()
                 for step in range(self.start, total + 1):
                     self.watchdog.beat(step)
                     stopping = self.stop.at(step)  # once: what stops here must be saved here
@@ -211,6 +213,14 @@ class _Run:
         finally:
             self.trace.close(self.state)
             self.writer.close()
+
+    def _compile(self) -> None:
+        began, steps = time.monotonic(), (self.train_step, self.eval_step)
+        count = build.compile_ahead(
+            self.config, self.data, self.mesh, self.state, steps, self.start
+        )
+        if count:
+            self.writer.say(f"{count} programs compiled in {time.monotonic() - began:.0f} s")
 
     @contextlib.contextmanager
     def _timed(self, name: str):

@@ -333,8 +333,9 @@ def test_discriminative_feeds_no_critique(runner, finished):
         assert (batch["critique_targets"].shape[-1] > 0) == bool(weight)
 
 
-def test_one_compilation_per_bucket(runner, finished, tmp_path, monkeypatch):
-    """Of both steps, over several epochs and evaluations, and after a restart."""
+def test_one_compilation_per_bucket(runner, finished, tmp_path, monkeypatch, caplog):
+    """Of both steps, over several epochs and evaluations, and after a restart; all before the first
+    step."""
     make = mesh_module.make_mesh
     monkeypatch.setattr(
         mesh_module, "make_mesh", lambda *sizes: make(*sizes, devices=jax.devices()[:1])
@@ -350,15 +351,23 @@ def test_one_compilation_per_bucket(runner, finished, tmp_path, monkeypatch):
         with open_checkpoints(tmp_path / "checkpoints") as checkpoints:
             running = train._Run(config, tmp_path, checkpoints, stop, leader=False)
             before = running.start
+            caplog.clear()
             assert running.train() == 0
         plan = running.data.train_plan
         seen = {plan.batch(step)[0] for step in range(before, total)}
         assert len(seen) == len(running.data.buckets) == 2
         assert running.train_step._cache_size() == 2
         assert running.eval_step._cache_size() == 2
+        for name in ("train_step", "eval_step"):
+            done = f"Finished XLA compilation of jit({name})"
+            assert sum(record.getMessage().startswith(done) for record in caplog.records) == 2
         return before
 
-    with quick_compilation(tmp_path / "compiled"):
-        assert run(12) == 0
-        config.eval_interval = config.save_interval = 20
-        assert run(20) == 12
+    jax.config.update("jax_log_compiles", True)  # `jax.log_compiles` is for one thread
+    try:
+        with quick_compilation(tmp_path / "compiled"):
+            assert run(12) == 0
+            config.eval_interval = config.save_interval = 20
+            assert run(20) == 12
+    finally:
+        jax.config.update("jax_log_compiles", False)
