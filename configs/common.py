@@ -56,9 +56,9 @@ def base() -> ConfigDict:
     config.seed = 0
     config.batch_size = 16  # groups per step, all hosts together
     config.accumulation = 1  # microbatches per step
-    config.total_steps = 900
-    config.eval_interval = 300  # steps between evaluations on `valid`
-    config.save_interval = 300  # steps between checkpoints
+    config.total_steps = 700
+    config.eval_interval = 175  # steps between evaluations on `valid`
+    config.save_interval = 175  # steps between checkpoints
     config.keep_interval = 0  # checkpoints at multiples of so many steps are all kept; 0: none
     config.log_interval = 10
     config.best_metric = "auto"  # of `valid`; auto: pair_accuracy, or -language without ranking
@@ -88,7 +88,7 @@ def base() -> ConfigDict:
     config.data.world = ConfigDict()
     config.data.world.kind = "edits"  # see data/world/prepare.py
     config.data.world.seed = 0
-    config.data.world.train = 16_000
+    config.data.world.train = 12_000
     config.data.world.valid = 256
     config.data.world.test = 512
     config.data.world.hard = 512

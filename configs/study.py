@@ -11,7 +11,9 @@ start from `configs/joint.py` and differ from it by what `jrm_jax/study/cells.py
 
 from ml_collections import ConfigDict
 
-from configs.common import TINY, parse_arg
+from configs.common import parse_arg
+
+START = "study_qwen3_vl"  # the tiny backbone as it was when the cells were made
 
 HEADLINE = ("discriminative", "joint")
 CONTROLS = ("joint_shuffled", "regression", "joint_masked", "generative")
@@ -56,7 +58,7 @@ def get_config(arg: str | None = None):
     config.train.eval_interval = 100
     config.train.save_interval = 100
     config.train.keep_interval = 100  # for the rank of the representation over training
-    config.train.backbone = ConfigDict({"path": TINY, "scan_unroll": 0})
+    config.train.backbone = ConfigDict({"path": START, "scan_unroll": 0})
     config.world = ConfigDict({"seed": 0, "valid": 256, "test": 512, "hard": 1024})
 
     # What is measured of a trained cell. A change here makes every cell anew.

@@ -1,4 +1,4 @@
-"""Make the tiny Qwen3-VL backbone's folder: config, tokenizer, image processor, weights.
+r"""Make the tiny Qwen3-VL backbone's folder: config, tokenizer, image processor, weights.
 
 The packaged folder, jrm_jax/assets/tiny_qwen3_vl, was made by these commands (seed 0), the last two
 for each STAGE of describe, describe_lookups, describe_comparisons and describe_changes:
@@ -6,6 +6,16 @@ for each STAGE of describe, describe_lookups, describe_comparisons and describe_
     python -m jrm_jax.benchmarks.make_tiny_backbone --out=FOLDER --no-weights
     python -m jrm_jax.main --config=configs/generative.py:STAGE --config.backbone.path=FOLDER
     python -m jrm_jax.benchmarks.make_tiny_backbone --out=FOLDER --run=runs/generative-STAGE
+
+That is jrm_jax/assets/study_qwen3_vl, from which the study's runs start. Then the last stage twice
+more, each followed by the third command with its RUN:
+
+    python -m jrm_jax.main --config=configs/generative.py:describe_changes --config.seed=1 \
+        --config.data.world.seed=1 --config.backbone.path=FOLDER --workdir=RUN
+    (stopped with Ctrl-C after step 1,050 of 3,200; the best step was 1,000)
+    python -m jrm_jax.main --config=configs/generative.py:describe_changes --config.seed=2 \
+        --config.data.world.seed=2 --config.data.world.train=16000 --config.total_steps=1000 \
+        --config.optimizer.learning_rate=1e-3 --config.backbone.path=FOLDER --workdir=RUN
 
 The folder has the layout of a Qwen3-VL folder on the Hugging Face hub. The tokenizer is a
 byte-level BPE trained on the words of the built-in world, so that each of its words is one token
