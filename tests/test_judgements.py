@@ -98,7 +98,8 @@ def test_hpdv3_keeps_shares_and_weights_and_has_no_source(pictures, build):
 
 def test_bad_rows_of_hpdv3(pictures, build, capsys):
     bad = {
-        "choice_dist": ([1], [1, 2, 3], [0, 0], [-1, 2], ["1", "2"], 3, [True, 1]),
+        "choice_dist": ([1], [1, 2, 3], [0, 0], [-1, 2], ["1", "2"], 3, [True, 1],
+                        [1e308, 1e308], [10**400, 1]),
         "confidence": (0, -0.1, 1.5, "high", [1], float("nan"), True),
         "prompt": (None, "", 3), "path_src": ("0.png",),
     }  # fmt: skip

@@ -141,7 +141,7 @@ def _stated(row: dict[str, Any], columns: Columns, where: str) -> Judgement:
     share, odd, weight = 1.0, [], 1.0
     if counts not in _ABSENT:
         numbers = [finite(n) for n in counts] if isinstance(counts, list | tuple) else []
-        if len(numbers) != 2 or None in numbers or min(numbers) < 0 or not sum(numbers):
+        if len(numbers) != 2 or None in numbers or min(numbers) < 0 or not finite(sum(numbers)):
             raise field_error(where, "choice_dist", f"is {str(counts)[:40]}, must be the votes for"
                               " both pictures")  # fmt: skip
         share = max(numbers) / sum(numbers)

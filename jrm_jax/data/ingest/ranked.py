@@ -12,14 +12,13 @@ one, which is not used, have the names of EditReward-Data's dimensions, so that 
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jrm_jax.data.ingest.layout import Member, Problems, read_each
 from jrm_jax.data.ingest.pictures import GroupPictures
 from jrm_jax.data.ingest.rows import SUFFIXES
-from jrm_jax.data.labels import check_type, field_error, parse_labels
+from jrm_jax.data.labels import check_type, field_error, finite, parse_labels, shown
 from jrm_jax.data.schema import Candidate, Image, PreferenceExample, Text, validate
 
 _PICTURES, _RANKS = ("image_path", "image", "generations"), ("rank", "ranking")
@@ -112,7 +111,6 @@ def _numbers(row: dict[str, Any], name: str, count: int, where: str) -> list[flo
     if len(values) != count:
         raise field_error(where, name, f"has {len(values)} entries for {count} pictures")
     for value in values:
-        right = isinstance(value, int | float) and not isinstance(value, bool)
-        if value is not None and not (right and math.isfinite(value)):
-            raise field_error(where, name, f"is {str(value)[:40]!r}, must be a number")
+        if value is not None and finite(value) is None:
+            raise field_error(where, name, f"is {shown(value)}, must be a number")
     return values

@@ -12,7 +12,7 @@ import json
 import re
 from typing import Any, NamedTuple
 
-from jrm_jax.data.labels import field_error
+from jrm_jax.data.labels import field_error, finite
 
 STYLES = ("words", "line")
 LARGEST = 1000
@@ -51,8 +51,7 @@ def read_regions(value: Any, where: str) -> dict[int, Region]:
         at = f"edit_region[{index}]"
         box = next((item[n] for n in _BOX if n in item), None) if isinstance(item, dict) else None
         right = isinstance(box, list) and len(box) == 4 and all(
-            isinstance(n, int | float) and not isinstance(n, bool) and 0 <= n <= LARGEST
-            for n in box
+            (n := finite(value)) is not None and 0 <= n <= LARGEST for value in box
         ) and box[0] <= box[2] and box[1] <= box[3]  # fmt: skip
         if not right:
             words = "needs 'bbox_2d': left, top, right, bottom from 0 to 1000, in this order"
