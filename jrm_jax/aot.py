@@ -23,6 +23,7 @@ from ml_collections import config_flags
 from jrm_jax import cli, config_cli
 from jrm_jax.errors import UserError
 from jrm_jax.planning.chips import Topology, parse_topology
+from jrm_jax.stop import ending
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "File[:arguments].", lock_config=True)
 _TOPOLOGY = flags.DEFINE_string("topology", None, "CHIP:SHAPE of a slice, such as v5p:4x4x4.")
@@ -114,7 +115,8 @@ def _say(words: str) -> None:
 def main() -> None:
     """Bad input and a step that does not fit are one line and status 1."""
     try:
-        status = _main()
+        with ending():
+            status = _main()
     except cli.REPORTED as error:
         if not cli.is_expected(error) and flags.FLAGS.is_parsed():
             raise

@@ -1,13 +1,14 @@
-"""What the entry point needs besides its flags: names, one-line errors, the allocator."""
+"""What every command needs besides its arguments: how its process begins, errors in a line."""
 
 import ctypes
+import io
 import sys
 from pathlib import Path
 
 from absl import flags
 from ml_collections import ConfigDict
 
-from jrm_jax import disk
+from jrm_jax import disk, user_cache
 from jrm_jax.errors import UserError
 from jrm_jax.workdir import default_name
 
@@ -34,6 +35,18 @@ def free_quietly() -> None:
     """Python's tracker of shared memory frees what a killed process has left, without saying so;
     for programs, before they start their first process."""
     sys.warnoptions.append("ignore:resource_tracker")
+
+
+def prepare() -> None:
+    """For a process that is one of the commands, before it imports jax or transformers."""
+    keep_memory()
+    free_quietly()
+    user_cache.keep_programs()
+    # No command needs PyTorch. Where it is installed, transformers imports it beside a tokenizer:
+    # 2 s of every start.
+    sys.modules.setdefault("torch", None)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may hold what is no text
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def run_name(config: ConfigDict) -> str:

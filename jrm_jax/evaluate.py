@@ -14,7 +14,6 @@ import argparse
 import datetime
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from jrm_jax.evaluation import report
 from jrm_jax.evaluation.cases import Issues, in_order
 from jrm_jax.evaluation.files import Images
 from jrm_jax.evaluation.layouts import LAYOUTS
+from jrm_jax.stop import ending
 
 WORLD = {"test": 512, "hard": 512}
 
@@ -159,8 +159,14 @@ def _threshold(args: argparse.Namespace) -> float:
 def _load(args: argparse.Namespace):
     from jrm_jax.serving.reward_model import RewardModel
 
-    options = {"compute_dtype": args.compute_dtype, "batch_size": args.batch_size}
-    return RewardModel.load(args.checkpoint, args.step, args.backbone, **options)
+    return RewardModel.load(
+        args.checkpoint,
+        args.step,
+        args.backbone,
+        compute_dtype=args.compute_dtype,
+        batch_size=args.batch_size,
+        say=terminal.say,
+    )
 
 
 def _read(args: argparse.Namespace, layout, issues: Issues, model: Any):
@@ -244,8 +250,9 @@ def print_result(result: dict[str, Any]) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    cli.keep_memory()
-    try:
+    if argv is None:
+        cli.prepare()
+    with ending():
         if args.compare:
             found = report.compare(*args.compare)
             print(report.compare_markdown(found))
@@ -253,8 +260,6 @@ def main(argv: list[str] | None = None) -> None:
                 _save(args.out, json.dumps(found, indent=1) + "\n")
             return
         result = evaluate(args)
-    except UserError as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
     print_result(result)
     print(f"written: {args.out} and beside it .md, .html")
 

@@ -11,14 +11,13 @@ import argparse
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from jrm_jax import disk
+from jrm_jax import cli, disk
 from jrm_jax.arguments import Parser
 from jrm_jax.data.processor import read_config as read_processor_config
 from jrm_jax.data.template import Template, save_tokenizer
@@ -26,6 +25,7 @@ from jrm_jax.errors import UserError
 from jrm_jax.model import weights
 from jrm_jax.serving.rounding import Rounding, measure
 from jrm_jax.serving.trained import STAMP, Trained, describe_lessons, load_trained
+from jrm_jax.stop import ending
 
 ASSETS = Path(__file__).parent / "assets" / "export"
 CODE, PICTURES = "modeling_jrm", "image_processing_jrm"  # what an export carries
@@ -237,14 +237,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    try:
+    if argv is None:
+        cli.prepare()
+    with ending():
         if args.out.exists():
             raise UserError(f"{args.out} exists: give another --out, or remove it first")
         trained = load_trained(args.checkpoint, args.step, args.backbone)
         shard = int(args.max_shard_gb * 1e9)
         rounding = export(trained, args.out, args.dtype, shard, not args.no_check)
-    except UserError as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
     size = sum(path.stat().st_size for path in args.out.iterdir())
     print(f"{args.out}: step {trained.card.get('step')}, {size / 1e6:,.1f} MB, {args.dtype}")
     if rounding:

@@ -25,8 +25,7 @@ def _main() -> int:
     config_cli.parse(sys.argv, __doc__)
     if _CONFIG.value is None:
         raise UserError("--config is missing: --config=configs/joint.py")
-    cli.keep_memory()
-    cli.free_quietly()
+    cli.prepare()
     from jrm_jax import distributed, train
 
     config = _CONFIG.value

@@ -14,14 +14,15 @@ import json
 import math
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from jrm_jax import build, terminal
+from jrm_jax import cli, terminal
 from jrm_jax.arguments import Parser
 from jrm_jax.errors import UserError
-from jrm_jax.serving.files import score_file
-from jrm_jax.serving.reward_model import Group, RewardModel
-from jrm_jax.serving.sheet import draw_sheet
+from jrm_jax.stop import ending
+
+if TYPE_CHECKING:
+    from jrm_jax.serving.reward_model import RewardModel
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -41,14 +42,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--critique", action="store_true", help="what the model says of each")
     parser.add_argument("--max_tokens", type=int, default=128, help="of a critique")
     parser.add_argument("--sheet", type=Path, help="PNG file: the pictures with their scores")
-    parser.add_argument("--compute_dtype", choices=tuple(build.DTYPES), default="float32")
+    parser.add_argument("--compute_dtype", choices=("float32", "bfloat16"), default="float32")
     args = parser.parse_args(argv)
     args.step = int(args.step) if args.step.isdecimal() else args.step
     return args
 
 
 def _load(args: argparse.Namespace) -> RewardModel:
-    options = {"compute_dtype": args.compute_dtype}
+    from jrm_jax.serving.reward_model import RewardModel
+
+    options = {"compute_dtype": args.compute_dtype, "say": terminal.say}
     return RewardModel.load(args.model, args.step, args.backbone, **options)
 
 
@@ -63,6 +66,8 @@ def rank(args: argparse.Namespace) -> dict[str, Any]:
         raise UserError("give --instruction, or --input and --output for many groups")
     if not args.candidates:
         raise UserError("give at least one candidate picture")
+    from jrm_jax.serving.reward_model import Group
+
     model = _load(args)
     rows: list[dict[str, Any]] = [{"picture": path} for path in args.candidates]
     for row in rows:
@@ -93,6 +98,8 @@ def score_many(args: argparse.Namespace) -> int:
     single = ("instruction", "source", "candidates", "json", "critique", "sheet")
     if beside := [name for name in single if getattr(args, name)]:
         raise UserError(f"--input holds all groups: leave out {', '.join(beside)}")
+    from jrm_jax.serving.files import score_file
+
     model = _load(args)
     rows, failed = score_file(model, args.input, args.output, args.images)
     words = f", {failed:,} of them with an error" if failed else ""
@@ -115,15 +122,18 @@ def print_table(found: dict[str, Any]) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    try:
+    if argv is None:
+        cli.prepare()
+    with ending():
         if args.input or args.output:
             sys.exit(score_many(args))
         found = rank(args)
-        if args.sheet and (missing := draw_sheet(found, args.sheet)):
-            words = "the sheet cannot draw these letters, no font here has them (install Noto)"
-            print(f"{words}: {missing}", file=sys.stderr)
-    except UserError as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
+        if args.sheet:
+            from jrm_jax.serving.sheet import draw_sheet
+
+            if missing := draw_sheet(found, args.sheet):
+                words = "the sheet cannot draw these letters, no font here has them (install Noto)"
+                terminal.say(f"{words}: {missing}")
     if args.json:
         print(json.dumps(found))
     else:

@@ -6,14 +6,17 @@ hold an emoji's name or a terminal's control codes: none of it is obeyed.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import sys
+import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from typing import Any, TypeVar
 
 Item = TypeVar("Item")
+SLOW = 1.0  # seconds from which on a person wants to know what takes so long
 TELL_SECONDS = 30.0  # between two lines about the same work, where there is no terminal
 # Control codes are shown, not obeyed; tabs and line breaks stay.
 _CODES = {c: f"\\x{c:02x}" for c in (*range(32), *range(127, 160)) if chr(c) not in "\t\n"}
@@ -40,6 +43,23 @@ def console(stderr: bool = False) -> Any:
 def is_watched() -> bool:
     """Whether a person sees stderr as it is written, and not a file or a pipe."""
     return sys.stderr is not None and sys.stderr.isatty()
+
+
+def say(words: str) -> None:
+    """A line on stderr: stdout is for what a command makes."""
+    print(words, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def if_slow(words: str, say: Callable[[str], None] = say) -> Iterator[None]:
+    """Say it if what is done inside takes longer than `SLOW` seconds."""
+    timer = threading.Timer(SLOW, say, [words])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def show_cursor() -> None:
@@ -116,14 +136,14 @@ class Bar:
         now = time.monotonic()
         if now - self._told >= TELL_SECONDS:
             self._told = now
-            print(self._line(now), file=sys.stderr, flush=True)
+            say(self._line(now))
 
     def say(self, words: str) -> None:
         """A line of its own, above the bar."""
         if self._bar is not None:
             self._bar.console.print(words)
         else:
-            print(words, file=sys.stderr, flush=True)
+            say(words)
 
     def _line(self, now: float) -> str:
         """'reading: 128 of 4,096 rows, 3:20 to go'"""

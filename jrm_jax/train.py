@@ -31,7 +31,8 @@ from jrm_jax.errors import UserError
 from jrm_jax.lock import Lock, hold
 from jrm_jax.metrics import Accumulator, Writer
 from jrm_jax.report import in_words, json_safe, print_results
-from jrm_jax.watch import StopRequest, Trace, Watchdog, describe_memory
+from jrm_jax.stop import StopRequest
+from jrm_jax.watch import Trace, Watchdog, describe_memory
 
 LESSONS = ("preference", "language", "words", "facts")
 SCALARS = ("loss", "grad_norm", "param_norm")
@@ -56,7 +57,7 @@ def run(config: ConfigDict, workdir: Path) -> int:
         return 0
     for note in notes:
         say(note)
-    stop, kept = StopRequest(), config.keep_interval
+    stop, kept = StopRequest(several=jax.process_count() > 1), config.keep_interval
     with hold(workdir, say) as held, stop:
         files.check_config(workdir, config)  # once more: another trainer may just have ended
         with open_checkpoints(workdir / files.CHECKPOINTS, say, kept) as checkpoints:
@@ -168,7 +169,7 @@ class _Run:
                 window_began = time.monotonic()
                 for step in range(self.start, total + 1):
                     self.watchdog.beat(step)
-                    stopping = self.stop.at(step)  # once: what stops here must be saved here
+                    stopping = self.stop.now()  # once: what stops here must be saved here
                     due_eval = step == total or _is_due(step, config.eval_interval)
                     due_save = step == total or _is_due(step, config.save_interval) or stopping
                     due_log = step == total or _is_due(step, config.log_interval)

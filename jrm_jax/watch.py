@@ -1,9 +1,8 @@
-"""Watching a run from within: requests to stop, signs of life, what hangs, chosen traces."""
+"""Watching a run from within: signs of life, what hangs, chosen traces."""
 
 from __future__ import annotations
 
 import faulthandler
-import signal
 import sys
 import time
 from collections.abc import Callable, Collection
@@ -11,46 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-
-class StopRequest:
-    """SIGTERM or Ctrl-C asks for a stop after the step; a second one ends the process at once.
-
-    Of several processes each may be told at another time: SIGTERM is then left to JAX, which hears
-    it (and Cloud TPU's notice) and agrees with all of them on the step to stop at.
-    """
-
-    def __init__(self) -> None:
-        self.asked = 0  # the signal
-        self._several = jax.process_count() > 1
-
-    def __enter__(self) -> StopRequest:
-        numbers = (signal.SIGINT,) if self._several else STOP_SIGNALS
-        self._before = {number: signal.signal(number, self._ask) for number in numbers}
-        return self
-
-    def _ask(self, number: int, _: Any) -> None:
-        if self._several:
-            signal.raise_signal(signal.SIGTERM)
-        else:
-            self.asked = number
-        for each in self._before:
-            signal.signal(each, signal.SIG_DFL)
-
-    def at(self, step: int) -> int:
-        """The signal to stop for at this step, or 0. Every process must ask at every step."""
-        if self._several and not self.asked:
-            from jax.experimental import multihost_utils
-
-            if multihost_utils.reached_preemption_sync_point(step):
-                self.asked = signal.SIGTERM
-        return self.asked
-
-    def __exit__(self, *_: Any) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
 
 
 class Watchdog:

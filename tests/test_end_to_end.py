@@ -25,12 +25,13 @@ from entry_point import (  # noqa: F401  fixtures among them
 from PIL import Image as Pillow
 
 from configs import joint
-from jrm_jax import build, build_data, train, watch
+from jrm_jax import build, build_data, train
 from jrm_jax import sharding as mesh_module
 from jrm_jax.checkpoint import open_checkpoints
 from jrm_jax.data import builders, store
 from jrm_jax.data.schema import from_record
 from jrm_jax.serving.trained import load_trained
+from jrm_jax.stop import StopRequest
 
 # A run and its results
 
@@ -347,7 +348,7 @@ def test_one_compilation_per_bucket(runner, finished, tmp_path, monkeypatch, cap
 
     def run(total: int):
         config.total_steps = total
-        stop = watch.StopRequest()
+        stop = StopRequest()
         with open_checkpoints(tmp_path / "checkpoints") as checkpoints:
             running = train._Run(config, tmp_path, checkpoints, stop, leader=False)
             before = running.start

@@ -69,13 +69,13 @@ ROWS = (
      "config_cli", "backbones", "lock", "workdir", "check_data", "check_config", "reward_head"},
     {"step", "data"},
     {"heads", "losses", "optim", "lora", "sharding", "model"},
-    {"arguments", "packaged", "disk", "terminal"},
+    {"arguments", "packaged", "disk", "stop", "terminal", "user_cache"},
     {"errors"},
 )
 ROW_OF = {room: row for row, rooms in enumerate(ROWS) for room in rooms}
 CORE_ROOMS = {"step", "losses", "heads", "optim", "lora", "sharding", "model", "errors"}
 MAY = {  # exceptions that are narrower than their row
-    "data": {"data", "model", "arguments", "disk", "terminal", "errors"},
+    "data": {"data", "model", "arguments", "disk", "stop", "terminal", "user_cache", "errors"},
     **{room: CORE_ROOMS for room in ("step", "losses", "heads", "model")},
 }
 

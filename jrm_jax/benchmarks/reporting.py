@@ -7,6 +7,8 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from jrm_jax.stop import ending
+
 
 def run_command(
     parser: argparse.ArgumentParser,
@@ -24,7 +26,7 @@ def run_command(
     parser.add_argument("--out", type=Path, help="write the report to this file, too")
     options = vars(parser.parse_args(argv))
     out = options.pop("out")
-    with tempfile.TemporaryDirectory() as folder:
+    with ending(), tempfile.TemporaryDirectory() as folder:
         lines = run(Path(folder), **options)
     if out:
         given = {name: value for name, value in options.items() if value is not False}

@@ -30,7 +30,8 @@ from jrm_jax.data.ingest.table import Table
 from jrm_jax.data.store import SHARD_EXAMPLES
 from jrm_jax.data.world.prepare import prepare_world
 from jrm_jax.errors import UserError
-from jrm_jax.terminal import Bar
+from jrm_jax.stop import GRACE, Stopped, StopRequest
+from jrm_jax.terminal import Bar, say
 
 SHOWN = 20  # problems that are printed; all are listed in the data set's problems.txt
 
@@ -189,25 +190,31 @@ def build(args: argparse.Namespace) -> None:
         print(f"all of them: {result.listed}")
 
 
+def make_world(args: argparse.Namespace) -> None:
+    """The built-in world as a data set; prints its folder."""
+    from jrm_jax.data.world import scenes
+
+    names = ("train", "valid")
+    if args.kind in scenes.KINDS_OF_EXAMPLE:
+        names += ("test", "hard")
+    counts = {split: getattr(args, split) for split in names}
+    print(prepare_world(args.out, counts, args.seed, args.kind))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     try:
-        if args.command != "world":
-            build(args)
-            return 0
-        from jrm_jax.data.world import scenes
-
-        names = ("train", "valid")
-        if args.kind in scenes.KINDS_OF_EXAMPLE:
-            names += ("test", "hard")
-        counts = {split: getattr(args, split) for split in names}
-        print(prepare_world(args.out, counts, args.seed, args.kind))
+        with StopRequest("stopping", say, grace=GRACE) as stop, stop.breaking():
+            if args.command == "world":
+                make_world(args)
+            else:
+                build(args)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         return 1
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
-        return 130
+    except Stopped as stopped:
+        say("stopped; the same command goes on")
+        return stopped.status
     return 0
 
 

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from jrm_jax import user_cache
 from jrm_jax.data.schema import PreferenceExample, from_record
 from jrm_jax.errors import UserError
 from jrm_jax.terminal import track
@@ -119,9 +120,8 @@ def cache_places(folder: Path, file: str, fallback: str | Path | None = None) ->
     """Where a file about the data set in `folder` may lie: in it, or in the user's cache folder."""
     place = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
     if fallback is None:
-        root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        fallback = Path(root) / "jrm_jax" / "sizes"
-    return [folder / file, Path(fallback) / place / file]
+        fallback = user_cache.folder("sizes")
+    return [folder / file, *([Path(fallback) / place / file] if fallback is not None else [])]
 
 
 def _read_cache(path: Path, count: int) -> np.ndarray | None:

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jrm_jax import build, sharding
+from jrm_jax import build, sharding, user_cache
 from jrm_jax.data.buckets import Bucket
 from jrm_jax.data.encode import EncodedExample
 from jrm_jax.data.images import to_rgb
@@ -35,6 +35,7 @@ from jrm_jax.model.backbone import Backbone
 from jrm_jax.serving.generate import make_generate
 from jrm_jax.serving.trained import Trained, load_trained, scale
 from jrm_jax.step import make_score_step, make_state_step
+from jrm_jax.terminal import if_slow
 
 Picture = Any  # path, data: URI, encoded bytes, PIL image, or uint8 array [h, w, 3]
 TOKENS = 16  # token slots are rounded up to steps of this
@@ -83,7 +84,13 @@ class RewardModel:
     orders; within one bucket, and for as many rows, it is bit-identical whatever the others hold.
     """
 
-    def __init__(self, trained: Trained, compute_dtype: str = "float32", batch_size: int = 8):
+    def __init__(
+        self,
+        trained: Trained,
+        compute_dtype: str = "float32",
+        batch_size: int = 8,
+        say: Callable[[str], None] | None = None,
+    ):
         if compute_dtype not in build.DTYPES:
             raise UserError(f"compute_dtype {compute_dtype!r}: use {' or '.join(build.DTYPES)}")
         self.card, self.encoder, self.batch_size = trained.card, trained.encoder, batch_size
@@ -105,6 +112,7 @@ class RewardModel:
             for make in (make_score_step, make_state_step)
         )
         self._generate: dict[tuple, Any] = {}
+        self._say, self._compiled = say or _silent, set()
 
     @classmethod
     def load(
@@ -119,7 +127,8 @@ class RewardModel:
         Args:
             step: of a run's folder: a number, 'best' or 'latest'.
             backbone: of a run's folder: where its backbone lies by now, if it is not found.
-            options: compute_dtype ('float32' or 'bfloat16'), batch_size (groups at a time).
+            options: compute_dtype ('float32' or 'bfloat16'), batch_size (groups at a time), say
+                (told what is compiled, where that takes long).
 
         Raises:
             UserError: the folder holds no trained model.
@@ -171,7 +180,7 @@ class RewardModel:
     ) -> list[np.ndarray]:
         found: dict[int, np.ndarray] = {}
         for indices, batch in batches:
-            array_BKX = np.asarray(program(self._params, batch))
+            array_BKX = np.asarray(self._call(program, "scores", batch))
             for row, index in enumerate(indices):
                 found[index] = array_BKX[row, : int(batch["candidate_mask"][row].sum())]
             if advance is not None:
@@ -216,9 +225,22 @@ class RewardModel:
         group = Group(instruction, source, candidates)
         ((_, batch),) = self._batches(self._encode_all([group]))
         key = jax.random.key(seed)
-        ids_BKT = self._generate[options](self._params, batch, key, np.float32(temperature or 1.0))
+        more = key, np.float32(temperature or 1.0)
+        ids_BKT = self._call(self._generate[options], "critiques", batch, *more)
         rows = np.asarray(ids_BKT)[0, : len(candidates)].tolist()
         return [row[: row.index(end)] if end in row else row for row in rows]
+
+    def _call(self, program: Any, of: str, batch: dict, *more: Any) -> Any:
+        """A program's output. What it compiles is kept for other processes, see `user_cache`."""
+        kind = program, *(array.shape for array in batch.values())
+        if kind in self._compiled:
+            return program(self._params, batch, *more)
+        rows, candidates = batch["candidate_mask"].shape
+        words = f"compiling the program of {of}, {rows} x {candidates} candidates"
+        with if_slow(words, self._say), user_cache.programs_kept():
+            found = program(self._params, batch, *more)
+        self._compiled.add(kind)
+        return found
 
     def problem(self, picture: Picture) -> str | None:
         """Why a picture cannot be scored, or None."""
@@ -335,3 +357,7 @@ def _words(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return " ".join(str(error).split())
+
+
+def _silent(words: str) -> None:
+    """A library says nothing unless it is asked to."""

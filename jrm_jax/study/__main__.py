@@ -8,13 +8,13 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 
 from absl import flags
 from ml_collections import config_flags
 
 from jrm_jax import cli, config_cli
+from jrm_jax.stop import ending
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "File[:arguments].", lock_config=True)
 _MINUTES = flags.DEFINE_float("minutes", 0.0, "Stop after so many; 0: when all is done.")
@@ -26,18 +26,17 @@ _KEEP = flags.DEFINE_bool("keep", False, "Keep the folders of the runs after mea
 def main() -> None:
     try:
         config_cli.parse(sys.argv, __doc__, default="configs/study.py")
-        # so that the run of a cell ends with its parent
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped; the same command goes on"))
         from jrm_jax.study import report, runner
 
         config = _CONFIG.value
-        if _CELL.value:
-            runner.make_cell(config, runner.find_cell(config, _CELL.value), keep=_KEEP.value)
-            return
-        if not _REPORT.value:
-            runner.run(config, minutes=_MINUTES.value, keep=_KEEP.value)
-        for path in report.write(config):
-            print(path)
+        with ending("stopped; the same command goes on"):  # the run of a cell ends, too
+            if _CELL.value:
+                runner.make_cell(config, runner.find_cell(config, _CELL.value), keep=_KEEP.value)
+                return
+            if not _REPORT.value:
+                runner.run(config, minutes=_MINUTES.value, keep=_KEEP.value)
+            for path in report.write(config):
+                print(path)
     except cli.REPORTED as error:
         if not cli.is_expected(error) and flags.FLAGS.is_parsed():
             raise

@@ -16,7 +16,6 @@ import os
 import platform
 import random
 import re
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,7 +25,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from jrm_jax import sharding
+from jrm_jax import cli, sharding
 from jrm_jax.arguments import Parser
 from jrm_jax.checkpoint import complete_steps
 from jrm_jax.data import store
@@ -39,12 +38,12 @@ from jrm_jax.data.world import scenes
 from jrm_jax.data.world.draw import PIXELS, draw, encode_png, encode_scene
 from jrm_jax.data.world.prepare import prepare_world
 from jrm_jax.data.world.text import NUMBERS
-from jrm_jax.errors import UserError
 from jrm_jax.evaluation.statistics import effective_rank
 from jrm_jax.model.backbone import Backbone
 from jrm_jax.serving.generate import make_generate
 from jrm_jax.serving.trained import Trained, load_trained
 from jrm_jax.step import make_score_step
+from jrm_jax.stop import ending
 from jrm_jax.study import why
 from jrm_jax.study.programs import make_attack, make_probe
 from jrm_jax.workdir import CHECKPOINTS
@@ -346,10 +345,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--settings", required=True, help="config.measure as JSON")
     parser.add_argument("--judge", action="store_true", help="read scores from written critiques")
     args = parser.parse_args(argv)
-    try:
+    if argv is None:
+        cli.prepare()
+    with ending():
         found = measure(args.workdir, ConfigDict(json.loads(args.settings)), args.judge)
-    except UserError as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
     args.out.write_text(json.dumps(found))
 
 

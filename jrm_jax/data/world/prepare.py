@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -50,7 +51,9 @@ def prepare_world(
     # A clean interpreter per worker: forking one that runs jax's threads can hang.
     context = multiprocessing.get_context("spawn")
     bar = Bar("drawing the built-in world", sum(counts.values()))
-    with context.Pool(os.cpu_count()) as pool, bar:
+    # Ctrl-C reaches the workers, too; it is for this process to end them.
+    ignore = (signal.signal, (signal.SIGINT, signal.SIG_IGN))
+    with context.Pool(os.cpu_count(), *ignore) as pool, bar:
 
         def stream(split: str, count: int) -> Iterator[dict]:
             tasks = ((kind, split, index, seed) for index in range(count))

@@ -1,0 +1,169 @@
+"""What is kept between runs: compiled programs, and measured sizes, in the user's cache folder.
+
+Programs are kept by JAX's own persistent compilation cache. One switch, an environment variable:
+
+    JRM_COMPILATION_CACHE=off       nothing is kept
+    JRM_COMPILATION_CACHE=FOLDER    kept there; otherwise in ~/.cache/jrm_jax/programs, or where
+                                    XDG_CACHE_HOME says
+
+Who sets JAX's JAX_COMPILATION_CACHE_DIR, or configures JAX in Python, is left alone. A kept program
+is the compiled one, to the bit: what it computes does not change. Commands keep programs for as
+long as they run; in other people's processes only the project's own programs are kept, and JAX's
+settings are theirs again afterwards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import importlib.util
+import os
+import platform
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from jrm_jax.terminal import say
+
+SWITCH = "JRM_COMPILATION_CACHE"
+LIMIT = 2 * 10**9  # bytes; what was used least lately goes first, at the start of a command
+SHORTEST = 0.1  # seconds; what compiles faster is not worth a file
+
+
+def folder(name: str) -> Path | None:
+    """A folder of the user's cache; None where the user has no home."""
+    root = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return (Path(root) if root else Path.home() / ".cache") / "jrm_jax" / name
+    except RuntimeError:
+        return None
+
+
+def keep_programs() -> None:
+    """For commands, before anything imports jax: keep what this process compiles.
+
+    A folder that cannot be used is no obstacle; it is named if the user chose it.
+    """
+    place = _place()
+    if place is None:
+        return
+    with contextlib.suppress(OSError):
+        _trim(place.parent)
+    if os.environ.get("JAX_PLATFORMS") == "cpu" or not _has_accelerator_libraries():
+        # Of a kept program XLA's loader says that some features of the machine are missing which
+        # are none (prefer-no-gather): a long line for each, on many Intel processors.
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    _use(_settings(place))
+    warnings.showwarning = functools.partial(_mend, place, warnings.showwarning)
+
+
+@contextlib.contextmanager
+def programs_kept() -> Iterator[None]:
+    """For what may run in other people's processes: keep what is compiled inside."""
+    import jax
+
+    place = None if jax.config.jax_compilation_cache_dir else _place()
+    if place is None:
+        yield
+        return
+    settings = _settings(place)
+    before = {name: jax.config.values[name] for name in settings}
+    _use(settings)
+    try:
+        yield
+    finally:
+        _use(before)
+
+
+def _place() -> Path | None:
+    """The folder of this kind of machine, made and tried; None where nothing is to be kept."""
+    chosen = os.environ.get(SWITCH, "")
+    if chosen.lower() in ("off", "0", "no", "false") or os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        return None
+    root = Path(chosen).expanduser().absolute() if chosen else folder("programs")
+    return None if root is None else _try(root, say if chosen else None)
+
+
+@functools.cache  # said once
+def _try(root: Path, tell: Callable[[str], None] | None) -> Path | None:
+    place = root / _machine()
+    try:
+        place.mkdir(parents=True, exist_ok=True, mode=0o700)
+        tempfile.TemporaryFile(dir=place).close()
+    except OSError as error:
+        if tell is not None:
+            tell(f"compiled programs are not kept: {root}: {error.strerror}")
+        return None
+    return place
+
+
+def _machine() -> str:
+    """A name for machines that run each other's programs: JAX's own key does not tell processors
+    apart, and programs for the CPU are cut for a number of cores."""
+    features = ""
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as lines:
+        features = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    known = f"{platform.machine()} {platform.processor()} {features.split()} {cores}"
+    return f"{platform.machine()}-{hashlib.sha256(known.encode()).hexdigest()[:12]}"
+
+
+def _has_accelerator_libraries() -> bool:
+    return any(importlib.util.find_spec(name) for name in ("jax_plugins", "libtpu"))
+
+
+def _settings(place: Path) -> dict[str, Any]:
+    """JAX's names. Its own limit of size is not used: one file that a killed process left half
+    written then keeps jax 0.10 from ever writing again, and its locks fail on many mounts."""
+    return {
+        "jax_compilation_cache_dir": str(place),
+        "jax_compilation_cache_max_size": -1,
+        "jax_persistent_cache_min_compile_time_secs": SHORTEST,
+        "jax_persistent_cache_min_entry_size_bytes": 0,
+    }
+
+
+def _use(settings: dict[str, Any]) -> None:
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()  # it takes the settings of its first use
+
+
+def _trim(root: Path) -> None:
+    """Remove files, those used least lately first, until `LIMIT` holds."""
+    found = []
+    for path in root.rglob("*"):
+        with contextlib.suppress(OSError):  # another process may trim too
+            about = path.stat()
+            if path.is_file():
+                found.append((max(about.st_atime, about.st_mtime), about.st_size, path))
+    total = sum(size for _, size, _ in found)
+    for _, size, path in sorted(found):
+        if total <= LIMIT:
+            return
+        with contextlib.suppress(OSError):
+            path.unlink()
+        total -= size
+
+
+def _mend(place: Path, show: Any, message: Any, *rest: Any, **options: Any) -> None:
+    """JAX's warnings about its cache, as one line. A file that cannot be read, because a process
+    was killed as it wrote, is removed: JAX compiles then, and writes only where there is none."""
+    words = str(message)
+    if "persistent compilation cache entry for '" not in words:
+        show(message, *rest, **options)
+        return
+    name, _, reason = words.partition(" entry for '")[2].partition("': ")
+    if words.startswith("Error writing"):
+        say(f"a compiled program cannot be kept in {place} ({reason})")
+        return
+    for path in place.glob(f"{name}-*"):
+        with contextlib.suppress(OSError):
+            path.unlink()
+    say(f"a kept program cannot be read ({reason}): it is compiled again")

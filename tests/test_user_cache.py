@@ -1,0 +1,149 @@
+"""Compiled programs are kept: where, which, how many, and what becomes of damaged ones."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+from entry_point import ROOT
+
+from jrm_jax import user_cache
+
+PROGRAM = """
+import sys
+from jrm_jax import user_cache
+user_cache.SHORTEST = 0.0
+{before}
+import jax, jax.numpy as jnp
+hits = []
+jax.monitoring.register_event_listener(lambda name, **_: hits.append(name.endswith("/cache_hits")))
+f = jax.jit(lambda x: jnp.tanh(x @ x).sum())
+with {around}:
+    print(f(jnp.linspace(0.0, 1.0, 4096).reshape(64, 64)).tobytes().hex())
+print(sum(hits), jax.config.jax_compilation_cache_dir)
+"""
+COMMAND = PROGRAM.format(before="user_cache.keep_programs()", around="user_cache.programs_kept()")
+LIBRARY = PROGRAM.format(before="", around="user_cache.programs_kept()")
+
+
+def run(cache: Path, source: str = COMMAND, **more: str) -> tuple[str, int, str, str]:
+    """(the result's bits, programs found, JAX's folder in the end, stderr)."""
+    env = {n: v for n, v in os.environ.items() if "COMPILATION_CACHE" not in n}
+    env |= {"XDG_CACHE_HOME": str(cache), "XLA_FLAGS": ""} | more
+    command = [sys.executable, "-c", source]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    bits, line = done.stdout.splitlines()
+    found, place = line.split()
+    return bits, int(found), place, done.stderr
+
+
+def kept(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("jit_*") if path.is_file())
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    """(the cache of a first process, what it found)."""
+    cache = tmp_path_factory.mktemp("cache")
+    return cache, run(cache)
+
+
+def test_a_second_process_finds_the_program_and_gets_the_same_bits(first):
+    cache, (bits, hits, place, errors) = first
+    assert hits == 0 and errors == "" and kept(cache)
+    assert Path(place).parent == cache / "jrm_jax" / "programs"
+    before = {path: path.read_bytes() for path in kept(cache)}
+    assert run(cache) == (bits, len(before), place, "")
+    assert {path: path.read_bytes() for path in kept(cache)} == before
+
+
+def test_in_other_peoples_processes_jax_is_left_as_it_was(first):
+    cache, (bits, _, _, _) = first
+    again = run(cache, LIBRARY)
+    assert again == (bits, again[1], "None", "") and again[1] > 0
+
+
+def test_a_damaged_program_is_compiled_again_and_replaced(tmp_path):
+    bits = run(tmp_path)[0]
+    for path in kept(tmp_path):
+        path.write_bytes(path.read_bytes()[:-40])  # the writer was killed
+    found = run(tmp_path)
+    assert found[:2] == (bits, 0)
+    lines = found[3].splitlines()
+    assert len(lines) == len(kept(tmp_path)) > 0
+    assert all(line.startswith("a kept program cannot be read (") for line in lines)
+    assert run(tmp_path)[:2] == (bits, len(lines))
+
+
+@pytest.mark.parametrize("source", [COMMAND, LIBRARY])
+@pytest.mark.parametrize("value", ["off", "OFF", "0"])
+def test_the_switch(monkeypatch, tmp_path, source, value):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    monkeypatch.setenv(user_cache.SWITCH, value)
+    assert user_cache._place() is None and not list(tmp_path.iterdir())
+
+
+def test_a_chosen_folder(first, tmp_path):
+    _, (bits, _, _, _) = first
+    found = run(tmp_path / "unused", **{user_cache.SWITCH: str(tmp_path / "chosen")})
+    assert found[0] == bits and found[3] == ""
+    assert kept(tmp_path / "chosen") and not (tmp_path / "unused").exists()
+    (tmp_path / "file").write_text("")
+    found = run(tmp_path / "unused", **{user_cache.SWITCH: str(tmp_path / "file" / "inner")})
+    assert found[0] == bits  # works without, and says so, for it was asked for
+    assert found[3] == f"compiled programs are not kept: {tmp_path}/file/inner: Not a directory\n"
+
+
+def test_a_cache_folder_that_cannot_be_used_is_no_matter(first, tmp_path):
+    (tmp_path / "file").write_text("")
+    bits, hits, place, errors = run(tmp_path / "file")
+    assert (bits, hits, place, errors) == (first[1][0], 0, "None", "")
+
+
+def test_jaxs_own_settings_come_first(first, tmp_path):
+    own = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "own")}
+    bits, hits, place, errors = run(tmp_path / "unused", **own)
+    assert (bits, hits, place, errors) == (first[1][0], 0, str(tmp_path / "own"), "")
+    assert not (tmp_path / "unused").exists()
+
+
+def test_there_need_be_no_home(monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+
+    def home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", home)
+    assert user_cache.folder("programs") is None and user_cache._place() is None
+
+
+def test_what_was_used_least_lately_goes(monkeypatch, tmp_path):
+    monkeypatch.setattr(user_cache, "LIMIT", 250)
+    for name, used in (("a", 30), ("b", 10), ("c", 20), ("d", 40)):
+        path = tmp_path / "machine" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(bytes(100))
+        os.utime(path, (used, 0))
+    user_cache._trim(tmp_path)
+    assert [path.name for path in sorted((tmp_path / "machine").iterdir())] == ["a", "d"]
+
+
+def test_machines_that_differ_do_not_share(monkeypatch):
+    here = user_cache._machine()
+    assert here == user_cache._machine()
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(1000), raising=False)
+    assert user_cache._machine() != here
+
+
+def test_nothing_is_changed_where_somebody_has_set_a_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    before = dict(jax.config.values)
+    assert before["jax_compilation_cache_dir"]  # the tests' own
+    with user_cache.programs_kept():
+        assert dict(jax.config.values) == before
+    assert not list(tmp_path.iterdir())
