@@ -12,7 +12,7 @@ from jrm_jax import RewardModel, score
 from jrm_jax.data import images
 from jrm_jax.errors import UserError
 from jrm_jax.serving import files as scored_files
-from jrm_jax.serving.reward_model import read_picture
+from jrm_jax.serving.reward_model import Group, read_picture
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def test_within_a_bucket_scores_are_bit_identical(model, groups):
     first = model.score_batch([groups[0]] * 4)[0].reward_KR
     others = [candidates, candidates[::-1], candidates[:1] * len(candidates), candidates[::-1]]
     others = [(text, source, pictures) for pictures in others]
-    assert len({model._bucket(model._encode(score.Group(*g), "")) for g in others}) == 1
+    assert len({model._bucket(model._encode(Group(*g), "")) for g in others}) == 1
     found = model.score_batch(others)
     np.testing.assert_array_equal(found[0].reward_KR, first)
     assert not np.allclose(found[1].reward_KR, first)
