@@ -6,9 +6,7 @@ Its data are in `build_data.py`; the loop that uses these parts is in `train.py`
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -17,11 +15,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jrm_jax import heads, lora, optim, sharding
-from jrm_jax.build_data import Data, backbone_folder, place
+from jrm_jax.build_data import Data, backbone_folder
 from jrm_jax.check_data import reads_critiques
 from jrm_jax.data.encode import Encoder
-from jrm_jax.data.pipeline import empty_batch
-from jrm_jax.data.plan import Bucket
 from jrm_jax.data.template import Tokenizer
 from jrm_jax.model import published, weights
 from jrm_jax.model.backbone import Backbone, init_backbone
@@ -263,41 +259,6 @@ def make_steps(config: ConfigDict, backbone: Backbone, data: Data, optimizer, st
         ),
         jax.jit(make_eval_step(forward), compiler_options=options),
     )
-
-
-def compile_ahead(
-    config: ConfigDict,
-    data: Data,
-    mesh: jax.sharding.Mesh,
-    state: TrainState,
-    steps: tuple[Any, Any],
-    start: int,
-) -> int:
-    """Compile the programs that a run from step `start` on will call; returns how many.
-
-    XLA compiles one program with one core, so here each is compiled in a thread of its own; the
-    steps (those of `make_steps`) find them when they are called. CPU and one process only:
-    elsewhere a program is compiled when it is first needed.
-    """
-    if mesh.devices.flat[0].platform != "cpu" or jax.process_count() > 1:
-        return 0
-    train_step, eval_step = steps
-    stop = min(config.total_steps, start + data.train_plan.steps_per_epoch)  # an epoch has them all
-    trained = {data.train_plan.batch(step)[0] for step in range(start, stop)}
-    read = {plan.batch(i)[0] for plan in data.eval_plans.values() for i in range(len(plan))}
-
-    def batch(bucket: Bucket) -> dict:
-        return place(config, empty_batch(config.batch_size, bucket, data.encoder), mesh)
-
-    programs = [(train_step, (state, batch(bucket))) for bucket in sorted(trained, reverse=True)]
-    programs += [
-        (eval_step, (state.trainable, state.frozen, batch(bucket)))
-        for bucket in sorted(read, reverse=True)
-    ]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for compiled in [pool.submit(lambda f=f, a=a: f.lower(*a).compile()) for f, a in programs]:
-            compiled.result()
-    return len(programs)
 
 
 def load_backbone_config(config: ConfigDict) -> BackboneConfig:

@@ -29,6 +29,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
 from jrm_jax import disk, distributed
 from jrm_jax.errors import UserError, one_line
+from jrm_jax.workdir import write_whole
 
 RANK = "rank"  # the number by which Orbax ranks; always finite
 WORST = -1e30
@@ -64,7 +65,6 @@ class Checkpoints:
         Raises:
             UserError: it could not be written; earlier ones are untouched.
         """
-        rank = float(metric) if math.isfinite(metric) else WORST
         try:
             self._manager.save(
                 step,
@@ -73,7 +73,7 @@ class Checkpoints:
                     opt_state=ocp.args.StandardSave(opt_state),
                     meta=ocp.args.JsonSave(dict(meta)),
                 ),
-                metrics={RANK: rank},
+                metrics={RANK: _finite(metric)},
                 force=True,
             )
             self._manager.wait_until_finished()
@@ -91,6 +91,16 @@ class Checkpoints:
                 f"checkpoint {step} could not be written to {self.folder} ({words}); then run the "
                 f"same command again; complete checkpoints: {', '.join(map(str, left)) or 'none'}"
             ) from error
+
+    def rate(self, step: int, meta: Mapping[str, Any], metric: float) -> None:
+        """Write down the evaluation of a checkpoint that was saved without: its rank, then its meta
+        (each whole, or not at all). Parameters are not touched, so that nothing can be lost."""
+        with distributed.leader_first("rate"):
+            if distributed.is_leader():
+                folder = self.folder / str(step)
+                write_whole(folder / METRICS, json.dumps({RANK: _finite(metric)}))
+                write_whole(folder / META, json.dumps(dict(meta)))
+        self._manager.reload()
 
     def restore(
         self, trainable: Any, opt_state: Any | None = None, step: int | None = None
@@ -275,6 +285,10 @@ def read_arrays(workdir: Path, step: int) -> dict[str, np.ndarray]:
         jax.tree_util.keystr(path): np.asarray(leaf)
         for path, leaf in jax.tree_util.tree_leaves_with_path(restored)
     }
+
+
+def _finite(metric: float) -> float:
+    return float(metric) if math.isfinite(metric) else WORST
 
 
 def _read_rank(metrics: Mapping[str, float]) -> float:

@@ -8,6 +8,7 @@ from ml_collections import config_flags
 
 from jrm_jax import cli, config_cli
 from jrm_jax.errors import UserError
+from jrm_jax.stop import leave
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "File[:arguments].", lock_config=True)
 _WORKDIR = flags.DEFINE_string(
@@ -26,12 +27,15 @@ def _main() -> int:
     if _CONFIG.value is None:
         raise UserError("--config is missing: --config=configs/joint.py")
     cli.prepare()
-    from jrm_jax import distributed, train
+    from jrm_jax import distributed, programs, train
 
     config = _CONFIG.value
     name = cli.run_name(config)
     distributed.start(_DISTRIBUTED.value)
-    return train.run(config, Path(_WORKDIR.value or f"runs/{name}"))
+    status = train.run(config, Path(_WORKDIR.value or f"runs/{name}"))
+    if programs.are_left():
+        leave(status)
+    return status
 
 
 def main() -> None:

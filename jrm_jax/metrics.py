@@ -6,11 +6,12 @@ step, split, names and values) and TensorBoard. Only the first process of a run 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,52 @@ class Accumulator:
         return values
 
 
+class Window:
+    """What a run measures between two lines of metrics: sums over its steps, and seconds."""
+
+    WITHIN = ("data",)  # parts of a step
+    BETWEEN = ("checkpoint", "compilation", "evaluation")  # what is no step
+
+    def __init__(self, scalars: Sequence[str]):
+        """`scalars`: metrics of a step that are numbers; the others are (sum, weight)."""
+        self._scalars = tuple(scalars)
+        self.begin()
+
+    def begin(self) -> None:
+        self._totals, self._began = Accumulator(), time.monotonic()
+        self._spent = dict.fromkeys((*self.WITHIN, *self.BETWEEN), 0.0)
+
+    @contextlib.contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """What is done inside takes the seconds of `name`; not nested."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self._spent[name] += time.monotonic() - began
+
+    def add(self, metrics: Mapping[str, Any]) -> None:
+        """A step's."""
+        self._totals.add(
+            {n: (value, 1.0) if n in self._scalars else value for n, value in metrics.items()}
+        )
+
+    def close(self) -> dict[str, float]:
+        """Means by name, and seconds: of a step, of its parts, and in all between the steps. A new
+        window begins."""
+        steps = max(1.0, self._totals.weight("loss"))
+        seconds = time.monotonic() - self._began - sum(self._spent[n] for n in self.BETWEEN)
+        values = {name: self._totals.mean(name) for name in self._scalars} | self._totals.summary()
+        values["seconds_per_step"] = seconds / steps
+        values["seconds_data"] = self._spent["data"] / steps
+        values["seconds_compute"] = (seconds - self._spent["data"]) / steps
+        values |= {f"seconds_{name}": self._spent[name] for name in self.BETWEEN}
+        if "pairs" in values:
+            values["pairs_per_second"] = values["pairs"] / max(seconds, 1e-9)
+        self.begin()
+        return values
+
+
 class Writer:
     """Everything that a run writes about itself, step by step."""
 
@@ -105,6 +152,11 @@ class Writer:
         done = max(1, step - self._start)
         left = (time.monotonic() - self._began) / done * (self._total - step)
         print(f"step {step}/{self._total}  {words}  left {duration(left)}", flush=True)
+
+    def show(self, words: str) -> None:
+        """On a terminal, what is done beside the steps; '': nothing."""
+        if self._bar is not None:
+            self._bar.show(self._bar.done, note=words)
 
     def say(self, words: str) -> None:
         if not self.active or not words:

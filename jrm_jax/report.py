@@ -35,6 +35,24 @@ def print_results(results: dict[str, Any]) -> None:
     print(f"{results['seconds']:.0f} s ({duration(results['seconds'])}) in this last session")
 
 
+def describe_run(data: Any, state: Any, mesh: Any) -> str:
+    """What is trained, on what, and the sizes that batches are padded to; a few lines."""
+    import jax  # here: commands say what is wrong with their arguments without it
+
+    sizes = [
+        sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (state.trainable, state.frozen)
+    ]
+    lines = [
+        f"{sizes[0]:,} parameters train, {sizes[1]:,} are frozen;"
+        f" {mesh.size} x {mesh.devices.flat[0].device_kind};"
+        f" {sum(map(len, data.train_sets)):,} training groups,"
+        f" {data.train_plan.steps_per_epoch:,} steps an epoch",
+        "every group is padded to the first of these buckets that holds it:",
+    ]
+    lines += [f"  bucket {n}: {bucket.words}" for n, bucket in enumerate(data.buckets, 1)]
+    return "\n".join(lines)
+
+
 def in_words(values: dict[str, float]) -> str:
     return "  ".join(f"{name} {value:.4g}" for name, value in values.items())
 

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 from jrm_jax import terminal
 from jrm_jax.errors import UserError
@@ -25,11 +25,11 @@ REPEAT = 0.3  # seconds; `timeout` and some controllers signal a process and its
 
 
 class Stopped(BaseException):
-    """Like KeyboardInterrupt, no error. `status`: of the process, 128 + the signal's number."""
+    """Like KeyboardInterrupt, no error. `number`: of the signal; `status`: of the process."""
 
     def __init__(self, number: int):
         super().__init__(number)
-        self.status = 128 + number
+        self.number, self.status = number, 128 + number
 
 
 class StopRequest:
@@ -47,7 +47,7 @@ class StopRequest:
     def __init__(
         self,
         answer: str = "stopping after this step",
-        say: Callable[[str], None] = print,
+        say: Callable[[str], None] = terminal.say,
         several: bool = False,
         grace: float = 0.0,
     ):
@@ -137,10 +137,18 @@ def ending(words: str = "stopped") -> Iterator[None]:
     """How every command ends but training: bad input is one line and status 1; Ctrl-C is one line
     and status 130, SIGTERM the same with 143. `words`: the line of the latter two."""
     try:
-        with StopRequest("stopping", terminal.say, grace=GRACE) as stop, stop.breaking():
+        with StopRequest("stopping", grace=GRACE) as stop, stop.breaking():
             yield
     except UserError as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
     except Stopped as stopped:
         terminal.say(words)
         sys.exit(stopped.status)
+
+
+def leave(status: int) -> NoReturn:
+    """End now, without waiting for threads that are busy in a compiler."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)

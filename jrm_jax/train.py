@@ -12,6 +12,7 @@ The order of one turn is a contract:
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import signal
@@ -28,10 +29,12 @@ from jrm_jax import workdir as files
 from jrm_jax.check_config import check_config
 from jrm_jax.checkpoint import Checkpoints, open_checkpoints
 from jrm_jax.errors import UserError
+from jrm_jax.held_out import HeldOut
 from jrm_jax.lock import Lock, hold
-from jrm_jax.metrics import Accumulator, Writer
-from jrm_jax.report import in_words, json_safe, print_results
-from jrm_jax.stop import StopRequest
+from jrm_jax.metrics import Accumulator, Window, Writer
+from jrm_jax.programs import EVALUATE, TRAIN, Programs, buckets_met
+from jrm_jax.report import describe_run, in_words, json_safe, print_results
+from jrm_jax.stop import Stopped, StopRequest
 from jrm_jax.watch import Trace, Watchdog, describe_memory
 
 LESSONS = ("preference", "language", "words", "facts")
@@ -45,7 +48,7 @@ def run(config: ConfigDict, workdir: Path) -> int:
         UserError: bad input, a changed config, a non-finite loss, a full disk, another trainer.
     """
     leader = distributed.is_leader()
-    say = print if leader else _silent
+    say = functools.partial(print, flush=True) if leader else _silent
     notes = check_config(config)
     steps = files.check_config(workdir, config)
     results = files.read_results(workdir)
@@ -57,20 +60,28 @@ def run(config: ConfigDict, workdir: Path) -> int:
         return 0
     for note in notes:
         say(note)
-    stop, kept = StopRequest(several=jax.process_count() > 1), config.keep_interval
-    with hold(workdir, say) as held, stop:
-        files.check_config(workdir, config)  # once more: another trainer may just have ended
-        with open_checkpoints(workdir / files.CHECKPOINTS, say, kept) as checkpoints:
-            backbone = backbones.for_training(config, workdir)
-            here = backbones.located(config, backbone.folder)
-            training = _Run(here, workdir, checkpoints, stop, leader, held, backbone.record)
-            if steps < config.total_steps:
-                say(build.describe_more_steps(config, steps, training.start))
-            if leader:  # only now: a config that cannot start may be corrected
-                files.keep_results(workdir, steps)
-                files.write_whole(workdir / backbones.RECORD, backbone.record.as_text())
-                files.write_whole(workdir / files.CONFIG, files.as_text(backbone.config))
-            return training.train()
+    stop = StopRequest(say=say, several=jax.process_count() > 1)
+    with stop, contextlib.ExitStack() as parts:
+        try:
+            with stop.breaking(), stop.answering("stopping"):
+                held = parts.enter_context(hold(workdir, say))
+                files.check_config(workdir, config)  # once more: another may just have ended
+                kept = config.keep_interval
+                checkpoints = open_checkpoints(workdir / files.CHECKPOINTS, say, kept)
+                checkpoints = parts.enter_context(checkpoints)
+                backbone = backbones.for_training(config, workdir)
+                here = backbones.located(config, backbone.folder)
+                training = _Run(here, workdir, checkpoints, stop, leader, held, backbone.record)
+        except Stopped as stopped:
+            say(_last_words(stopped.number, "before the first step, and nothing is lost"))
+            return stopped.status
+        if steps < config.total_steps:
+            say(build.describe_more_steps(config, steps, training.start))
+        if leader:  # only now: a config that cannot start may be corrected
+            files.keep_results(workdir, steps)
+            files.write_whole(workdir / backbones.RECORD, backbone.record.as_text())
+            files.write_whole(workdir / files.CONFIG, files.as_text(backbone.config))
+        return training.train()
 
 
 class _Run:
@@ -104,11 +115,12 @@ class _Run:
         self.train_step, self.eval_step = build.make_steps(
             config, backbone, self.data, optimizer, state
         )
+        self.owed = False  # an evaluation of the step at which the run starts
         self.state, self.start = self._resume(state)
         if not self.start and (words := build.head_start(config, backbone_config).words):
             say(words)
         self.seconds = 0.0  # of this session
-        self.spent = {"data": 0.0, "checkpoint": 0.0}  # since the last line of metrics
+        self.window = Window(SCALARS)
         self.best_metric = config.best_metric
         if self.best_metric == "auto":
             self.best_metric = "pair_accuracy" if config.loss.preference_weight else "-language"
@@ -117,21 +129,18 @@ class _Run:
             config.watchdog_seconds, config.heartbeat_seconds, self.writer.say if leader else print
         )
         self.trace = Trace(config.profile, workdir / "profile")
-        self.writer.say(self._describe())
-
-    def _describe(self) -> str:
-        sizes = [sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in self.state[1:3]]
-        where = f"{self.mesh.size} x {self.mesh.devices.flat[0].device_kind}"
-        plan = self.data.train_plan
-        return (
-            f"{sizes[0]:,} parameters train, {sizes[1]:,} are frozen; {where}; "
-            f"{sum(map(len, self.data.train_sets)):,} training groups, "
-            f"{plan.steps_per_epoch:,} steps an epoch; buckets "
-            + ", ".join(
-                f"K{b.candidates} I{b.images} N{b.patches} P{b.prompt} C{b.candidate} T{b.critique}"
-                for b in self.data.buckets
-            )
+        watched = {"stop": stop, "watchdog": self.watchdog, "show": self.writer.show}
+        self.programs = Programs(
+            {TRAIN: self.train_step, EVALUATE: self.eval_step},
+            buckets_met(self.data, self.start, config.total_steps),
+            self.data.buckets,
+            say=self.writer.say,
+            **watched,
         )
+        self.held_out = HeldOut(
+            config, self.data, self.mesh, self.eval_step, self.programs, **watched
+        )
+        self.writer.say(describe_run(self.data, self.state, self.mesh))
 
     def _resume(self, state):
         if not self.checkpoints.steps():
@@ -148,6 +157,7 @@ class _Run:
         self.checkpoints.delete_after(step)
         self.rewards.totals = meta["rewards"]
         self.taught |= meta.get("taught", {})
+        self.owed = not meta["valid"]
         if self.leader:
             print(f"resuming {self.workdir} from step {step}", flush=True)
         placed = jax.device_put(np.int32(step), state.step.sharding)
@@ -160,76 +170,85 @@ class _Run:
         began = time.monotonic()
         batches = build_data.batches(config, self.data, "train", self.mesh, self.start, total)
         pending: tuple[int, dict] | None = None
-        window = Accumulator()
-        valid: dict[str, float] = {}
         saved = self.start if self.start else -1
         try:
             with batches, self.watchdog:
-                self._compile()
-                window_began = time.monotonic()
+                if not self.programs.prepare_ahead(config, self.data, self.mesh, self.state):
+                    return self._stopped(self.start)
+                self.window.begin()
                 for step in range(self.start, total + 1):
                     self.watchdog.beat(step)
-                    stopping = self.stop.now()  # once: what stops here must be saved here
+                    stopping = self.stop.now()
                     due_eval = step == total or _is_due(step, config.eval_interval)
-                    due_save = step == total or _is_due(step, config.save_interval) or stopping
+                    due_save = step == total or _is_due(step, config.save_interval)
                     due_log = step == total or _is_due(step, config.log_interval)
-                    if step > self.start or step == total:  # no steps at all: the start is saved
-                        if (due_eval or due_save or due_log) and pending is not None:
-                            self._check(pending, window)
-                            pending = None
-                        if due_log:
-                            self._log(step, window, time.monotonic() - window_began)
-                            window, window_began = Accumulator(), time.monotonic()
-                        paused = time.monotonic()
-                        if due_eval and "valid" in self.data.eval_plans:
-                            valid = self.evaluate("valid")
-                            self.writer.write(step, "valid", valid)
-                            self.writer.say(f"step {step}  valid: {in_words(valid)}")
-                        if due_save and saved != step:
-                            with self._timed("checkpoint"):
-                                self._save(step, valid if due_eval else {})
-                            saved = step
-                        window_began += time.monotonic() - paused
-                    if stopping and step > self.start:
-                        self.writer.say(
-                            f"stopped by {signal.Signals(stopping).name} after step {step}, "
-                            "which is saved; run the same command to go on"
-                        )
-                        return 128 + stopping
+                    new = step > self.start or not total  # no steps at all: the start is saved
+                    if new and (due_eval or due_save or due_log or stopping):
+                        pending = self._check(pending)
+                    if new and due_log:
+                        self._log(step)
+                    valid: dict[str, float] = {}
+                    if due_eval and not stopping and (new or self.owed):
+                        valid = self._evaluate(step)
+                        stopping = self.stop.asked
+                    if new and (due_save or stopping) and saved != step:
+                        saved = self._save(step, valid)
+                    elif valid and saved == step:
+                        self.checkpoints.rate(step, self._meta(step, valid), self.metric(valid))
+                    if stopping:
+                        return self._stopped(step)
                     if step == total:
                         break
                     self.trace.at(step, self.state)
-                    with self._timed("data"):
+                    with self.window.timed("data"):
                         placed = build_data.place(config, next(batches), self.mesh)
+                    if not self._compile(step, placed):
+                        self._check(pending)
+                        if step > self.start and saved != step:
+                            self._save(step, {})
+                        return self._stopped(step)
                     self.state, metrics = self.train_step(self.state, placed)
                     if pending is not None:
-                        self._check(pending, window)
-                    elif step == self.start:  # compiled now
+                        self._check(pending)
+                    elif step == self.start:
                         self.writer.say(describe_memory(self.mesh.local_devices[0]))
                     pending = (step, metrics)
             self.seconds += time.monotonic() - began
             with self.watchdog:
-                self._finish()
-            return 0
+                return self._finish()
         finally:
             self.trace.close(self.state)
             self.writer.close()
 
-    def _compile(self) -> None:
-        began, steps = time.monotonic(), (self.train_step, self.eval_step)
-        count = build.compile_ahead(
-            self.config, self.data, self.mesh, self.state, steps, self.start
-        )
-        if count:
-            self.writer.say(f"{count} programs compiled in {time.monotonic() - began:.0f} s")
+    def _stopped(self, step: int) -> int:
+        """The exit status; says that nothing of it is lost."""
+        where = f"after step {step}, which is saved" if step else "before the first step"
+        self.writer.say(_last_words(self.stop.asked, where))
+        return 128 + self.stop.asked
 
-    @contextlib.contextmanager
-    def _timed(self, name: str):
-        began = time.monotonic()
-        yield
-        self.spent[name] += time.monotonic() - began
+    def _evaluate(self, step: int) -> dict[str, float]:
+        """Of `valid`; {} where there is none, or it was given up."""
+        if "valid" not in self.data.eval_plans:
+            return {}
+        with self.window.timed("evaluation"):
+            valid = self.held_out.read("valid", self.state.trainable, self.state.frozen)
+        if valid is None:
+            return {}
+        self.owed = False
+        self.writer.write(step, "valid", valid)
+        self.writer.say(f"step {step}  valid: {in_words(valid)}")
+        return valid
 
-    def _check(self, pending: tuple[int, dict], window: Accumulator) -> None:
+    def _compile(self, step: int, placed: dict) -> bool:
+        """The program that this step needs. False: given up."""
+        program = TRAIN, self.data.train_plan.batch(step)[0]
+        with self.window.timed("compilation"):
+            return self.programs.prepare({program: (self.state, placed)})
+
+    def _check(self, pending: tuple[int, dict] | None) -> None:
+        """Read a step's metrics; what is not finite ends the run."""
+        if pending is None:
+            return
         step, metrics = pending
         metrics = jax.device_get(metrics)
         bad = [name for name in SCALARS if not np.isfinite(metrics[name])]
@@ -241,8 +260,7 @@ class _Run:
                 f"step {step}: {', '.join(bad)} not finite; nothing of it is saved (last good "
                 f"checkpoint: {saved[-1] if saved else 'none'}); its examples: {names}"
             )
-        window.add({name: (metrics.pop(name), 1.0) for name in SCALARS})
-        window.add(metrics)
+        self.window.add(metrics)
         for name in LESSONS:
             self.taught[name] += name in metrics and bool(metrics[name][1] > 0)
         # moments of the training rewards, as a score's scale; early steps fade out
@@ -254,35 +272,11 @@ class _Run:
                     0.99 * weight + float(metrics[name][1]),
                 ]
 
-    def _log(self, step: int, window: Accumulator, seconds: float) -> None:
-        steps = max(1.0, window.weight("loss"))
-        values = {name: window.mean(name) for name in SCALARS} | window.summary()
-        values["learning_rate"] = float(self.schedule(step - 1))
-        values["seconds_per_step"] = seconds / steps
-        values["seconds_data"] = self.spent["data"] / steps
-        values["seconds_compute"] = (seconds - self.spent["data"]) / steps
-        values["seconds_checkpoint"] = self.spent["checkpoint"]  # in all, between steps
-        self.spent = dict.fromkeys(self.spent, 0.0)
-        if "pairs" in values:
-            values["pairs_per_second"] = values["pairs"] / max(seconds, 1e-9)
+    def _log(self, step: int) -> None:
+        values = self.window.close() | {"learning_rate": float(self.schedule(step - 1))}
         self.writer.write(step, "train", values)
         shown = ("loss", "preference", "language", "pair_accuracy", "pairs_per_second")
         self.writer.progress(step, {name: values[name] for name in shown if name in values})
-
-    def evaluate(self, split: str, trainable: Any | None = None) -> dict[str, float]:
-        """Every example of a held-out split once."""
-        trainable = self.state.trainable if trainable is None else trainable
-        totals = Accumulator()
-        plan = self.data.eval_plans[split]
-        groups = sum(int((plan.batch(i)[1] >= 0).sum()) for i in range(len(plan)))  # of all hosts
-        with build_data.batches(self.config, self.data, split, self.mesh) as batches:
-            for batch in batches:
-                self.watchdog.beat()
-                terms, _ = self.eval_step(
-                    trainable, self.state.frozen, build_data.place(self.config, batch, self.mesh)
-                )
-                totals.add(jax.device_get(terms))
-        return totals.summary() | {"groups": float(groups)}
 
     def metric(self, values: dict[str, float]) -> float:
         """The number by which checkpoints are ranked, larger is better; NaN if not measured."""
@@ -290,11 +284,24 @@ class _Run:
         sign = -1.0 if name.startswith("-") else 1.0
         return sign * values.get(name.lstrip("-"), math.nan)
 
-    def _save(self, step: int, valid: dict[str, float]) -> None:
+    def _save(self, step: int, valid: dict[str, float]) -> int:
+        """Returns the step."""
         if self.held is not None:
             self.held.check()
+        with self.window.timed("checkpoint"):
+            self.checkpoints.save(
+                step,
+                self.state.trainable,
+                self.state.opt_state,
+                self._meta(step, valid),
+                self.metric(valid),
+            )
+        return step
+
+    def _meta(self, step: int, valid: dict[str, float]) -> dict[str, Any]:
+        """What a checkpoint says about itself."""
         rewards = self.rewards.summary()
-        meta = {
+        return {
             "step": step,
             "stamp": self.data.stamp,
             "valid": {k: v if math.isfinite(v) else None for k, v in valid.items()},
@@ -304,12 +311,9 @@ class _Run:
             "rewards": self.rewards.totals,
             "taught": self.taught,
         }
-        self.checkpoints.save(
-            step, self.state.trainable, self.state.opt_state, meta, self.metric(valid)
-        )
 
-    def _finish(self) -> None:
-        """`test` and `hard`, read once, from the best step; then results.json."""
+    def _finish(self) -> int:
+        """`test` and `hard`, read once, from the best step; then results.json. The exit status."""
         best = self.checkpoints.best_step() or self.config.total_steps
         if best != self.config.total_steps:
             abstract = jax.tree.map(
@@ -320,8 +324,10 @@ class _Run:
         else:
             trainable, meta = self.state.trainable, self.checkpoints.read_meta(best)
         results: dict[str, Any] = {"step": best, "total_steps": self.config.total_steps}
-        for split in self.data.eval_plans:
-            values = self.evaluate(split, trainable)
+        found = self.held_out.read_all(self.workdir, best, trainable, self.state.frozen)
+        if found is None:
+            return self._stopped(self.config.total_steps)
+        for split, values in found.items():
             self.writer.write(self.config.total_steps, split, values)
             results |= {f"{split}/{name}": value for name, value in values.items()}
         results["reward_mean"], results["reward_std"] = meta["reward_mean"], meta["reward_std"]
@@ -329,10 +335,15 @@ class _Run:
         results["config"] = f"{self.config.name}:{self.config.get('variant') or ''}".rstrip(":")
         if self.leader:
             text = json.dumps(json_safe(results), indent=2) + "\n"
-            files.write_whole(self.workdir / files.RESULTS, text)
+            files.write_results(self.workdir, text)
             self.writer.close()
             print_results(results)
             print(f"results: {self.workdir / files.RESULTS}")
+        return 0
+
+
+def _last_words(number: int, where: str) -> str:
+    return f"stopped by {signal.Signals(number).name} {where}; run the same command to go on"
 
 
 def _is_due(step: int, interval: int) -> bool:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import sys
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,14 @@ class Watchdog:
 
     A thread of the C library keeps the time, so that it works while the interpreter is stuck in a
     call; a controller then starts the run again from its last checkpoint. With `every` > 0 a line
-    is printed at the first beat of a step that comes so many seconds after the last line.
+    is printed at the first beat of a step, or `pulse`, so many seconds after the last line.
     """
 
     def __init__(self, silence: float, every: float, say: Callable[[str], None]):
         self.silence, self.every, self.say = silence, every, say
         self._line = self._step_began = time.monotonic()
         self._step: int | None = None
+        self._doing = ""
 
     def __enter__(self) -> Watchdog:
         self.beat()
@@ -41,12 +43,33 @@ class Watchdog:
             self._step, self._step_began = step, now
         elif self.every > 0 and now - self._line >= self.every:
             each = (now - self._step_began) / max(1, step - self._step)
-            who = f"process {jax.process_index()} of {jax.process_count()}"
-            self.say(f"heartbeat: {who} at step {step}, {each:.3g} s a step")
+            self.say(f"heartbeat: {_who()} at step {step}, {each:.3g} s a step")
             self._line, self._step, self._step_began = now, step, now
+
+    @contextlib.contextmanager
+    def aside(self, doing: str) -> Iterator[None]:
+        """What is no step, a compilation or an evaluation: no step is said to take its time."""
+        outer, began, self._doing = self._doing, time.monotonic(), doing
+        try:
+            yield
+        finally:
+            self._doing = outer
+            if not outer:
+                self._step_began += time.monotonic() - began
+
+    def pulse(self, how_far: str) -> None:
+        """A heartbeat from within `aside`, when one is due; no sign of life."""
+        now = time.monotonic()
+        if self.every > 0 and now - self._line >= self.every:
+            self._line = now
+            self.say(f"heartbeat: {_who()} is {self._doing}{how_far}")
 
     def __exit__(self, *_: Any) -> None:
         faulthandler.cancel_dump_traceback_later()
+
+
+def _who() -> str:
+    return f"process {jax.process_index()} of {jax.process_count()}"
 
 
 class Trace:

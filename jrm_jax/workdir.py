@@ -16,6 +16,7 @@ from jrm_jax.packaged import load_config_module
 from jrm_jax.report import difference, flat
 
 CONFIG, RESULTS, CHECKPOINTS = "config.json", "results.json", "checkpoints"
+FINAL = "final.json"  # splits of the final evaluation that are read; results.json follows
 # A run may be watched otherwise; its batches, which stay the same, may be made by other hands; and
 # its backbone may have moved (`backbones` knows it again).
 FREE = (
@@ -92,6 +93,22 @@ def read_results(workdir: Path) -> dict[str, Any] | None:
     """Of a finished run, else None."""
     path = workdir / RESULTS
     return json.loads(path.read_text()) if path.exists() else None
+
+
+def read_final(workdir: Path, step: int) -> dict[str, dict[str, float]]:
+    """{split: metrics} of a final evaluation of `step` that was stopped; {} of none."""
+    path = workdir / FINAL
+    found = json.loads(path.read_text()) if path.exists() else {}
+    return found.get("splits", {}) if found.get("step") == step else {}
+
+
+def write_final(workdir: Path, step: int, splits: Mapping[str, Mapping[str, float]]) -> None:
+    write_whole(workdir / FINAL, json.dumps({"step": step, "splits": splits}))
+
+
+def write_results(workdir: Path, text: str) -> None:
+    write_whole(workdir / RESULTS, text)
+    (workdir / FINAL).unlink(missing_ok=True)
 
 
 def keep_results(workdir: Path, steps: int) -> None:

@@ -64,7 +64,7 @@ ROWS = (
     {"main", "score", "export", "evaluate", "aot", "benchmarks"},
     {"study"},
     {"serving", "planning", "evaluation"},
-    {"train"},
+    {"train", "held_out", "programs"},
     {"build", "build_data", "checkpoint", "metrics", "report", "watch", "distributed", "cli",
      "config_cli", "backbones", "lock", "workdir", "check_data", "check_config", "reward_head"},
     {"step", "data"},

@@ -39,7 +39,7 @@ def test_an_answer_comes_at_once_and_a_second_signal_ends_at_once(number, status
     with start(BUSY) as process:
         process.send_signal(number)
         process.send_signal(number)  # `timeout` sends two: this is no second wish
-        assert process.stdout.readline() == f"stopping after this step; {words}\n"
+        assert process.stderr.readline() == f"stopping after this step; {words}\n"
         time.sleep(2 * stop.REPEAT)
         assert process.poll() is None
         process.send_signal(number)

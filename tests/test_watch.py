@@ -45,6 +45,30 @@ def test_heartbeats_tell_the_step_and_its_time(monkeypatch):
     ]
 
 
+def test_what_is_no_step_counts_for_none(monkeypatch):
+    """Compiling was once called 80 s a step."""
+    now, said = [0.0], []
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    with watch.Watchdog(0.0, 10.0, said.append) as dog:
+        dog.beat(0)
+        with dog.aside("evaluating 'valid'"):
+            with dog.aside("compiling"):
+                now[0] += 70
+                dog.pulse(" for 70 s")
+            now[0] += 5
+            dog.pulse(", batch 1 of 9")  # not yet
+            now[0] += 5
+            dog.pulse(", batch 2 of 9")
+        for step in range(1, 5):
+            now[0] += 3
+            dog.beat(step)
+    assert said == [
+        "heartbeat: process 0 of 1 is compiling for 70 s",
+        "heartbeat: process 0 of 1 is evaluating 'valid', batch 2 of 9",
+        "heartbeat: process 0 of 1 at step 4, 3 s a step",
+    ]
+
+
 def test_traces_cover_the_chosen_steps(monkeypatch, tmp_path):
     calls = []
     monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: calls.append("start"))

@@ -33,6 +33,14 @@ class Bucket:
         """Slots per group that the decoder and the tower work on; orders buckets."""
         return self.prompt + self.candidates * self.candidate + self.images * self.patches
 
+    @property
+    def words(self) -> str:
+        """For a person."""
+        return (
+            f"up to {self.candidates} candidates, {self.images} pictures of {self.patches} patches;"
+            f" tokens: prompt {self.prompt}, candidate {self.candidate}, critique {self.critique}"
+        )
+
     def fits(self, needs_n6: np.ndarray) -> np.ndarray:
         """[n] bool: which examples have room in this bucket."""
         return (needs_n6 <= np.asarray(dataclasses.astuple(self))).all(axis=1)

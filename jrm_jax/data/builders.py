@@ -204,7 +204,7 @@ def make_world(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     try:
-        with StopRequest("stopping", say, grace=GRACE) as stop, stop.breaking():
+        with StopRequest("stopping", grace=GRACE) as stop, stop.breaking():
             if args.command == "world":
                 make_world(args)
             else:
