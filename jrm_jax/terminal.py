@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from typing import Any, TypeVar
 
 Item = TypeVar("Item")
-SLOW = 1.0  # seconds from which on a person wants to know what takes so long
+SLOW = 3.0  # seconds from which on a person wants to know what takes so long
 TELL_SECONDS = 30.0  # between two lines about the same work, where there is no terminal
 # Control codes are shown, not obeyed; tabs and line breaks stay.
 _CODES = {c: f"\\x{c:02x}" for c in (*range(32), *range(127, 160)) if chr(c) not in "\t\n"}

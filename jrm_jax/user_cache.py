@@ -1,4 +1,4 @@
-"""What is kept between runs: compiled programs, and measured sizes, in the user's cache folder.
+"""What is kept between runs in the user's cache folder: compiled programs, tokenizers, sizes.
 
 Programs are kept by JAX's own persistent compilation cache. One switch, an environment variable:
 

@@ -19,7 +19,7 @@ from entry_point import (  # noqa: F401  fixtures among them
 
 from configs import joint
 from jrm_jax import sharding, train
-from jrm_jax.checkpoint import open_checkpoints
+from jrm_jax.checkpoint import METRICS, open_checkpoints
 from jrm_jax.stop import StopRequest
 
 TOTAL, INTERVAL, HELD_OUT = 4, 2, 8  # two batches a split
@@ -83,9 +83,9 @@ def numbers(workdir) -> tuple:
     rows = [*metrics(workdir), json.loads((workdir / "results.json").read_text())]
     rows = [{k: v for k, v in row.items() if "second" not in k} for row in rows]
     with open_checkpoints(workdir / "checkpoints") as checkpoints:
-        ranks = {step: checkpoints._rank(step) for step in checkpoints.steps()}
         metas = [checkpoints.read_meta(step) for step in checkpoints.steps()]
-    return rows, ranks, metas
+        folders = [checkpoints.folder / str(step) for step in checkpoints.steps()]
+        return rows, [(folder / METRICS).read_text() for folder in folders], metas
 
 
 def test_there_are_all_kinds_of_moments(whole):
@@ -167,4 +167,4 @@ def test_an_evaluation_that_is_owed_changes_nothing_else(config, whole, tmp_path
     for path in kept.rglob("*"):
         if path.is_file() and path.name not in ("metadata", "metrics"):
             assert (folder / path.relative_to(kept)).read_bytes() == path.read_bytes()
-    assert json.loads((folder / "metrics" / "metrics").read_text())["rank"] > -1
+    assert json.loads((folder / METRICS).read_text())["rank"] > -1

@@ -9,6 +9,7 @@ import sys
 import pytest
 from entry_point import ROOT
 
+from jrm_jax.data import template
 from jrm_jax.data.processor import Processor
 from jrm_jax.data.schema import Image, Text
 from jrm_jax.data.template import (
@@ -253,10 +254,34 @@ print("transformers" in sys.modules, os.environ.get("TRANSFORMERS_NO_ADVISORY_WA
 
 
 @pytest.mark.parametrize("before", [None, "0"])
-def test_reading_a_tokenizer_is_silent_without_pytorch(before):
+def test_reading_a_tokenizer_is_silent_without_pytorch(before, tmp_path):
     """And leaves the library's switch as it was."""
     env = {n: v for n, v in os.environ.items() if n != "TRANSFORMERS_NO_ADVISORY_WARNINGS"}
     env |= {"TRANSFORMERS_NO_ADVISORY_WARNINGS": before} if before else {}
+    env["XDG_CACHE_HOME"] = str(tmp_path)
     command = [sys.executable, "-c", QUIET]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
     assert (done.stdout, done.stderr) == (f"True {before}\n", "")
+
+
+def test_what_transformers_has_read_is_kept(tmp_path, monkeypatch):
+    """The same tokenizer, without that library; anew where a file or what lies there is another."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = make_model_folder(tmp_path / "model")
+    calls, load = [], template._load_wrapped
+    monkeypatch.setattr(template, "_load_wrapped", lambda f: calls.append(f) or load(f))
+    first = load_tokenizer(folder, ROWS)
+    again = load_tokenizer(folder, ROWS)
+    assert len(calls) == 1 and again.__reduce__() == first.__reduce__()
+    assert again.encode_text("<|reward|> blue") == first.encode_text("<|reward|> blue")
+    load_tokenizer(folder, ROWS + 1)  # another table has another spare row
+    (folder / "tokenizer_config.json").write_text(
+        (folder / "tokenizer_config.json").read_text() + " "
+    )
+    load_tokenizer(folder, ROWS)
+    assert len(calls) == 3
+    for path in (tmp_path / "cache").rglob("*.json"):
+        path.write_text("[1]")
+    assert load_tokenizer(folder, ROWS).__reduce__() == first.__reduce__() and len(calls) == 4
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "tokenizer.json"))  # no folder
+    assert load_tokenizer(folder, ROWS).__reduce__() == first.__reduce__()

@@ -12,20 +12,25 @@ token, whatever it contains.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from jrm_jax import user_cache
 from jrm_jax.data.processor import Processor
 from jrm_jax.data.schema import Image, Part
+from jrm_jax.data.sizes import write_cache
 from jrm_jax.errors import UserError
 
 RUBRIC = "Judge how well the edit follows the instruction and preserves the rest."
+KEPT_VERSION = 1  # raise it when `_read_tokenizer` makes something else of the same files
 LAYOUT_VERSION = 1  # of the structure in this file; part of the template's hash
 
 
@@ -178,6 +183,33 @@ def load_tokenizer(folder: str | Path, vocab_rows: int) -> Tokenizer:
     Raises:
         UserError: no tokenizer in the folder, no Qwen special tokens, or no unused row.
     """
+    path = _kept_path(folder, vocab_rows)
+    with contextlib.suppress(OSError, ValueError, TypeError):  # absent, or whatever lies there
+        if path is not None:
+            return Tokenizer(**json.loads(path.read_bytes()))
+    found = _read_tokenizer(folder, vocab_rows)
+    if path is not None:
+        write_cache(path, lambda file: file.write(json.dumps(found).encode()))
+    return Tokenizer(**found)
+
+
+def _kept_path(folder: str | Path, vocab_rows: int) -> Path | None:
+    """Where a tokenizer is kept as `transformers` has read it: importing that library takes a
+    quarter of a short command's time. Its version and all that it may read are part of the name."""
+    place = user_cache.folder("tokenizers")
+    files = sorted(p for p in Path(folder).glob("*") if p.suffix in (".json", ".txt", ".jinja"))
+    if place is None or not any(path.name == "tokenizer.json" for path in files):
+        return None
+    versions = [metadata.version(name) for name in ("transformers", "tokenizers")]
+    digest = hashlib.sha256(json.dumps([KEPT_VERSION, vocab_rows, *versions]).encode())
+    for path in files:
+        content = path.read_bytes()
+        digest.update(f"{path.name} {len(content)} ".encode() + content)
+    return place / f"{digest.hexdigest()[:32]}.json"
+
+
+def _read_tokenizer(folder: str | Path, vocab_rows: int) -> dict[str, Any]:
+    """Arguments of `Tokenizer`."""
     wrapped = _load_wrapped(folder)
     _add_reward(wrapped, folder, vocab_rows)
     content = json.loads(wrapped.backend_tokenizer.to_str())
@@ -188,7 +220,7 @@ def load_tokenizer(folder: str | Path, vocab_rows: int) -> Tokenizer:
         pad_id = wrapped.backend_tokenizer.token_to_id("<|endoftext|>")
     if pad_id is None:
         raise UserError(f"{folder}: the tokenizer has no padding token and no <|endoftext|>")
-    return Tokenizer(json.dumps(content, ensure_ascii=False), int(pad_id))
+    return {"backend_json": json.dumps(content, ensure_ascii=False), "pad_id": int(pad_id)}
 
 
 def save_tokenizer(folder: str | Path, out: str | Path, vocab_rows: int) -> None:
