@@ -27,6 +27,7 @@ def start(work: str, context: str = "StopRequest()") -> subprocess.Popen:
     options = {"cwd": ROOT, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = subprocess.Popen(command, **options)
     assert process.stdout.readline() == "ready\n"
+    time.sleep(0.3)  # it is at work now
     return process
 
 
