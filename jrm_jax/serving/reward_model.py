@@ -27,6 +27,7 @@ from jrm_jax import build, sharding, user_cache
 from jrm_jax.data.buckets import Bucket
 from jrm_jax.data.encode import EncodedExample
 from jrm_jax.data.images import to_rgb
+from jrm_jax.data.labels import BROKEN_TEXT, is_text
 from jrm_jax.data.picture_names import read_named, short
 from jrm_jax.data.pipeline import assemble_batch
 from jrm_jax.data.schema import Candidate, Image, Part, Text
@@ -276,6 +277,8 @@ class RewardModel:
     def _encode(self, group: Group, where: str) -> EncodedExample:
         if not isinstance(group.instruction, str):
             raise UserError(f"{where}the instruction must be a text")
+        if not is_text(group.instruction):
+            raise UserError(f"{where}the instruction {BROKEN_TEXT[0]}")
         if isinstance(group.candidates, str | bytes | Path) or not len(group.candidates):
             raise UserError(f"{where}give a list of at least one candidate picture")
         named: list[tuple[str, bytes]] = []

@@ -88,10 +88,14 @@ def read_rows(
                 row = UserError(f"{where}: field '(whole row)': is {found}, must be an object")
             yield where, row
     except OSError as error:
-        words = f"{printable(path)} cannot be read ({error.strerror or error})"
+        words = f"{printable(path)} cannot be read ({error.strerror or _one_line(error)})"
         raise UserError(words) from error
     except UnicodeDecodeError as error:
         raise UserError(f"{printable(path)} is no text ({error}): save it as UTF-8") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]  # Arrow's run over several
 
 
 def is_place(name: str) -> bool:
@@ -184,7 +188,7 @@ def _parquet(path: Path, columns, skip: int) -> Iterator[tuple[str, Any]]:
                 yield from _rows_of(batch, name, index, skip)
                 index += batch.num_rows
     except pyarrow.ArrowException as error:
-        raise UserError(f"{name} is no readable parquet file ({error})") from error
+        raise UserError(f"{name} is no readable parquet file ({_one_line(error)})") from error
 
 
 def _arrow(path: Path, columns, skip: int) -> Iterator[tuple[str, Any]]:
@@ -200,7 +204,7 @@ def _arrow(path: Path, columns, skip: int) -> Iterator[tuple[str, Any]]:
                 yield from _rows_of(wanted, name, index, skip)
                 index += batch.num_rows
     except pyarrow.ArrowException as error:
-        raise UserError(f"{name} is no readable Arrow file ({error})") from error
+        raise UserError(f"{name} is no readable Arrow file ({_one_line(error)})") from error
 
 
 def _record_batches(source) -> Iterator[Any]:
@@ -225,5 +229,5 @@ def _rows_of(batch: Any, name: str, first: int, skip: int) -> Iterator[tuple[str
             (row,) = batch.slice(number, 1).to_pylist()
         except (ValueError, OverflowError) as error:  # text that is not UTF-8, a date out of range
             kind = "row that cannot be read"
-            row = RecordError(f"{where}: cannot be read ({error})", kind)
+            row = RecordError(f"{where}: cannot be read ({_one_line(error)})", kind)
         yield where, row
