@@ -83,6 +83,8 @@ def test_deep_modes_are_scaled_to_8_bits(kind):
 def test_deep_values_out_of_range_are_clipped():
     odd = np.array([[np.nan, -3.0, 0.5, 1.0, np.inf]], np.float32)
     assert images.eight_bits(odd, "F").tolist() == [[0, 0, 128, 255, 0]]
+    beyond = np.array([[0.0, 0.5, 1.04]], np.float32)  # as resizing leaves it
+    assert images.eight_bits(beyond, "F").tolist() == [[0, 128, 255]]
     dark = np.array([[0, 255, 256, 65535]], np.uint16)  # the file says 16 bits, however dark
     assert images.eight_bits(dark, "I;16").tolist() == [[0, 0, 1, 255]]
 

@@ -87,6 +87,9 @@ def test_a_turned_picture_with_another_tag_that_is_broken_is_still_turned():
     plain = saved(PIL.Image.new("RGB", (64, 32)))
     data = plain[:33] + chunk(b"eXIf", body + bytes(4)) + plain[33:]
     assert images.open_image(data).size == (32, 64)
+    from jrm_jax.assets.export.image_processing_jrm import to_rgb  # the export's copy of the rule
+
+    assert to_rgb(PIL.Image.open(io.BytesIO(data))).size == (32, 64)
 
 
 @pytest.mark.parametrize("body", [b"", b"MM\0*\xff\xff\xff\xff\0", b"Exif\0\0junk", bytes(200)])

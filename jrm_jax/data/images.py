@@ -144,11 +144,12 @@ def eight_bits(values: np.ndarray, mode: str) -> np.ndarray:
 
     The range of 16-bit modes is 65536: the upper byte is kept, as Pillow does with 16-bit colour.
     'I' and 'F' do not say theirs: it is the first of 1 ('F' alone), 256, 65536 and 2^32 that holds
-    the largest value. What is below zero, or no number, is black.
+    the largest value; of 'F' half of it, since resizing makes values that are a little beyond
+    white. What is below zero, or no number, is black.
     """
     values = np.nan_to_num(values.astype(np.float32), nan=0.0, posinf=0.0, neginf=0.0)
-    ranges = _RANGES.get(mode, (2.0**16,))
-    span = next((r for r in ranges if values.max(initial=0.0) <= r), ranges[-1])
+    ranges, room = _RANGES.get(mode, (2.0**16,)), 2.0 if mode == "F" else 1.0
+    span = next((r for r in ranges if values.max(initial=0.0) <= r * room), ranges[-1])
     return np.clip(values * (256.0 / span), 0.0, 255.0).astype(np.uint8)
 
 
