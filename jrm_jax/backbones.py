@@ -5,7 +5,7 @@
     tiny_qwen3_vl                       a backbone that comes with the code, by its name
     /weights/Qwen3-VL-2B, ./weights     a Hugging Face folder
     Qwen/Qwen3-VL-2B-Instruct           a model of the Hub, its newest revision when a run begins
-    Qwen/Qwen3-VL-2B-Instruct@89644     the same, of a branch, a tag or a commit
+    Qwen/Qwen3-VL-2B-Instruct@REVISION  the same, of a branch, a tag or a commit
 
 A run writes down what it began with (`Record`), since its checkpoints hold what trains only: it
 then goes on, is scored and exported with the same files, wherever they lie by now.
@@ -27,7 +27,7 @@ from ml_collections import ConfigDict
 
 from jrm_jax import distributed
 from jrm_jax.errors import UserError, one_line
-from jrm_jax.model.tensor_files import INDEX_FILE, SINGLE_FILE, TensorFiles
+from jrm_jax.model.tensor_files import INDEX_FILE, SINGLE_FILE, TensorFiles, indexed_names
 from jrm_jax.packaged import backbones as packaged
 from jrm_jax.workdir import CONFIG, read_config
 
@@ -110,9 +110,9 @@ def _from_hub(name: str, revision: str | None, how: str, weights: bool) -> Path:
     if not weights:
         return small
     index = small / INDEX_FILE
-    files = json.loads(index.read_text())["weight_map"].values() if index.is_file() else ()
+    files = indexed_names(index) if index.is_file() else [SINGLE_FILE]
     # of the same commit, whatever has been uploaded since
-    return _download(name, small.name, tuple(dict.fromkeys(files)) or (SINGLE_FILE,), how)
+    return _download(name, small.name, tuple(files), how)
 
 
 def _download(name: str, revision: str | None, files: tuple[str, ...], how: str) -> Path:

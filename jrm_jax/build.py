@@ -140,6 +140,12 @@ def abstract_params(
     return optim.merge_params(adapters, whole)
 
 
+def random_backbone(config: ConfigDict, backbone: BackboneConfig, shardings: Any = None) -> dict:
+    """The weights that a run with `config.backbone.random` begins with."""
+    make = jax.jit(lambda key: init_backbone(key, backbone), out_shardings=shardings)
+    return make(jax.random.fold_in(jax.random.key(config.seed), 1))
+
+
 def init_state(
     config: ConfigDict, backbone: BackboneConfig, mesh: jax.sharding.Mesh, encoder: Encoder
 ) -> tuple[TrainState, Any]:
@@ -165,9 +171,7 @@ def init_state(
         {p: s for p, s in optim.flatten(body["backbone"]).items() if not p.endswith(lora.LEAVES)}
     )
     if config.backbone.random:
-        params = jax.jit(lambda k: init_backbone(k, backbone), out_shardings=body)(
-            jax.random.fold_in(key, 1)
-        )
+        params = random_backbone(config, backbone, body)
     else:
         params = weights.load_params(folder, backbone, body, dtype_of, ignore=("score.weight",))
     start = head_start(config, backbone)

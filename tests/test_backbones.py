@@ -15,7 +15,7 @@ from huggingface_hub import constants
 from safetensors.numpy import load_file, save_file
 
 from configs import joint
-from jrm_jax import backbones, build_data, distributed, export, score, train, workdir
+from jrm_jax import backbones, build, build_data, distributed, export, score, train, workdir
 from jrm_jax.backbones import READING, TRAINING, digest, find_folder, for_reading, for_training, pin
 from jrm_jax.errors import UserError
 from jrm_jax.packaged import ASSETS
@@ -340,16 +340,29 @@ def test_a_bad_folder_is_left_to_who_reads_it(tmp_path):
 # The commands
 
 
+def begin_frozen(folder: Path, backbone: Path, run: Path, **fields) -> Path:
+    """A run of no steps whose backbone is frozen."""
+    sizes = {"train": 8, "valid": 0, "test": 0, "hard": 0}
+    config = config_of(
+        backbone, batch_size=8, total_steps=0, trainable=("^reward_",),
+        **{"data.cache": str(folder / "world"), "optimizer.warmup_steps": 0}, **fields,
+        **{f"data.world.{split}": count for split, count in sizes.items()},
+    )  # fmt: skip
+    assert train.run(config, run) == 0
+    return run
+
+
+def test_random_weights_that_are_frozen_are_made_again(tmp_path, small_backbone):
+    run = begin_frozen(tmp_path, small_backbone, tmp_path / "run", **{"backbone.random": True})
+    trained = load_trained(run)
+    wanted = build.random_backbone(workdir.read_config(run), trained.config)
+    jax.tree.map(np.testing.assert_array_equal, trained.params["backbone"], wanted["backbone"])
+
+
 def test_a_model_with_frozen_weights_is_read_after_a_move(tmp_path, small_backbone, monkeypatch):
     weights, run = tmp_path / "project" / "weights", tmp_path / "project" / "runs" / "a"
     shutil.copytree(small_backbone, weights)
-    fields = {"train": 8, "valid": 0, "test": 0, "hard": 0}
-    config = config_of(
-        weights, batch_size=8, total_steps=0, trainable=("^reward_",),
-        **{"data.cache": str(tmp_path / "world"), "optimizer.warmup_steps": 0},
-        **{f"data.world.{split}": count for split, count in fields.items()},
-    )  # fmt: skip
-    assert train.run(config, run) == 0
+    begin_frozen(tmp_path, weights, run)
     before = load_trained(run)
     assert before.card["config"]["backbone"]["path"] == str(weights)
     os.rename(tmp_path / "project", tmp_path / "moved")

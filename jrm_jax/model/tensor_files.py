@@ -67,14 +67,22 @@ def weight_files(folder: Path) -> list[Path]:
         if any(folder.glob("*.bin")) or any(folder.glob("*.pth")):
             hint = "only PyTorch pickles were found, save the model as safetensors first"
         raise UserError(f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}: {hint}")
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError, OSError) as error:
-        raise UserError(f"{index} is not a valid safetensors index ({error!r})") from error
+    names = indexed_names(index)
     absent = [name for name in names if not (folder / name).is_file()]
     if absent:
         raise UserError(f"{folder} is incomplete: {INDEX_FILE} names {', '.join(absent)}")
     return [folder / name for name in names]
+
+
+def indexed_names(index: Path) -> list[str]:
+    """
+    Raises:
+        UserError: the index is damaged.
+    """
+    try:
+        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError, OSError) as error:
+        raise UserError(f"{index} is not a valid safetensors index ({error!r})") from error
 
 
 def _native_name(key: str) -> str:

@@ -129,11 +129,11 @@ def _load_frozen(
     """What checkpoints do not hold, as `build.init_state` read it when the run began."""
     if not paths:
         return {}
-    table = "backbone/embed/embedding"
+    table, random = "backbone/embed/embedding", config.backbone.random
     dtype = build.DTYPES[config.backbone.compute_dtype]
-    read = weights.load_params(
+    read = build.random_backbone(config, architecture) if random else weights.load_params(
         folder, architecture, dtype=dtype, ignore=("score.weight",), only=paths | {table}
-    )
+    )  # fmt: skip
     leaves = optim.flatten(read)
     if "reward_head/kernel" in paths and start().is_whole:
         leaves["reward_head/kernel"] = jnp.asarray(start().kernel_DR)
