@@ -1,14 +1,36 @@
-"""Test settings that must stand before jax is imported: CPU, eight simulated devices."""
+"""Test settings that must stand before jax is imported: CPU, eight simulated devices, and a folder
+of this test run, in which compiled programs are kept.
+
+The workers of pytest-xdist and the commands that tests start inherit all of it, so that a program
+is compiled once per test run. The folder is new each time: nothing old can hide a failure. Who
+sets JAX_COMPILATION_CACHE_DIR keeps compiled programs there instead, between test runs, too.
+"""
 
 import os
+import shutil
 import sys
+import tempfile
+from importlib.metadata import version
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-_FLAG = "--xla_force_host_platform_device_count=8"
-if _FLAG not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}".strip()
+# Compiling takes most of the time of these tests, running what was compiled very little.
+FLAGS = [
+    "--xla_force_host_platform_device_count=8",
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+]
+if version("jaxlib").startswith("0.10."):  # the older emitters, left out of 0.11, are quicker
+    FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+_ASKED = os.environ.get("XLA_FLAGS", "").split()
+os.environ["XLA_FLAGS"] = " ".join([*(flag for flag in FLAGS if flag not in _ASKED), *_ASKED])
+
+_OWNER = "JRM_TEST_RUN" not in os.environ  # not a worker, which finds it set
+if _OWNER:
+    os.environ["JRM_TEST_RUN"] = tempfile.mkdtemp(prefix="jrm_jax-tests-")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{os.environ['JRM_TEST_RUN']}/compiled")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -16,3 +38,8 @@ from absl import flags  # noqa: E402
 
 if not flags.FLAGS.is_parsed():  # grain's worker processes read absl flags
     flags.FLAGS(["pytest"])
+
+
+def pytest_unconfigure():
+    if _OWNER:
+        shutil.rmtree(os.environ["JRM_TEST_RUN"], ignore_errors=True)

@@ -1,9 +1,9 @@
 """The entry point as a user calls it, for `test_end_to_end.py`: commands, fixtures, readers."""
 
-import contextlib
 import json
 import os
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import jax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
+from shared_case import once
 
 from jrm_jax.benchmarks import make_tiny_backbone
 from jrm_jax.benchmarks.kill_test import SMALL
@@ -25,15 +25,20 @@ from jrm_jax.model.weights import save_params
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = ROOT.parent / "shared" / "data" / "editreward_example"
 STEPS = 12
+# For a run that is not about what the compiler makes of it: compiled as in the tests' own process.
+QUICK = " ".join(flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag)
 
 
 def make_small_backbone(folder: Path) -> Path:
-    """Random weights, a quarter of the packaged width: it compiles in seconds."""
+    """A copy in `folder` of the small backbone: a quarter of the packaged width, random weights."""
+    return shutil.copytree(once("small", _write_small_backbone), folder)
+
+
+def _write_small_backbone(folder: Path) -> None:
     make_tiny_backbone.main([f"--out={folder}", "--no-weights", *SMALL])
     config = load_config(folder)
     params = jax.jit(lambda key: init_backbone(key, config))(jax.random.key(0))
     save_params(folder, params, config, max_shard_bytes=1 << 30, dtype="float32")
-    return folder
 
 
 def free_port() -> int:
@@ -42,34 +47,13 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-@contextlib.contextmanager
-def quick_compilation(folder: Path):
-    """Compiled programs of this process are kept in `folder`."""
-    settings = {
-        "jax_compilation_cache_dir": str(folder),
-        "jax_persistent_cache_min_compile_time_secs": 0.5,
-    }
-    before = {name: jax.config.values[name] for name in settings}
-
-    def use(values):
-        for name, value in values.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-
-    use(settings)
-    try:
-        yield
-    finally:
-        use(before)
-
-
 @pytest.fixture(scope="session")
-def small_backbone(tmp_path_factory) -> Path:
-    return make_small_backbone(tmp_path_factory.mktemp("model") / "small")
+def small_backbone() -> Path:
+    return once("small", _write_small_backbone)
 
 
 class Runner:
-    """run(...) is the command line; all runs share one world and one cache of compilations."""
+    """run(...) is the command line; all runs share one world."""
 
     def __init__(self, folder: Path, backbone: Path):
         self.folder = folder
@@ -82,15 +66,14 @@ class Runner:
         self.env = {
             **os.environ,
             "JAX_PLATFORMS": "cpu",
-            "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
-            "XLA_FLAGS": "",  # one device
             "COLUMNS": "200",
         }
 
-    def start(self, workdir, config="joint", *, limit=None, **changes) -> subprocess.Popen:
-        """`changes`: fields with __ for dots. `limit`: bytes that one file may hold."""
+    def start(
+        self, workdir, config="joint", *, limit=None, flags="", **changes
+    ) -> subprocess.Popen:
+        """`changes`: fields with __ for dots. `limit`: bytes that one file may hold. `flags`: of
+        the compiler; a user has none."""
         fields = self.fields | {k.replace("__", "."): v for k, v in changes.items()}
         command = [sys.executable, "-m", "jrm_jax.main", f"--config=configs/{config}.py"]
         command += [f"--workdir={workdir}", *(f"--config.{k}={v}" for k, v in fields.items())]
@@ -100,14 +83,14 @@ class Runner:
 
         return subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
-            env=self.env, preexec_fn=confine if limit else None,
+            env=self.env | {"XLA_FLAGS": flags}, preexec_fn=confine if limit else None,
         )  # fmt: skip
 
     def start_several(
         self, count: int, workdir, record: Path, config="joint", *, port: int, **changes
     ) -> list[subprocess.Popen]:
-        """The same command in `count` processes of one device; each writes the example ids of its
-        rows to `record`/PROCESS.jsonl (see `process_case.py`)."""
+        """The same command in `count` processes of one device, quickly compiled; each writes the
+        example ids of its rows to `record`/PROCESS.jsonl (see `process_case.py`)."""
         fields = self.fields | {k.replace("__", "."): v for k, v in changes.items()}
         command = [sys.executable, str(ROOT / "tests" / "process_case.py"), str(record)]
         command += [f"--config=configs/{config}.py", f"--workdir={workdir}"]
@@ -124,7 +107,7 @@ class Runner:
                 processes.append(
                     subprocess.Popen(
                         command, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT,
-                        env=self.env | (several if count > 1 else {}),
+                        env=self.env | {"XLA_FLAGS": QUICK} | (several if count > 1 else {}),
                     )
                 )  # fmt: skip
         return processes

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from entry_point import small_backbone  # noqa: F401  a fixture
 from world_case import a_scene
 
 from jrm_jax.data.schema import from_record, to_record
@@ -123,9 +124,7 @@ def test_without_facts_there_is_no_weight():
     assert term_weights(batch | {"facts": jnp.ones((1, 2, 3))})["facts"] == 6
 
 
-def test_the_facts_head_learns_and_is_absent_when_off(tmp_path):
-    from entry_point import make_small_backbone
-
+def test_the_facts_head_learns_and_is_absent_when_off(small_backbone):
     from configs import joint
     from jrm_jax import build, build_data, sharding
     from jrm_jax.data.buckets import Bucket
@@ -137,7 +136,7 @@ def test_the_facts_head_learns_and_is_absent_when_off(tmp_path):
     from jrm_jax.step import LossConfig, make_forward
 
     config = joint.get_config()
-    config.backbone.path = str(make_small_backbone(tmp_path / "small"))
+    config.backbone.path = str(small_backbone)
     architecture = load_config(config.backbone.path)
     assert "facts_head" not in build.abstract_params(config, architecture, 1)
     config.loss.update({"facts_weight": 1.0, "language_weight": 0.0})

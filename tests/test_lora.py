@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from entry_point import make_small_backbone, parameters, quick_compilation
+from entry_point import parameters, small_backbone  # noqa: F401  a fixture
 
 from configs import joint
 from jrm_jax import build, build_data, export, lora, sharding, train
@@ -25,17 +25,15 @@ def is_allowed(path: str) -> bool:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("lora")
-    make_small_backbone(path / "small")
-    return path
+    return tmp_path_factory.mktemp("lora")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_device_compiled_quickly(folder):
+def one_device_compiled_quickly():
     """What is compared was compiled alike; optimising would take most of the time."""
     quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
     make, options = sharding.make_mesh, sharding.compiler_options
-    with pytest.MonkeyPatch.context() as patch, quick_compilation(folder / "compiled"):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             sharding, "make_mesh", lambda *sizes: make(*sizes, devices=jax.devices()[:1])
         )
@@ -43,9 +41,9 @@ def one_device_compiled_quickly(folder):
         yield
 
 
-def make_config(folder):
+def make_config(folder, backbone):
     config = joint.get_config()
-    config.backbone.path, config.backbone.scan_unroll = str(folder / "small"), 1
+    config.backbone.path, config.backbone.scan_unroll = str(backbone), 1
     config.data.cache = str(folder / "world")
     config.data.world.train = 16
     config.data.world.valid = config.data.world.test = config.data.world.hard = 0
@@ -58,9 +56,9 @@ def make_config(folder):
 
 
 @pytest.fixture(scope="module")
-def trained(folder):
+def trained(folder, small_backbone):
     """(config, workdir) of a finished run on one device; the state as it was at its end."""
-    config = make_config(folder)
+    config = make_config(folder, small_backbone)
     states = []
     finish = train._Run._finish
     with pytest.MonkeyPatch.context() as patch:

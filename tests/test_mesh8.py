@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from entry_point import make_small_backbone, quick_compilation
+from entry_point import small_backbone  # noqa: F401  a fixture
 
 from configs import joint
 from jrm_jax import build, build_data, sharding
@@ -16,11 +16,6 @@ MESHES = {"one": (1, 1, 1), "fsdp": (1, 8, 1), "mixed": (2, 2, 2)}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("mesh")
-
-
-@pytest.fixture(scope="module")
-def backbone(folder):
-    return make_small_backbone(folder / "small")
 
 
 def shards(tree) -> dict[str, tuple]:
@@ -76,10 +71,9 @@ def train(folder, backbone, sizes):
 
 
 @pytest.fixture(scope="module")
-def runs(folder, backbone):
+def runs(folder, small_backbone):
     assert len(jax.devices()) == 8
-    with quick_compilation(folder / "compiled"):
-        return {name: train(folder, backbone, sizes) for name, sizes in MESHES.items()}
+    return {name: train(folder, small_backbone, sizes) for name, sizes in MESHES.items()}
 
 
 @pytest.mark.parametrize("name", ["fsdp", "mixed"])

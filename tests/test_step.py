@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from entry_point import make_small_backbone
+from entry_point import small_backbone  # noqa: F401  a fixture
 
 from jrm_jax import sharding
 from jrm_jax.data.buckets import Bucket
@@ -36,13 +36,12 @@ jit = functools.partial(jax.jit, compiler_options=OPTIONS)
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
+def world(small_backbone):
     """(encoder, backbone, params, groups)"""
-    folder = make_small_backbone(tmp_path_factory.mktemp("step") / "small")
-    config = load_config(folder)
-    encoder = make_encoder(folder, config)
+    config = load_config(small_backbone)
+    encoder = make_encoder(small_backbone, config)
     backbone = Backbone(config, attention="xla", reward_token_id=encoder.tokenizer.reward_id)
-    params = init_backbone(jax.random.key(0), config)
+    params = jax.jit(lambda key: init_backbone(key, config))(jax.random.key(0))
     params["reward_head"] = init_reward_head(jax.random.key(1), config.text.hidden, 1)
     params["reward_embedding"] = jax.random.normal(jax.random.key(2), (config.text.hidden,))
     groups = [scenes.make_example("train", index, 3) for index in range(8)]
@@ -206,7 +205,7 @@ def test_critiques_may_see_their_candidate_by_its_reward_token_alone(world, laye
     config = dataclasses.replace(whole.config, text=text)
     vision = dataclasses.replace(config.vision, deepstack=())
     config = dataclasses.replace(config, vision=vision)
-    params = init_backbone(jax.random.key(0), config)
+    params = jax.jit(lambda key: init_backbone(key, config))(jax.random.key(0))
     params["reward_embedding"] = jax.random.normal(jax.random.key(2), (text.hidden,))
     params["reward_head"] = init_reward_head(jax.random.key(1), text.hidden, 1)
     other = [change(group, 0, parts=groups[7].candidates[0].parts) for group in groups[:2]]

@@ -5,7 +5,7 @@ import sys
 import time
 
 import jax
-from entry_point import ROOT
+from entry_point import QUICK, ROOT
 
 from jrm_jax import watch
 from jrm_jax.benchmarks import kill_test
@@ -93,6 +93,7 @@ def test_memory_is_described_where_it_is_known():
 
 
 def test_two_kills_change_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(kill_test, "QUICK", QUICK)
     monkeypatch.setattr(kill_test, "START_UP", 0.0)
     monkeypatch.setattr(kill_test, "SPAN", 0.5)
     report = kill_test.run(tmp_path, kills=2, steps=30, seed=1)

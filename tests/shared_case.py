@@ -1,0 +1,24 @@
+"""What several test files start from is made once per test run, by the worker that asks first."""
+
+import fcntl
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+RUN = Path(os.environ["JRM_TEST_RUN"])  # made by conftest.py
+
+
+def once(name: str, make: Callable[[Path], object]) -> Path:
+    """The folder `name` of this test run, which `make(folder)` has filled; others wait meanwhile.
+
+    It is for reading: a test that changes it takes a copy.
+    """
+    folder, done = RUN / name, RUN / f"{name}.done"
+    with (RUN / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)  # left by a try that failed
+            make(folder)
+            done.touch()
+    return folder
