@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from entry_point import (  # noqa: F401  fixtures among them
     EXAMPLE,
-    QUICK,
     ROOT,
     STEPS,
     finished,
@@ -125,7 +124,7 @@ def test_a_full_disk_is_one_line_and_spares_what_is_saved(runner, stopped):
     workdir = shutil.copytree(stopped[0], runner.folder / "full")
     (step,) = steps(workdir)
     before = parameters(workdir, step)
-    line = runner.refused(workdir, limit=20_000)
+    line = runner.refused(workdir, limit=20_000, flags="")
     assert line.startswith("error: checkpoint 6 could not be written")
     assert "free some space" in line and "then run the same command again" in line
     assert line.endswith(f"complete checkpoints: {step}")
@@ -140,7 +139,7 @@ def test_going_on_equals_never_having_stopped(runner, finished, stopped):
     (step,) = steps(workdir)
     # left by a process that died later than the save
     (workdir / "metrics.jsonl").open("a").write('{"step": 5, "split": "train"}\n{"ste')
-    done = runner.run(workdir)
+    done = runner.run(workdir, flags="")
     assert done.returncode == 0, done.stderr
     assert f"resuming {workdir} from step {step}" in done.stdout
     wanted, found = parameters(finished[0], STEPS), parameters(workdir, STEPS)
@@ -234,9 +233,7 @@ def test_special_tokens_in_the_users_text_are_plain_text(runner, mixed):
 def test_training_on_json_lines_with_mixed_pictures(runner, mixed):
     workdir = runner.folder / "mixed"
     never = {"eval_interval": 0, "save_interval": 0}  # but at the end
-    done = runner.run(
-        workdir, flags=QUICK, data__path=mixed, batch_size=2, total_steps=3, **never
-    )
+    done = runner.run(workdir, data__path=mixed, batch_size=2, total_steps=3, **never)
     assert done.returncode == 0 and not done.stderr, done.stderr
     rows = [r for r in metrics(workdir) if r["split"] == "train"]
     assert len(rows) == 3
@@ -280,7 +277,7 @@ def test_training_on_the_published_example(runner):
     assert f"{out}: 1 groups in train" in built.stdout
     workdir = runner.folder / "published-run"
     done = runner.run(
-        workdir, "discriminative", flags=QUICK, data__path=out, batch_size=1, total_steps=2,
+        workdir, "discriminative", data__path=out, batch_size=1, total_steps=2,
         data__dimensions="('overall', 'instruction_following', 'visual_quality')",
     )  # fmt: skip
     assert done.returncode == 0 and not done.stderr, done.stderr
@@ -303,7 +300,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(runner):
     """Warm-up makes the first step harmless; the second throws the parameters out of range."""
     workdir = runner.folder / "diverged"
     fields = {"optimizer__learning_rate": 1e30, "save_interval": 1, "optimizer__warmup_steps": 1}
-    process = runner.start(workdir, "discriminative", flags=QUICK, **fields)
+    process = runner.start(workdir, "discriminative", **fields)
     out, err = process.communicate(timeout=300)
     lines = err.strip().splitlines()
     assert process.returncode == 1 and len(lines) == 1, err
@@ -345,7 +342,7 @@ def test_one_compilation_per_bucket(runner, finished, tmp_path, monkeypatch, cap
     )
     config = in_process_config(
         runner, data__candidate_cuts=(2, 4), loss__language_weight=0.0, eval_interval=12,
-        save_interval=12, optimizer__schedule="constant",  # so that more steps need no other program
+        save_interval=12, optimizer__schedule="constant",  # more steps need no other program
     )  # fmt: skip
 
     def run(total: int):
