@@ -11,7 +11,6 @@ import pytest
 from entry_point import (  # noqa: F401  fixtures among them
     metrics,
     parameters,
-    quick_compilation,
     runner,
     small_backbone,
     steps,
@@ -38,12 +37,9 @@ class Asked(StopRequest):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_device(tmp_path_factory):
+def one_device():
     make = sharding.make_mesh
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        quick_compilation(tmp_path_factory.mktemp("compiled")),
-    ):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             sharding, "make_mesh", lambda *sizes: make(*sizes, devices=jax.devices()[:1])
         )
