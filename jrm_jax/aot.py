@@ -20,10 +20,11 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from jrm_jax import cli, config_cli
+from jrm_jax import cli
 from jrm_jax.errors import UserError
 from jrm_jax.planning.chips import Topology, parse_topology
-from jrm_jax.stop import ending
+from jrm_jax.shell import config_cli
+from jrm_jax.shell.stop import ending
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "File[:arguments].", lock_config=True)
 _TOPOLOGY = flags.DEFINE_string("topology", None, "CHIP:SHAPE of a slice, such as v5p:4x4x4.")
@@ -52,8 +53,8 @@ def _main() -> int:
         raise UserError(f"--steps={','.join(_STEPS.value)}: use train, score or both")
     topology = parse_topology(_TOPOLOGY.value, _SLICES.value)
     os.environ["JAX_PLATFORMS"] = "cpu"  # nothing runs here, least of all on an accelerator
-    from jrm_jax.check_config import check_config
     from jrm_jax.planning import compiling, fitting
+    from jrm_jax.run.check_config import check_config
 
     config = _CONFIG.value
     check_config(config)

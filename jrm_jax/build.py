@@ -16,13 +16,13 @@ from ml_collections import ConfigDict
 
 from jrm_jax import heads, lora, optim, sharding
 from jrm_jax.build_data import Data, backbone_folder
-from jrm_jax.check_data import reads_critiques
 from jrm_jax.data.encode import Encoder
 from jrm_jax.data.template import Tokenizer
 from jrm_jax.model import published, weights
 from jrm_jax.model.backbone import Backbone, init_backbone
 from jrm_jax.model.config import BackboneConfig, load_config
 from jrm_jax.reward_head import HeadStart, read_head_start
+from jrm_jax.run.check_data import reads_critiques
 from jrm_jax.step import LossConfig, TrainState, make_eval_step, make_forward, make_train_step
 
 EVERYTHING = ".*"  # the default of config.trainable

@@ -14,9 +14,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from jrm_jax import check_data, sharding
-from jrm_jax.backbones import find_folder, path_of
-from jrm_jax.check_data import reads_critiques
+from jrm_jax import sharding
 from jrm_jax.data import contents, plan, store
 from jrm_jax.data.buckets import Bucket, make_buckets, select
 from jrm_jax.data.encode import Encoder, make_encoder
@@ -27,6 +25,9 @@ from jrm_jax.data.world.facts import COUNT as FACTS
 from jrm_jax.data.world.prepare import prepare_world
 from jrm_jax.errors import UserError
 from jrm_jax.model.config import BackboneConfig
+from jrm_jax.run import check_data
+from jrm_jax.run.backbones import find_folder, path_of
+from jrm_jax.run.check_data import reads_critiques
 
 
 @dataclasses.dataclass(frozen=True)

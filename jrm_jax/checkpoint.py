@@ -27,9 +27,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
-from jrm_jax import disk, distributed
+from jrm_jax import distributed
 from jrm_jax.errors import UserError, one_line
-from jrm_jax.workdir import write_whole
+from jrm_jax.run.workdir import write_whole
+from jrm_jax.shell import disk
 
 RANK = "rank"  # the number by which Orbax ranks; always finite
 WORST = -1e30

@@ -8,9 +8,9 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict
 
-from jrm_jax import disk, user_cache
 from jrm_jax.errors import UserError
-from jrm_jax.workdir import default_name
+from jrm_jax.run.workdir import default_name
+from jrm_jax.shell import disk, user_cache
 
 REPORTED = (UserError, flags.Error, AttributeError, KeyError, TypeError, OSError)
 

@@ -17,14 +17,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from jrm_jax import cli, terminal
-from jrm_jax.arguments import Parser
+from jrm_jax import cli
 from jrm_jax.errors import UserError
 from jrm_jax.evaluation import report
 from jrm_jax.evaluation.cases import Issues, in_order
 from jrm_jax.evaluation.files import Images
 from jrm_jax.evaluation.layouts import LAYOUTS
-from jrm_jax.stop import ending
+from jrm_jax.shell import terminal
+from jrm_jax.shell.arguments import Parser
+from jrm_jax.shell.stop import ending
 
 WORLD = {"test": 512, "hard": 512}
 

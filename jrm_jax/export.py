@@ -17,15 +17,16 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jrm_jax import cli, disk
-from jrm_jax.arguments import Parser
+from jrm_jax import cli
 from jrm_jax.data.processor import read_config as read_processor_config
 from jrm_jax.data.template import Template, save_tokenizer
 from jrm_jax.errors import UserError
 from jrm_jax.model import weights
 from jrm_jax.serving.rounding import Rounding, measure
 from jrm_jax.serving.trained import STAMP, Trained, describe_lessons, load_trained
-from jrm_jax.stop import ending
+from jrm_jax.shell import disk
+from jrm_jax.shell.arguments import Parser
+from jrm_jax.shell.stop import ending
 
 ASSETS = Path(__file__).parent / "assets" / "export"
 CODE, PICTURES = "modeling_jrm", "image_processing_jrm"  # what an export carries

@@ -6,9 +6,10 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from jrm_jax import cli, config_cli
+from jrm_jax import cli
 from jrm_jax.errors import UserError
-from jrm_jax.stop import leave
+from jrm_jax.shell import config_cli
+from jrm_jax.shell.stop import leave
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "File[:arguments].", lock_config=True)
 _WORKDIR = flags.DEFINE_string(
@@ -27,7 +28,8 @@ def _main() -> int:
     if _CONFIG.value is None:
         raise UserError("--config is missing: --config=configs/joint.py")
     cli.prepare()
-    from jrm_jax import distributed, programs, train
+    from jrm_jax import distributed, train
+    from jrm_jax.run import programs
 
     config = _CONFIG.value
     name = cli.run_name(config)

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from jrm_jax.terminal import Bar, duration, is_watched
+from jrm_jax.shell.terminal import Bar, duration, is_watched
 
 JSONL = "metrics.jsonl"
 

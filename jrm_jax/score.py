@@ -16,10 +16,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jrm_jax import cli, terminal
-from jrm_jax.arguments import Parser
+from jrm_jax import cli
 from jrm_jax.errors import UserError
-from jrm_jax.stop import ending
+from jrm_jax.shell import terminal
+from jrm_jax.shell.arguments import Parser
+from jrm_jax.shell.stop import ending
 
 if TYPE_CHECKING:
     from jrm_jax.serving.reward_model import RewardModel

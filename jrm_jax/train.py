@@ -24,17 +24,18 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from jrm_jax import backbones, build, build_data, check_data, distributed
-from jrm_jax import workdir as files
-from jrm_jax.check_config import check_config
+from jrm_jax import build, build_data, distributed
 from jrm_jax.checkpoint import Checkpoints, open_checkpoints
 from jrm_jax.errors import UserError
-from jrm_jax.held_out import HeldOut
-from jrm_jax.lock import Lock, hold
 from jrm_jax.metrics import Accumulator, Window, Writer
-from jrm_jax.programs import EVALUATE, TRAIN, Programs, buckets_met
-from jrm_jax.report import describe_run, in_words, json_safe, print_results
-from jrm_jax.stop import Stopped, StopRequest
+from jrm_jax.run import backbones, check_data
+from jrm_jax.run import workdir as files
+from jrm_jax.run.check_config import check_config
+from jrm_jax.run.held_out import HeldOut
+from jrm_jax.run.lock import Lock, hold
+from jrm_jax.run.programs import EVALUATE, TRAIN, Programs, buckets_met
+from jrm_jax.shell.report import describe_run, in_words, json_safe, print_results
+from jrm_jax.shell.stop import Stopped, StopRequest
 from jrm_jax.watch import Trace, Watchdog, describe_memory
 
 LESSONS = ("preference", "language", "words", "facts")

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from jrm_jax import evaluate, export, score
-from jrm_jax.arguments import check_places
 from jrm_jax.benchmarks import build_scale, kill_test, make_tiny_backbone
 from jrm_jax.data import builders
 from jrm_jax.errors import UserError
+from jrm_jax.shell.arguments import check_places
 
 PACKAGE = Path(builders.__file__).parents[1]
 GOOD = (

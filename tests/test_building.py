@@ -15,13 +15,13 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from jrm_jax import terminal
 from jrm_jax.benchmarks import build_scale
 from jrm_jax.data import builders, store
 from jrm_jax.data.ingest import building, rows, waiting
 from jrm_jax.data.ingest.pairs import Pairs
 from jrm_jax.data.schema import from_record
 from jrm_jax.errors import UserError
+from jrm_jax.shell import terminal
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -6,9 +6,9 @@ import pytest
 
 from configs import discriminative, generative, joint
 from configs.common import REAL, base
-from jrm_jax import check_config as module
-from jrm_jax.check_config import NAMES, RULES, check_config
 from jrm_jax.errors import UserError
+from jrm_jax.run import check_config as module
+from jrm_jax.run.check_config import NAMES, RULES, check_config
 from jrm_jax.train import _is_due
 
 FLAT = dict(module._flat(base()))

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from configs import discriminative, generative, joint
-from jrm_jax import build, build_data, check_data
+from jrm_jax import build, build_data
 from jrm_jax.data import contents, store
 from jrm_jax.data.contents import Contents, read_contents
 from jrm_jax.data.schema import Candidate, PreferenceExample, Text
 from jrm_jax.errors import UserError
+from jrm_jax.run import check_data
 
 CONFIGS = {"joint": joint, "discriminative": discriminative, "generative": generative}
 

@@ -11,10 +11,10 @@ from ml_collections import ConfigDict
 
 from configs import discriminative, generative, joint
 from configs.common import REAL, TINY, base, parse_arg
-from jrm_jax import config_cli
 from jrm_jax.data.world import describe
 from jrm_jax.errors import UserError
-from jrm_jax.packaged import CONFIGS, config_names, find_config, load_config_module
+from jrm_jax.shell import config_cli
+from jrm_jax.shell.packaged import CONFIGS, config_names, find_config, load_config_module
 
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = {"joint": joint, "discriminative": discriminative, "generative": generative}

@@ -30,7 +30,7 @@ from jrm_jax.checkpoint import open_checkpoints
 from jrm_jax.data import builders, store
 from jrm_jax.data.schema import from_record
 from jrm_jax.serving.trained import load_trained
-from jrm_jax.stop import StopRequest
+from jrm_jax.shell.stop import StopRequest
 
 # A run and its results
 

@@ -6,10 +6,10 @@ import time
 
 import pytest
 
-from jrm_jax import programs
 from jrm_jax.data.buckets import Bucket
-from jrm_jax.programs import EVALUATE, TRAIN, Programs
-from jrm_jax.stop import StopRequest
+from jrm_jax.run import programs
+from jrm_jax.run.programs import EVALUATE, TRAIN, Programs
+from jrm_jax.shell.stop import StopRequest
 from jrm_jax.watch import Watchdog
 
 SMALL, LARGE = Bucket(2, 3, 16, 8, 8, 8), Bucket(4, 5, 16, 8, 8, 8)

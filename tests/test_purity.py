@@ -64,18 +64,17 @@ ROWS = (
     {"main", "score", "export", "evaluate", "aot", "benchmarks"},
     {"study"},
     {"serving", "planning", "evaluation"},
-    {"train", "held_out", "programs"},
-    {"build", "build_data", "checkpoint", "metrics", "report", "watch", "distributed", "cli",
-     "config_cli", "backbones", "lock", "workdir", "check_data", "check_config", "reward_head"},
+    {"train", "run", "build", "build_data", "checkpoint", "metrics", "watch", "distributed", "cli",
+     "reward_head"},
     {"step", "data"},
     {"heads", "losses", "optim", "lora", "sharding", "model"},
-    {"arguments", "packaged", "disk", "stop", "terminal", "user_cache"},
+    {"shell"},
     {"errors"},
 )
 ROW_OF = {room: row for row, rooms in enumerate(ROWS) for room in rooms}
 CORE_ROOMS = {"step", "losses", "heads", "optim", "lora", "sharding", "model", "errors"}
 MAY = {  # exceptions that are narrower than their row
-    "data": {"data", "model", "arguments", "disk", "stop", "terminal", "user_cache", "errors"},
+    "data": {"data", "model", "shell", "errors"},
     **{room: CORE_ROOMS for room in ("step", "losses", "heads", "model")},
 }
 

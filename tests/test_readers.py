@@ -21,10 +21,11 @@ from test_checkpoint import (  # noqa: F401  fixtures among them
     trees,
 )
 
-from jrm_jax import checkpoint, cli, disk
+from jrm_jax import checkpoint, cli
 from jrm_jax.checkpoint import complete_steps, open_checkpoints, read_checkpoint
 from jrm_jax.data import store
 from jrm_jax.errors import UserError
+from jrm_jax.shell import disk
 
 ROOT = Path(__file__).resolve().parents[1]
 

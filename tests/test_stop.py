@@ -8,13 +8,13 @@ import time
 import pytest
 from entry_point import ROOT
 
-from jrm_jax import stop
 from jrm_jax.errors import UserError
-from jrm_jax.stop import Stopped, StopRequest, ending
+from jrm_jax.shell import stop
+from jrm_jax.shell.stop import Stopped, StopRequest, ending
 
 PROGRAM = """
 import hashlib, time
-from jrm_jax.stop import StopRequest, ending
+from jrm_jax.shell.stop import StopRequest, ending
 with {context}:
     print("ready", flush=True)
     {work}

@@ -19,7 +19,7 @@ from entry_point import (  # noqa: F401  fixtures among them
 from configs import joint
 from jrm_jax import sharding, train
 from jrm_jax.checkpoint import METRICS, open_checkpoints
-from jrm_jax.stop import StopRequest
+from jrm_jax.shell.stop import StopRequest
 
 TOTAL, INTERVAL, HELD_OUT = 4, 2, 8  # two batches a split
 

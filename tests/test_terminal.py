@@ -8,8 +8,9 @@ import time
 
 import pytest
 
-from jrm_jax import evaluate, report, score, terminal
+from jrm_jax import evaluate, score
 from jrm_jax.data.builders import _build_progress
+from jrm_jax.shell import report, terminal
 
 HOSTILE = "Remove the [/b] tag [red]now[/red] :cat: [@click=x]"
 

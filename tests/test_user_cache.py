@@ -9,11 +9,11 @@ import jax
 import pytest
 from entry_point import ROOT
 
-from jrm_jax import user_cache
+from jrm_jax.shell import user_cache
 
 PROGRAM = """
 import sys
-from jrm_jax import user_cache
+from jrm_jax.shell import user_cache
 user_cache.SHORTEST = 0.0
 {before}
 import jax, jax.numpy as jnp

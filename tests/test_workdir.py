@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from configs import discriminative, joint
-from jrm_jax import build, lock, train, workdir
+from jrm_jax import build, train
 from jrm_jax.errors import UserError
+from jrm_jax.run import lock, workdir
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -122,7 +123,7 @@ HOLD = """
 import sys, time
 from pathlib import Path
 sys.path.insert(0, {root!r})
-from jrm_jax.lock import hold
+from jrm_jax.run.lock import hold
 with hold(Path({folder!r}), beat=0.05):
     print("held", flush=True)
     time.sleep(60)

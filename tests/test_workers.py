@@ -12,10 +12,10 @@ from entry_point import Runner, small_backbone, steps  # noqa: F401  fixtures am
 from test_iterator import run  # noqa: F401
 from test_pipeline import encoder, folder  # noqa: F401
 
-from jrm_jax import lock
 from jrm_jax.data import workers
 from jrm_jax.data.pipeline import make_iterator
 from jrm_jax.data.workers import WatchedIterator, WorkerDied
+from jrm_jax.run import lock
 
 
 def children(parent: int) -> list[int]:

@@ -26,8 +26,8 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 
-from jrm_jax.arguments import Parser
 from jrm_jax.benchmarks.reporting import run_command
+from jrm_jax.shell.arguments import Parser
 
 EDITS = 7
 WINDOW = 420  # rows that are mixed: those of twenty sources

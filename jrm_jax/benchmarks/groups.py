@@ -25,13 +25,13 @@ import numpy as np
 
 from configs import joint
 from jrm_jax import build, build_data, cli
-from jrm_jax.arguments import Parser
 from jrm_jax.data.buckets import make_buckets
 from jrm_jax.data.pipeline import assemble_batch
 from jrm_jax.data.schema import PreferenceExample
 from jrm_jax.data.sizes import measure
 from jrm_jax.data.world import scenes
 from jrm_jax.sharding import compiler_options
+from jrm_jax.shell.arguments import Parser
 from jrm_jax.step import LossConfig, make_forward, make_train_step
 
 EDITS = 7

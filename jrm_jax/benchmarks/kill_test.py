@@ -21,8 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
-from jrm_jax.arguments import Parser
 from jrm_jax.benchmarks.reporting import run_command
+from jrm_jax.shell.arguments import Parser
 
 SMALL = (
     "--corpus=60", "--hidden=32", "--layers=2", "--heads=4", "--kv-heads=2", "--head-dim=16",

@@ -30,10 +30,10 @@ import argparse
 import json
 import pathlib
 
-from jrm_jax.arguments import Parser
 from jrm_jax.data.template import import_transformers
 from jrm_jax.data.world import describe, scenes
 from jrm_jax.data.world import text as world_text
+from jrm_jax.shell.arguments import Parser
 
 # Qwen's split of text into pieces, before any merge.
 QWEN_PIECES = (
@@ -241,7 +241,7 @@ def save_run_weights(folder: pathlib.Path, run: pathlib.Path) -> int:
     from jrm_jax.checkpoint import read_checkpoint
     from jrm_jax.model.config import load_config
     from jrm_jax.model.weights import abstract_params, save_params
-    from jrm_jax.workdir import CHECKPOINTS
+    from jrm_jax.run.workdir import CHECKPOINTS
 
     config = load_config(folder)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from jrm_jax.stop import ending
+from jrm_jax.shell.stop import ending
 
 
 def run_command(

@@ -31,11 +31,11 @@ from ml_collections import ConfigDict
 
 from configs import joint
 from jrm_jax import build, build_data, cli
-from jrm_jax.arguments import Parser
 from jrm_jax.benchmarks import torch_reference
 from jrm_jax.data.pipeline import repeat_prompt
 from jrm_jax.losses import combine, term_weights
 from jrm_jax.sharding import compiler_options
+from jrm_jax.shell.arguments import Parser
 from jrm_jax.step import LossConfig, TrainState, make_forward, make_train_step
 
 LEARNING_RATE = 1e-3

@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jrm_jax.arguments import Parser
 from jrm_jax.data.ingest import building, regions
 from jrm_jax.data.ingest.judged import Judged
 from jrm_jax.data.ingest.judgements import EDITREWARD
@@ -30,8 +29,9 @@ from jrm_jax.data.ingest.table import Table
 from jrm_jax.data.store import SHARD_EXAMPLES
 from jrm_jax.data.world.prepare import prepare_world
 from jrm_jax.errors import UserError
-from jrm_jax.stop import GRACE, Stopped, StopRequest
-from jrm_jax.terminal import Bar, say
+from jrm_jax.shell.arguments import Parser
+from jrm_jax.shell.stop import GRACE, Stopped, StopRequest
+from jrm_jax.shell.terminal import Bar, say
 
 SHOWN = 20  # problems that are printed; all are listed in the data set's problems.txt
 

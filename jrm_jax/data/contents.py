@@ -16,7 +16,7 @@ import numpy as np
 
 from jrm_jax.data.sizes import cache_places, write_cache
 from jrm_jax.errors import UserError
-from jrm_jax.terminal import track
+from jrm_jax.shell.terminal import track
 
 VERSION = 1  # raise it when something else is counted or digested
 MARK = 4096  # bytes

@@ -15,10 +15,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from jrm_jax import user_cache
 from jrm_jax.data.schema import PreferenceExample, from_record
 from jrm_jax.errors import UserError
-from jrm_jax.terminal import track
+from jrm_jax.shell import user_cache
+from jrm_jax.shell.terminal import track
 
 SIZES_VERSION = 1  # raise it when what is measured changes
 

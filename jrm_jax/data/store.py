@@ -16,9 +16,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jrm_jax import disk
 from jrm_jax.data.schema import PreferenceExample, to_record
 from jrm_jax.errors import UserError
+from jrm_jax.shell import disk
 
 MANIFEST = "jrm_jax.json"
 SHARD_EXAMPLES = 4096

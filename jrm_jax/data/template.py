@@ -23,11 +23,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from jrm_jax import user_cache
 from jrm_jax.data.processor import Processor
 from jrm_jax.data.schema import Image, Part
 from jrm_jax.data.sizes import write_cache
 from jrm_jax.errors import UserError
+from jrm_jax.shell import user_cache
 
 RUBRIC = "Judge how well the edit follows the instruction and preserves the rest."
 KEPT_VERSION = 1  # raise it when `_read_tokenizer` makes something else of the same files

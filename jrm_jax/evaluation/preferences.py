@@ -32,7 +32,7 @@ from jrm_jax.evaluation.cases import (
 )
 from jrm_jax.evaluation.metrics import Metric, accuracy, sections, strict, verdicts
 from jrm_jax.evaluation.predictions import Collected, entries
-from jrm_jax.terminal import track
+from jrm_jax.shell.terminal import track
 
 PROTOCOL = (
     "Pair accuracy: share of the pairs people decided in which the preferred candidate scores"

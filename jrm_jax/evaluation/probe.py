@@ -21,7 +21,7 @@ from jrm_jax.evaluation.metrics import strict, verdicts
 from jrm_jax.evaluation.report import main_dimension
 from jrm_jax.evaluation.scoring import CHUNK, Change, column, encode_case, pixel_distance
 from jrm_jax.evaluation.statistics import bootstrap, calibration, effective_rank, spearman
-from jrm_jax.terminal import Bar
+from jrm_jax.shell.terminal import Bar
 
 CASES = 128  # the first so many of the benchmark
 CRITIQUES = 24  # cases whose critiques are written out

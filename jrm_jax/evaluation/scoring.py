@@ -14,7 +14,7 @@ from jrm_jax.data.schema import Candidate, Image, Text
 from jrm_jax.errors import UserError
 from jrm_jax.evaluation.cases import Answer, Case, Issues, Judged, Part, Picture, missing_pictures
 from jrm_jax.evaluation.metrics import Metric, point_value
-from jrm_jax.terminal import Bar
+from jrm_jax.shell.terminal import Bar
 
 CHUNK = 128  # cases encoded at a time
 SIDE = 64  # pixel distance: pictures are compared at this size

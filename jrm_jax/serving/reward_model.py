@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jrm_jax import build, sharding, user_cache
+from jrm_jax import build, sharding
 from jrm_jax.data.buckets import Bucket
 from jrm_jax.data.encode import EncodedExample
 from jrm_jax.data.images import to_rgb
@@ -35,8 +35,9 @@ from jrm_jax.errors import UserError
 from jrm_jax.model.backbone import Backbone
 from jrm_jax.serving.generate import make_generate
 from jrm_jax.serving.trained import Trained, load_trained, scale
+from jrm_jax.shell import user_cache
+from jrm_jax.shell.terminal import if_slow
 from jrm_jax.step import make_score_step, make_state_step
-from jrm_jax.terminal import if_slow
 
 Picture = Any  # path, data: URI, encoded bytes, PIL image, or uint8 array [h, w, 3]
 TOKENS = 16  # token slots are rounded up to steps of this

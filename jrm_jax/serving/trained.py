@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from jrm_jax import backbones, build, build_data, heads, lora, optim
+from jrm_jax import build, build_data, heads, lora, optim
 from jrm_jax.checkpoint import read_checkpoint
 from jrm_jax.data.encode import Encoder, make_encoder
 from jrm_jax.data.template import Template, protocol_stamp
@@ -25,7 +25,8 @@ from jrm_jax.errors import UserError
 from jrm_jax.model import weights
 from jrm_jax.model.config import BackboneConfig, load_config
 from jrm_jax.reward_head import HeadStart
-from jrm_jax.workdir import CHECKPOINTS, CONFIG, read_config, read_results
+from jrm_jax.run import backbones
+from jrm_jax.run.workdir import CHECKPOINTS, CONFIG, read_config, read_results
 
 STAMP = "jrm.json"  # in an exported folder: the protocol stamp, reward statistics, origin
 

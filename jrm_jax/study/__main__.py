@@ -13,8 +13,9 @@ import sys
 from absl import flags
 from ml_collections import config_flags
 
-from jrm_jax import cli, config_cli
-from jrm_jax.stop import ending
+from jrm_jax import cli
+from jrm_jax.shell import config_cli
+from jrm_jax.shell.stop import ending
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "File[:arguments].", lock_config=True)
 _MINUTES = flags.DEFINE_float("minutes", 0.0, "Stop after so many; 0: when all is done.")

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from jrm_jax import optim
-from jrm_jax.backbones import find_folder
 from jrm_jax.data.world.prepare import VERSION as WORLD_VERSION
 from jrm_jax.errors import UserError
+from jrm_jax.run.backbones import find_folder
 
 BASE = "configs/joint.py"
 VERSION = 1  # raise it when `measure.py` measures something else

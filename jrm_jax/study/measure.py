@@ -26,7 +26,6 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jrm_jax import cli, sharding
-from jrm_jax.arguments import Parser
 from jrm_jax.checkpoint import complete_steps
 from jrm_jax.data import store
 from jrm_jax.data.buckets import make_buckets
@@ -40,13 +39,14 @@ from jrm_jax.data.world.prepare import prepare_world
 from jrm_jax.data.world.text import NUMBERS
 from jrm_jax.evaluation.statistics import effective_rank
 from jrm_jax.model.backbone import Backbone
+from jrm_jax.run.workdir import CHECKPOINTS
 from jrm_jax.serving.generate import make_generate
 from jrm_jax.serving.trained import Trained, load_trained
+from jrm_jax.shell.arguments import Parser
+from jrm_jax.shell.stop import ending
 from jrm_jax.step import make_score_step
-from jrm_jax.stop import ending
 from jrm_jax.study import why
 from jrm_jax.study.programs import make_attack, make_probe
-from jrm_jax.workdir import CHECKPOINTS
 
 SPLITS = ("valid", "test", "hard")
 TIMED = 5  # batches

@@ -9,11 +9,11 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from jrm_jax.shell.terminal import duration
 from jrm_jax.study import cells, examples, explain, figures
 from jrm_jax.study.cells import ARMS, CHANGES
 from jrm_jax.study.numbers import collect
 from jrm_jax.study.tables import MISSING, absent, number, points, share, table
-from jrm_jax.terminal import duration
 
 USERS, NOTES = "users.md", "notes.md"  # by hand: what users should know, what the numbers say
 YES = {True: "yes", False: "**no**", None: MISSING}

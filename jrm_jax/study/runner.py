@@ -14,9 +14,9 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from jrm_jax.errors import UserError
+from jrm_jax.shell.terminal import duration
 from jrm_jax.study import cells
 from jrm_jax.study.cells import ARMS, Cell
-from jrm_jax.terminal import duration
 
 GRACE = 120  # seconds that a run has to save itself when the time is over
 

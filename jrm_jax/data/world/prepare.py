@@ -11,7 +11,7 @@ from pathlib import Path
 from jrm_jax.data.schema import to_record
 from jrm_jax.data.store import write_dataset
 from jrm_jax.errors import UserError
-from jrm_jax.terminal import Bar
+from jrm_jax.shell.terminal import Bar
 
 VERSION = 5  # raise it when the same seed gives other examples
 

@@ -15,8 +15,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
-from jrm_jax import terminal
 from jrm_jax.errors import UserError
+from jrm_jax.shell import terminal
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 AGAIN = {signal.SIGINT: "press again to end now", signal.SIGTERM: "a second SIGTERM ends it now"}

@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from jrm_jax.terminal import say
+from jrm_jax.shell.terminal import say
 
 SWITCH = "JRM_COMPILATION_CACHE"
 LIMIT = 2 * 10**9  # bytes; what was used least lately goes first, at the start of a command

@@ -10,10 +10,10 @@ import jax
 from ml_collections import ConfigDict
 
 from jrm_jax import build_data, distributed
-from jrm_jax import workdir as files
 from jrm_jax.metrics import Accumulator
-from jrm_jax.programs import EVALUATE, Programs
-from jrm_jax.stop import StopRequest
+from jrm_jax.run import workdir as files
+from jrm_jax.run.programs import EVALUATE, Programs
+from jrm_jax.shell.stop import StopRequest
 from jrm_jax.watch import Watchdog
 
 

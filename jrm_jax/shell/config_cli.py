@@ -12,9 +12,9 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from jrm_jax.arguments import check_place, check_places
 from jrm_jax.errors import UserError
-from jrm_jax.packaged import CONFIGS, config_names, find_config
+from jrm_jax.shell.arguments import check_place, check_places
+from jrm_jax.shell.packaged import CONFIGS, config_names, find_config
 
 EXAMPLE = "configs/joint.py"
 HELP = ("-h", "-help", "-helpfull", "-helpshort")

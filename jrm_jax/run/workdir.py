@@ -12,8 +12,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from jrm_jax.errors import UserError
-from jrm_jax.packaged import load_config_module
-from jrm_jax.report import difference, flat
+from jrm_jax.shell.packaged import load_config_module
+from jrm_jax.shell.report import difference, flat
 
 CONFIG, RESULTS, CHECKPOINTS = "config.json", "results.json", "checkpoints"
 FINAL = "final.json"  # splits of the final evaluation that are read; results.json follows

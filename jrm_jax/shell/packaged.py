@@ -10,8 +10,8 @@ from types import ModuleType
 
 from jrm_jax.errors import UserError
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-ASSETS = Path(__file__).resolve().parent / "assets"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+ASSETS = Path(__file__).resolve().parents[1] / "assets"
 
 
 def backbones() -> dict[str, Path]:

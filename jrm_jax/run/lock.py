@@ -22,9 +22,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from jrm_jax import disk, distributed
+from jrm_jax import distributed
 from jrm_jax.errors import UserError
-from jrm_jax.workdir import write_whole
+from jrm_jax.run.workdir import write_whole
+from jrm_jax.shell import disk
 
 LOCK = "lock.json"
 BEAT = 15.0  # seconds between signs of life

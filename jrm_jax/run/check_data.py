@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from jrm_jax.data import contents, store
 from jrm_jax.data.contents import Contents
 from jrm_jax.errors import UserError
-from jrm_jax.report import difference
+from jrm_jax.shell.report import difference
 
 
 def reads_critiques(config: ConfigDict) -> bool:

@@ -22,8 +22,8 @@ from ml_collections import ConfigDict
 from jrm_jax.build_data import Data, place
 from jrm_jax.data.buckets import Bucket
 from jrm_jax.data.pipeline import empty_batch
+from jrm_jax.shell.stop import StopRequest
 from jrm_jax.step import TrainState
-from jrm_jax.stop import StopRequest
 from jrm_jax.watch import Watchdog
 
 TRAIN, EVALUATE = "training step", "evaluation"

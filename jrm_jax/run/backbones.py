@@ -28,8 +28,8 @@ from ml_collections import ConfigDict
 from jrm_jax import distributed
 from jrm_jax.errors import UserError, one_line
 from jrm_jax.model.tensor_files import INDEX_FILE, SINGLE_FILE, TensorFiles, indexed_names
-from jrm_jax.packaged import backbones as packaged
-from jrm_jax.workdir import CONFIG, read_config
+from jrm_jax.run.workdir import CONFIG, read_config
+from jrm_jax.shell.packaged import backbones as packaged
 
 RECORD = "backbone.json"  # in a run's folder
 TRAINING = "--config.backbone.path=FOLDER"  # how a folder is given to a command

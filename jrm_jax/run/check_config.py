@@ -18,7 +18,7 @@ from jrm_jax.errors import UserError
 from jrm_jax.model.attention import IMPLEMENTATIONS
 from jrm_jax.model.layers import REMAT
 from jrm_jax.model.rope import POSITIONS
-from jrm_jax.workdir import defaults
+from jrm_jax.run.workdir import defaults
 
 # What `valid` can be ranked by -> the loss that must be on for it to be measured.
 METRICS = {

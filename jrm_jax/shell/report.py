@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from jrm_jax.terminal import duration, print_table
+from jrm_jax.shell.terminal import duration, print_table
 
 
 def print_results(results: dict[str, Any]) -> None:
