@@ -209,10 +209,10 @@ def test_a_bad_folder_is_left_to_who_reads_it(tmp_path):
 
 
 def begin_frozen(folder: Path, backbone: Path, run: Path, **fields) -> Path:
-    """A run of no steps whose backbone is frozen."""
+    """A run of one step whose backbone is frozen."""
     sizes = {"train": 8, "valid": 0, "test": 0, "hard": 0}
     config = config_of(
-        backbone, batch_size=8, total_steps=0, trainable=("^reward_",),
+        backbone, batch_size=8, total_steps=1, trainable=("^reward_",),
         **{"data.cache": str(folder / "world"), "optimizer.warmup_steps": 0}, **fields,
         **{f"data.world.{split}": count for split, count in sizes.items()},
     )  # fmt: skip

@@ -25,7 +25,7 @@ MODULES = {
     "jrm-aot": "jrm_jax.aot",
 }  # fmt: skip
 SMALL = (
-    "--config=joint", "--config.total_steps=0", "--config.batch_size=4",
+    "--config=joint", "--config.total_steps=1", "--config.batch_size=4",
     "--config.optimizer.warmup_steps=0", "--config.backbone.scan_unroll=1",
     "--config.data.cache=world", "--config.data.world.train=4", "--config.data.world.valid=0",
     "--config.data.world.test=0", "--config.data.world.hard=0",
@@ -115,7 +115,7 @@ def test_every_command_prints_its_help(installed):
 
 
 def test_a_model_is_trained_exported_and_asked_for_scores(installed):
-    """No step is trained. Configs and backbone are the packaged ones, by name."""
+    """One step is trained. Configs and backbone are the packaged ones, by name."""
     before = files(installed.site)
     example = scenes.make_example("test", 0, 0)
     pictures = [example.prompt[1].data, *(c.parts[0].data for c in example.candidates)]
