@@ -29,6 +29,7 @@ os.environ["XLA_FLAGS"] = " ".join([*(flag for flag in FLAGS if flag not in _ASK
 _OWNER = "JRM_TEST_RUN" not in os.environ  # not a worker, which finds it set
 if _OWNER:
     os.environ["JRM_TEST_RUN"] = tempfile.mkdtemp(prefix="jrm_jax-tests-")
+os.environ["XDG_CACHE_HOME"] = f"{os.environ['JRM_TEST_RUN']}/cache"  # never the user's own
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{os.environ['JRM_TEST_RUN']}/compiled")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
