@@ -8,6 +8,7 @@ import numpy as np
 import PIL.Image
 from entry_point import EXAMPLE, make_small_backbone
 from safetensors.numpy import load_file, save_file
+from shared_case import once
 
 from configs import joint
 from jrm_jax import export, train
@@ -79,6 +80,15 @@ def start(parent, folder, name, config=joint, steps=0):
     config.lock()
     assert train.run(config, parent / name) == 0
     return parent / name
+
+
+def family_run(family):
+    """`start` of a family's `make_folder`, once for all test files."""
+
+    def make(folder):
+        start(folder, make_folder(folder, family), "run")
+
+    return once(f"run-{family}", make) / "run"
 
 
 def write(workdir, out, *options):

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 from benchmark_files import pictures, write_mmrb2, write_tiger
-from export_case import make_folder, start
+from export_case import family_run
 
 from jrm_jax import RewardModel, evaluate
 from jrm_jax.data.images import open_image
@@ -18,9 +18,8 @@ from jrm_jax.evaluation.scoring import column, score_cases
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-    parent = tmp_path_factory.mktemp("evaluate")
-    return start(parent, make_folder(parent, "qwen3_vl"), "run")
+def workdir():
+    return family_run("qwen3_vl")
 
 
 @pytest.fixture(scope="module")

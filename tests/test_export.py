@@ -9,7 +9,7 @@ import PIL.Image
 import pytest
 import torch
 import transformers
-from export_case import FAMILIES, make_folder, make_groups, start, write
+from export_case import FAMILIES, family_run, make_groups, start, write
 from safetensors.numpy import load_file
 
 from jrm_jax import export
@@ -25,7 +25,7 @@ GROUPS = 32
 def case(request, tmp_path_factory):
     """(parent, workdir, float32 folder, bfloat16 folder)"""
     parent = tmp_path_factory.mktemp(request.param)
-    workdir = start(parent, make_folder(parent, request.param), "run")
+    workdir = family_run(request.param)
     single = write(workdir, parent / "single", "--dtype=float32", "--max_shard_gb=0.0002")
     return parent, workdir, single, write(workdir, parent / "half")
 

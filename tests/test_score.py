@@ -6,7 +6,7 @@ import json
 import numpy as np
 import PIL.Image
 import pytest
-from export_case import make_folder, make_groups, start
+from export_case import family_run, make_groups
 
 from jrm_jax import RewardModel, score
 from jrm_jax.data import images
@@ -16,9 +16,8 @@ from jrm_jax.serving.reward_model import Group, read_picture
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-    parent = tmp_path_factory.mktemp("score")
-    return start(parent, make_folder(parent, "qwen3_vl"), "run")
+def workdir():
+    return family_run("qwen3_vl")
 
 
 @pytest.fixture(scope="module")
