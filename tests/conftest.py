@@ -41,6 +41,15 @@ if not flags.FLAGS.is_parsed():  # grain's worker processes read absl flags
     flags.FLAGS(["pytest"])
 
 
+# The longest files first: the two workers then end together. With `--no-loadscope-reorder`.
+LONGEST = ("processes", "study", "end_to_end", "stopping", "mesh8", "export", "step", "evaluate")
+
+
+def pytest_collection_modifyitems(items):
+    places = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))
+
+
 def pytest_unconfigure():
     if _OWNER:
         shutil.rmtree(os.environ["JRM_TEST_RUN"], ignore_errors=True)

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 
 import pytest
 from layout_case import lines, pictures  # noqa: F401
@@ -10,6 +11,7 @@ from layout_case import lines, pictures  # noqa: F401
 from jrm_jax.data import builders, store
 from jrm_jax.data.schema import from_record
 from jrm_jax.data.world.prepare import prepare_world
+from jrm_jax.shell.stop import Stopped
 
 
 def line(name, **changes):
@@ -104,7 +106,7 @@ def test_adding_may_be_killed_at_any_moment(pictures, build, monkeypatch):  # no
         def dies(source, target, moment=moment, calls=calls):
             calls.append(source)
             if len(calls) > moment:
-                raise KeyboardInterrupt
+                raise Stopped(signal.SIGINT)
             replace(source, target)
 
         monkeypatch.setattr(store.os, "replace", dies)
