@@ -42,8 +42,13 @@ def assert_they_end(processes: list[int]) -> None:
 def test_a_killed_worker_ends_the_iteration(run):
     plan, records, encoder = run
     with make_iterator(plan, [records], encoder, workers=2, prefetch=1) as batches:
-        next(batches)
-        ours = [c for c in multiprocessing.active_children() if c.name.startswith(workers.NAME)]
+        for _ in range(20):  # a worker may still be starting when the other's first batch is there
+            next(batches)
+            there = multiprocessing.active_children()
+            ours = [child for child in there if child.name.startswith(workers.NAME)]
+            if len(ours) == 2:
+                break
+            time.sleep(0.2)
         assert len(ours) == 2
         os.kill(ours[0].pid, signal.SIGKILL)
         began = time.monotonic()
