@@ -67,7 +67,7 @@ def rank(args: argparse.Namespace) -> dict[str, Any]:
         raise UserError("give --instruction, or --input and --output for many groups")
     if not args.candidates:
         raise UserError("give at least one candidate picture")
-    from jrm_jax.serving.reward_model import Group
+    from jrm_jax.serving.groups import Group
 
     model = _load(args)
     rows: list[dict[str, Any]] = [{"picture": path} for path in args.candidates]

@@ -15,7 +15,8 @@ from safetensors.numpy import load_file
 from jrm_jax import export
 from jrm_jax.data.schema import Candidate, Image, Text
 from jrm_jax.errors import UserError
-from jrm_jax.serving.reward_model import RewardModel, read_picture
+from jrm_jax.serving.groups import read_picture
+from jrm_jax.serving.reward_model import RewardModel
 from jrm_jax.serving.trained import load_trained
 
 GROUPS = 32

@@ -16,7 +16,7 @@ from jrm_jax.data.chosen import as_group
 from jrm_jax.data.images import SizeError
 from jrm_jax.data.picture_names import ends_like_picture, inline_picture, short
 from jrm_jax.errors import RecordError, UserError
-from jrm_jax.serving.reward_model import read_picture
+from jrm_jax.serving.groups import read_picture
 
 
 def line(name="a", edit="2.png", **changes):

@@ -1,117 +1,126 @@
-"""What a run compiles: once each, with words, and no longer than it is wanted."""
+"""Few programs: the ladder of single calls, what it holds, and what happens where it ends."""
 
 import dataclasses
-import threading
-import time
 
+import numpy as np
 import pytest
+from export_case import FAMILIES, family_run
 
 from jrm_jax.data.buckets import Bucket
-from jrm_jax.run import programs
-from jrm_jax.run.programs import EVALUATE, TRAIN, Programs
-from jrm_jax.shell.stop import StopRequest
-from jrm_jax.watch import Watchdog
+from jrm_jax.data.processor import Processor
+from jrm_jax.data.schema import Candidate, Image, Text
+from jrm_jax.errors import UserError
+from jrm_jax.serving import ladder
+from jrm_jax.serving.groups import read_picture
+from jrm_jax.serving.programs import Programs, Work
+from jrm_jax.serving.trained import load_trained
 
-SMALL, LARGE = Bucket(2, 3, 16, 8, 8, 8), Bucket(4, 5, 16, 8, 8, 8)
-
-
-class Step:
-    """Stands in for a jitted function: `lower(...).compile()` waits for `go`."""
-
-    def __init__(self, error=None):
-        self.seen, self.error = [], error
-        self.go = threading.Event()
-        self.go.set()
-
-    def lower(self, *inputs):
-        self.seen.append(inputs)
-        return self
-
-    def compile(self):
-        self.go.wait(20)
-        if self.error:
-            raise self.error
+PROCESSOR = Processor(patch=16, merge=2, min_pixels=4096, max_pixels=64 * 1024)
+LADDER = tuple(Bucket(k, k + 1, 256, 256, 96, 0) for k in (2, 4, 8))
 
 
-@dataclasses.dataclass
-class Case:
-    train: Step
-    evaluate: Step
-    stop: StopRequest
-    programs: Programs
-    said: list
-    shown: list
+def slots(sizes_m6):
+    k, i, n, p, c, _ = np.asarray(sizes_m6, np.int64).T
+    return p + k * c + i * n
 
 
-def make_case(error=None, every=0.0) -> Case:
-    said, shown = [], []
-    train, evaluate, stop = Step(error), Step(), StopRequest()
-    made = Programs(
-        {TRAIN: train, EVALUATE: evaluate},
-        {TRAIN: {LARGE, SMALL}, EVALUATE: {LARGE}},
-        (SMALL, LARGE),
-        stop=stop,
-        watchdog=Watchdog(0.0, every, said.append),
-        say=said.append,
-        show=shown.append,
-    )
-    return Case(train, evaluate, stop, made, said, shown)
+def programs(limit=8):
+    return Programs(LADDER, slots, PROCESSOR, limit)
 
 
-def test_each_is_compiled_once_and_announced():
-    case = make_case()
-    assert case.programs.wanted == [(TRAIN, LARGE), (TRAIN, SMALL), (EVALUATE, LARGE)]
-    assert case.programs.prepare({(TRAIN, LARGE): (1, 2)})
-    assert case.said == ["compiling 1 of 3: training step, bucket 2", "compiled in 0 s"]
-    assert case.shown == ["compiling 1 of 3", ""]
-    assert case.programs.prepare({(TRAIN, LARGE): (3, 4)})  # again: nothing to do, nothing to say
-    assert case.train.seen == [(1, 2)] and len(case.said) == 2
-    case.programs._last = 31.4
-    assert case.programs.prepare({(TRAIN, LARGE): (), (EVALUATE, LARGE): (5,)})
-    assert case.said[2:] == [
-        "compiling 2 of 3: evaluation, bucket 2; the last took 31 s", "compiled in 0 s",
-    ]  # fmt: skip
-    assert case.evaluate.seen == [(5,)] and not programs.are_left()
+def a_need(rng):
+    k = int(rng.integers(1, 9))
+    images, visual = k + int(rng.integers(0, 5)), int(rng.integers(4, 65))
+    return Bucket(k, images, 4 * visual, 60 + int(rng.integers(0, 900)), 20 + 2 * visual, 0)
 
 
-def test_several_at_a_time():
-    case = make_case()
-    case.train.go.clear()
-    wanted = {(TRAIN, SMALL): (), (TRAIN, LARGE): (), (EVALUATE, LARGE): ()}
-    threading.Timer(0.5, case.train.go.set).start()
-    assert case.programs.prepare(wanted, threads=2)
-    assert [words.partition(" of")[0] for words in case.said[:3]] == [
-        "compiling 1", "compiling 2", "compiling 3"
-    ]  # fmt: skip
-    assert len(case.train.seen) == 2 and len(case.evaluate.seen) == 1
+@pytest.fixture(scope="module", params=FAMILIES)
+def encoder(request):
+    return load_trained(family_run(request.param)).encoder
 
 
-def test_what_goes_wrong_is_raised_here():
-    case = make_case(error=MemoryError("too large"))
-    with pytest.raises(MemoryError, match="too large"):
-        case.programs.prepare({(TRAIN, SMALL): ()})
-    case.train.error = None
-    assert case.programs.prepare({(TRAIN, SMALL): ()})  # it was not taken for done
+def a_group(encoder, rng, sources, candidates):
+    def picture():
+        sides = rng.integers(40, 200, 2)
+        return Image(read_picture(rng.integers(0, 256, (*sides, 3), np.uint8)))
+
+    prompt = [Text("Make it red."), *(picture() for _ in range(sources))]
+    return encoder.encode_group(prompt, [Candidate((picture(),)) for _ in range(candidates)])
 
 
-def test_a_request_to_stop_gives_it_up():
-    case = make_case()
-    case.train.go.clear()
-    wanted = {(TRAIN, SMALL): (), (TRAIN, LARGE): ()}
-    threading.Timer(0.3, lambda: setattr(case.stop, "asked", 15)).start()
-    began = time.monotonic()
-    assert not case.programs.prepare(wanted)
-    assert time.monotonic() - began < 5 and programs.are_left()
-    assert case.said == ["compiling 1 of 3: training step, bucket 1"]
-    case.train.go.set()
-    while programs.are_left():
-        assert time.monotonic() - began < 20
-    assert len(case.train.seen) == 1  # the next was not begun
+def test_the_cheapest_rung_holds_a_group_and_the_ladder_is_short(encoder):
+    rungs = ladder.make_ladder(encoder)
+    assert len(rungs) <= 8 and len(set(rungs)) == len(rungs)
+    for count in (1, 2, 3, 8):
+        need = ladder.need_of(a_group(encoder, np.random.default_rng(0), 1, count))
+        rung = ladder.rung_of(need, rungs, slots, encoder.processor)
+        assert rung in rungs and ladder.holds(rung, need)
+        assert rung.candidates == max(2, 2 ** int(np.ceil(np.log2(count))))
 
 
-def test_long_ones_have_a_heartbeat():
-    case = make_case(every=0.2)
-    case.train.go.clear()
-    threading.Timer(1.0, case.train.go.set).start()
-    assert case.programs.prepare({(TRAIN, SMALL): ()})
-    assert "heartbeat: process 0 of 1 is compiling for 0 s" in case.said
+def test_what_no_rung_holds_is_rounded_up_coarsely():
+    found = {
+        ladder.rung_of(Bucket(2, 3, 256, words, 80, 0), LADDER, slots, PROCESSOR)
+        for words in range(257, 4096)
+    }
+    assert len(found) <= 8 and all(bucket.prompt > 256 for bucket in found)
+
+
+def test_never_more_programs_than_allowed_and_each_holds_what_it_is_for():
+    rng = np.random.default_rng(0)
+    for limit in (1, 2, 8):
+        shelf, refused = programs(limit), 0
+        for _ in range(400):
+            need, rows = a_need(rng), [[1, 8], [8, 1]][rng.integers(2)]
+            try:
+                bucket, count = shelf.choose(need, rows)
+            except UserError as error:
+                refused += 1
+                assert "larger number of `programs`" in str(error)
+                continue
+            assert ladder.holds(bucket, need) and count in rows
+            assert (bucket, count) in shelf.taken
+        assert len(shelf.taken) <= limit
+        assert refused < 20 if limit == 8 else True
+
+
+def test_a_program_does_not_change_while_there_is_room():
+    shelf, rng = programs(1000), np.random.default_rng(1)
+    needs = [a_need(rng) for _ in range(50)]
+    first = [shelf.choose(need, [8]) for need in needs]
+    assert [shelf.choose(need, [8]) for need in needs[::-1]] == first[::-1]
+
+
+def test_the_last_program_is_wide():
+    shelf = programs(1)
+    (bucket, _) = shelf.choose(Bucket(1, 2, 64, 100, 30, 0), [1])
+    assert bucket.candidates == 8 and bucket.prompt >= 200 and bucket.images >= 9
+    with pytest.raises(UserError, match="number 2, and 1 are allowed"):
+        shelf.choose(dataclasses.replace(bucket, prompt=bucket.prompt + 1), [1])
+    with pytest.raises(UserError, match="at least 1"):
+        programs(0)
+
+
+def test_a_group_is_cut_into_rows_of_about_equal_size(encoder):
+    group = a_group(encoder, np.random.default_rng(0), 2, 19)
+    parts = ladder.split(group, 8)
+    assert [len(part.candidates) for part in parts] == [6, 6, 7]
+    first = 0
+    for part in parts:
+        assert len(part.images) == 2 + len(part.candidates)
+        for row, whole in zip(part.candidates, group.candidates[first:], strict=False):
+            ((slot, image, slots_t),) = row.visual
+            ((slot_before, image_before, slots_before),) = whole.visual
+            assert (row.tokens, slot) == (whole.tokens, slot_before)
+            np.testing.assert_array_equal(slots_t, slots_before)
+            np.testing.assert_array_equal(part.images[image][0], group.images[image_before][0])
+        assert part.preference.shape[:2] == (len(part.candidates),) * 2
+        first += len(part.candidates)
+    assert ladder.split(parts[0], 8) == [parts[0]]
+
+
+def test_the_padded_share_counts_empty_rows_too():
+    work = Work()
+    assert work.padded == 0
+    work.add(LADDER[0], 4, [LADDER[0]] * 3, slots)
+    assert (work.groups, work.padded) == (3, 0.25)

@@ -1,7 +1,9 @@
 """RewardModel and its command: the same number whatever surrounds it; clear words for bad input."""
 
+import dataclasses
 import io
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import PIL.Image
@@ -12,7 +14,7 @@ from jrm_jax import RewardModel, score
 from jrm_jax.data import images
 from jrm_jax.errors import UserError
 from jrm_jax.serving import files as scored_files
-from jrm_jax.serving.reward_model import Group, read_picture
+from jrm_jax.serving.groups import read_picture
 
 
 @pytest.fixture(scope="module")
@@ -65,10 +67,53 @@ def test_within_a_bucket_scores_are_bit_identical(model, groups):
     first = model.score_batch([groups[0]] * 4)[0].reward_KR
     others = [candidates, candidates[::-1], candidates[:1] * len(candidates), candidates[::-1]]
     others = [(text, source, pictures) for pictures in others]
-    assert len({model._bucket(model._encode(Group(*g), "")) for g in others}) == 1
+    assert len({model.bucket_of(model.encode(g)) for g in others}) == 1
     found = model.score_batch(others)
     np.testing.assert_array_equal(found[0].reward_KR, first)
     assert not np.allclose(found[1].reward_KR, first)
+
+
+def test_rows_of_many_callers_join_in_one_program(model, groups):
+    encoded = [model.encode(group) for group in groups[:6]]
+    bucket = max(map(model.bucket_of, encoded))
+    held = [group for group in encoded if model.bucket_of(group) == bucket]
+    alone = [model.score_rows(bucket, [group])[0].reward_KR for group in held]
+    before = len(model._device._compiled)
+    with ThreadPoolExecutor(4) as pool:
+        parts = [held[start : start + 4] for start in range(3)]
+        together = list(pool.map(lambda part: model.score_rows(bucket, part), parts))
+    for start, found in enumerate(together):
+        for wanted, scores in zip(alone[start:], found, strict=False):
+            np.testing.assert_array_equal(scores.reward_KR, wanted)
+    assert len(model._device._compiled) == before
+    with pytest.raises(ValueError, match="a program has 4 rows"):
+        model.score_rows(bucket, held[:1] * 5)
+    small = dataclasses.replace(bucket, prompt=16)
+    with pytest.raises(UserError, match="prompt slots"):
+        model.score_rows(small, held[:1])
+
+
+def test_a_group_of_many_candidates_is_laid_into_several_rows(model, groups):
+    text, source, candidates = groups[0]
+    wanted = model.score(text, source, candidates)
+    programs = len(model._device._compiled)
+    many = model.score(text, source, candidates * 10)
+    np.testing.assert_allclose(many, np.tile(wanted, 10), rtol=0, atol=1e-5)
+    assert len(model._device._compiled) <= programs + 1
+
+
+def test_warming_compiles_what_calls_need(workdir, groups):
+    model = RewardModel.load(workdir, batch_size=4, programs=2)
+    bucket = model.bucket_of(model.encode(groups[0]))
+    model.warm([bucket])
+    model.warm([bucket], rows=1)
+    warm = set(model._device._compiled)
+    model.score_rows(bucket, [model.encode(groups[0])])
+    model.score(*groups[0])
+    assert set(model._device._compiled) == warm and len(warm) == 2
+    assert 0 < model.work.padded < 1 and model.work.groups == 2
+    with pytest.raises(UserError, match="2 are allowed"):
+        model.warm([dataclasses.replace(bucket, prompt=2 * bucket.prompt)])
 
 
 def test_every_form_of_a_picture_scores_the_same(model, files):

@@ -37,7 +37,8 @@ import transformers
 from jrm_jax import cli
 from jrm_jax.data.world import scenes
 from jrm_jax.export import export
-from jrm_jax.serving.reward_model import Group, RewardModel
+from jrm_jax.serving.groups import Group
+from jrm_jax.serving.reward_model import RewardModel
 from jrm_jax.serving.trained import load_trained
 from jrm_jax.shell.arguments import Parser
 

@@ -26,7 +26,8 @@ from jrm_jax.data.ingest.pictures import GroupPictures
 from jrm_jax.data.ingest.rows import find, read_rows
 from jrm_jax.data.labels import field_error
 from jrm_jax.errors import UserError
-from jrm_jax.serving.reward_model import Group, RewardModel
+from jrm_jax.serving.groups import Group
+from jrm_jax.serving.reward_model import RewardModel
 from jrm_jax.shell import terminal
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")

@@ -13,77 +13,39 @@ Letters: K candidates, R reward dimensions, B groups.
 
 from __future__ import annotations
 
-import dataclasses
-import io
-import math
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 
-from jrm_jax import build, sharding
 from jrm_jax.data.buckets import Bucket
 from jrm_jax.data.encode import EncodedExample
-from jrm_jax.data.images import to_rgb
-from jrm_jax.data.labels import BROKEN_TEXT, is_text
-from jrm_jax.data.picture_names import read_named, short
-from jrm_jax.data.pipeline import assemble_batch
-from jrm_jax.data.schema import Candidate, Image, Part, Text
+from jrm_jax.data.pipeline import assemble_batch, empty_batch
 from jrm_jax.errors import UserError
-from jrm_jax.model.backbone import Backbone
-from jrm_jax.serving.generate import make_generate
+from jrm_jax.serving import groups as given
+from jrm_jax.serving.device_call import CRITIQUES, SCORES, STATES, DeviceCall
+from jrm_jax.serving.groups import Group, Picture, Scores
+from jrm_jax.serving.ladder import joined, make_ladder, need_of, split
+from jrm_jax.serving.programs import LIMIT, Programs, Work, group_cost
 from jrm_jax.serving.trained import Trained, load_trained, scale
-from jrm_jax.shell import user_cache
-from jrm_jax.shell.terminal import if_slow
-from jrm_jax.step import make_score_step, make_state_step
-
-Picture = Any  # path, data: URI, encoded bytes, PIL image, or uint8 array [h, w, 3]
-TOKENS = 16  # token slots are rounded up to steps of this
-
-
-class Scores(NamedTuple):
-    """Of one group. Columns stand in the order of `dimensions`.
-
-    reward_KR: float32, linear and unbounded. normalised_KR: (reward - mean) / deviation of the
-    training rewards; NaN where the model does not know them.
-    """
-
-    reward_KR: np.ndarray
-    normalised_KR: np.ndarray
-    dimensions: tuple[str, ...]
-
-    def as_rows(self) -> list[dict[str, Any]]:
-        """Of each candidate, for JSON: `reward` and `normalised` (null if unknown) of the first
-        dimension, and where there are several `dimensions` {name: reward}."""
-        rows = []
-        for reward_R, normalised_R in zip(self.reward_KR, self.normalised_KR, strict=True):
-            known = math.isfinite(normalised_R[0])
-            row = {
-                "reward": float(reward_R[0]),
-                "normalised": float(normalised_R[0]) if known else None,
-            }
-            if len(self.dimensions) > 1:
-                row["dimensions"] = dict(zip(self.dimensions, reward_R.tolist(), strict=True))
-            rows.append(row)
-        return rows
-
-
-class Group(NamedTuple):
-    """One edit and its candidates. `source` may be None, one picture or several."""
-
-    instruction: str
-    source: Picture | Sequence[Picture] | None
-    candidates: Sequence[Picture]
 
 
 class RewardModel:
-    """A trained model on one device. Programs are compiled once per bucket of sizes.
+    """A trained model and few programs: one per bucket of sizes, see `ladder.py`.
 
     A score does not depend on the other groups of a batch, on its size or order, on padding, or on
     the other candidates: within 1e-5 in float32, where different buckets add up in different
     orders; within one bucket, and for as many rows, it is bit-identical whatever the others hold.
+
+    All methods may be called from several threads.
+
+    Attributes:
+        buckets: the ladder of single calls, agreed upon when the model is loaded.
+        batch_size: groups of one call of a program for many.
+        work: what was computed so far, and which share of it was padding.
     """
 
     def __init__(
@@ -91,30 +53,27 @@ class RewardModel:
         trained: Trained,
         compute_dtype: str = "float32",
         batch_size: int = 8,
+        programs: int = LIMIT,
         say: Callable[[str], None] | None = None,
     ):
-        if compute_dtype not in build.DTYPES:
-            raise UserError(f"compute_dtype {compute_dtype!r}: use {' or '.join(build.DTYPES)}")
         self.card, self.encoder, self.batch_size = trained.card, trained.encoder, batch_size
         self.dimensions = self.encoder.dimensions
-        self._params, self._headless = trained.params, trained.config.text.headless
-        processor = self.encoder.processor
-        mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
-        self._options = sharding.compiler_options(mesh)
-        self._backbone = Backbone(
+        tokenizer, processor = self.encoder.tokenizer, self.encoder.processor
+        self._device = DeviceCall(
             trained.config,
-            dtype=build.DTYPES[compute_dtype],
-            scan_unroll=True if trained.config.text.layers < 8 else 1,
-            reward_token_id=self.encoder.tokenizer.reward_id,
+            trained.params,
+            pixels=(processor.mean, processor.std),
+            reward_id=tokenizer.reward_id,
+            end_id=tokenizer.end_id,
             through_reward=trained.through_reward,
+            compute_dtype=compute_dtype,
+            say=say,
         )
-        self._pixels = (processor.mean, processor.std)
-        self._score, self._states = (
-            jax.jit(make(self._backbone, *self._pixels), compiler_options=self._options)
-            for make in (make_score_step, make_state_step)
-        )
-        self._generate: dict[tuple, Any] = {}
-        self._say, self._compiled = say or _silent, set()
+        self._headless = trained.config.text.headless
+        self.buckets, self.work = make_ladder(self.encoder), Work()
+        self._cost = functools.partial(group_cost, trained.config)
+        self._limit, self._programs = programs, {}
+        self._shelf((SCORES,))  # a bad limit shows here
 
     @classmethod
     def load(
@@ -129,13 +88,16 @@ class RewardModel:
         Args:
             step: of a run's folder: a number, 'best' or 'latest'.
             backbone: of a run's folder: where its backbone lies by now, if it is not found.
-            options: compute_dtype ('float32' or 'bfloat16'), batch_size (groups at a time), say
-                (told what is compiled, where that takes long).
+            options: compute_dtype ('float32' or 'bfloat16'), batch_size (groups at a time),
+                programs (that may be compiled for scores in this model's life; as many for
+                critiques), say (told what is compiled, where that takes long).
 
         Raises:
             UserError: the folder holds no trained model.
         """
         return cls(load_trained(path, step, backbone), **options)
+
+    # One call, and what a service needs
 
     def score(
         self, instruction: str, source: Picture | None, candidates: Sequence[Picture]
@@ -147,15 +109,72 @@ class RewardModel:
         """
         return self.score_batch([Group(instruction, source, candidates)])[0].reward_KR[:, 0]
 
+    def encode(self, group: Group, where: str = "") -> EncodedExample:
+        """What a program needs of a group: tokens and patches. Host work only.
+
+        Args:
+            where: goes before what a message names, 'group 3: '.
+
+        Raises:
+            UserError: no text, no candidates, or a picture that cannot be read; it is named.
+        """
+        return given.encode(self.encoder, *given.read_group(Group(*group), where))
+
+    def bucket_of(self, encoded: EncodedExample) -> Bucket:
+        """The bucket in which `score_rows` takes a group: its rung of the ladder.
+
+        What no rung holds gets a bucket of its own. Where no more programs may be added it is the
+        cheapest bucket in use that holds it. A group of very many candidates is better cut first,
+        by `ladder.split`.
+
+        Raises:
+            UserError: no bucket in use holds it, and no more may be added.
+        """
+        return self._shelf((SCORES,)).choose(need_of(encoded), [self.batch_size])[0]
+
+    def score_rows(self, bucket: Bucket, groups: Sequence[EncodedExample]) -> list[Scores]:
+        """Scores of groups by one call of one program, of `batch_size` rows; the rest is padding.
+
+        A score does not depend on the other groups, to the bit.
+
+        Args:
+            bucket: of all of them, from `bucket_of`.
+            groups: at most `batch_size`.
+
+        Raises:
+            UserError: a group does not fit, or the program would be one too many.
+            ValueError: too many groups.
+        """
+        if len(groups) > self.batch_size:
+            raise ValueError(f"{len(groups)} groups, a program has {self.batch_size} rows")
+        self._shelf((SCORES,)).take(bucket, self.batch_size)
+        return self._with_scale(self._run((SCORES,), bucket, self.batch_size, groups))
+
+    def warm(self, buckets: Sequence[Bucket] | None = None, rows: int | None = None) -> None:
+        """Compile programs before they are needed.
+
+        Args:
+            buckets: default: the whole ladder, as far as the limit of programs goes.
+            rows: of each; default: `batch_size`. 1: those of single calls.
+
+        Raises:
+            UserError: more buckets than programs may be added.
+        """
+        rows = self.batch_size if rows is None else rows
+        shelf = self._shelf((SCORES,))
+        for bucket in self.buckets[: shelf.left] if buckets is None else buckets:
+            shelf.take(bucket, rows)
+            self._device((SCORES,), empty_batch(rows, bucket, self.encoder)).block_until_ready()
+
+    # Many groups
+
     def score_batch(self, groups: Sequence[Group | tuple]) -> list[Scores]:
         """Scores of many groups, in their order; a group is (instruction, source, candidates).
 
         Raises:
             UserError: as `score`; names the group.
         """
-        mean, deviation = map(np.float32, scale(self.card))
-        found = self._of_candidates(self._score, self._batches(self._encode_all(groups)))
-        return [Scores(r_KR, (r_KR - mean) / deviation, self.dimensions) for r_KR in found]
+        return self._with_scale(self._each(SCORES, self._encode_all(groups)))
 
     def score_encoded(
         self,
@@ -163,31 +182,78 @@ class RewardModel:
         one_bucket: bool = False,
         advance: Callable[[int], None] | None = None,
     ) -> list[np.ndarray]:
-        """float32 [K, R] each, of many groups of any parts; a bucket compiles once.
+        """float32 [K, R] each, of many groups of any parts.
 
         Args:
-            one_bucket: all go into one that holds them all: more padding, a single compilation.
+            one_bucket: all go into one that holds them all: more padding, a single program.
             advance: told after every batch how many groups it held.
         """
-        return self._of_candidates(self._score, self._batches(groups, True, one_bucket), advance)
+        return self._each(SCORES, groups, one_bucket, advance)
 
     def reward_states(
         self, groups: Sequence[EncodedExample], advance: Callable[[int], None] | None = None
     ) -> list[np.ndarray]:
         """float32 [K, D] each: what the reward head reads, the final state of the reward token."""
-        return self._of_candidates(self._states, self._batches(groups, True, True), advance)
+        return self._each(STATES, groups, True, advance)
 
-    def _of_candidates(
-        self, program: Any, batches: Iterator, advance: Callable[[int], None] | None = None
+    def _shelf(self, kind: tuple) -> Programs:
+        if kind not in self._programs:
+            shelf = Programs(self.buckets, self._cost, self.encoder.processor, self._limit)
+            self._programs.setdefault(kind, shelf)
+        return self._programs[kind]
+
+    def _each(
+        self,
+        kind: str,
+        groups: Sequence[EncodedExample],
+        one_bucket: bool = False,
+        advance: Callable[[int], None] | None = None,
     ) -> list[np.ndarray]:
+        """[K, ...] of each group."""
+        parts = [(index, part) for index, group in enumerate(groups) for part in split(group)]
+        needs = [need_of(part) for _, part in parts]
+        few = 2 * len(parts) <= self.batch_size
+        counts = [1, self.batch_size] if few else [self.batch_size, 1]
+        if parts and (few or one_bucket):
+            needs = [joined(needs)] * len(parts)
+        by_program: dict[tuple[Bucket, int], list[int]] = {}
+        for place, need in enumerate(needs):
+            chosen = self._shelf((kind,)).choose(need, counts)
+            by_program.setdefault(chosen, []).append(place)
         found: dict[int, np.ndarray] = {}
-        for indices, batch in batches:
-            array_BKX = np.asarray(self._call(program, "scores", batch))
-            for row, index in enumerate(indices):
-                found[index] = array_BKX[row, : int(batch["candidate_mask"][row].sum())]
-            if advance is not None:
-                advance(len(indices))
-        return [found[index] for index in sorted(found)]
+        for (bucket, count), places in by_program.items():
+            for start in range(0, len(places), count):
+                own = places[start : start + count]
+                rows = self._run((kind,), bucket, count, [parts[place][1] for place in own])
+                found |= dict(zip(own, rows, strict=True))
+                if advance is not None:  # a group counts with its first part
+                    firsts = [not place or parts[place - 1][0] != parts[place][0] for place in own]
+                    advance(sum(firsts))
+        of_group: list[list[np.ndarray]] = [[] for _ in groups]
+        for place, (index, _) in enumerate(parts):
+            of_group[index].append(found[place])
+        return [np.concatenate(rows) for rows in of_group]
+
+    def _run(
+        self, kind: tuple, bucket: Bucket, rows: int, groups: Sequence[EncodedExample], *more: Any
+    ) -> list[np.ndarray]:
+        """[K, ...] of each group, of one call."""
+        fillers = [None] * (rows - len(groups))
+        batch = assemble_batch([*groups, *fillers], bucket, self.encoder)
+        self.work.add(bucket, rows, [need_of(group) for group in groups], self._cost)
+        array_BKX = np.asarray(self._device(kind, batch, *more))
+        counts = [len(group.candidates) for group in groups]
+        return [row_KX[:count] for row_KX, count in zip(array_BKX, counts, strict=False)]
+
+    def _with_scale(self, rewards: Iterable[np.ndarray]) -> list[Scores]:
+        mean, deviation = map(np.float32, scale(self.card))
+        return [Scores(r_KR, (r_KR - mean) / deviation, self.dimensions) for r_KR in rewards]
+
+    def _encode_all(self, groups: Sequence[Group | tuple]) -> list[EncodedExample]:
+        names = [f"group {i}: " if len(groups) > 1 else "" for i in range(len(groups))]
+        return [self.encode(group, name) for group, name in zip(groups, names, strict=True)]
+
+    # Words
 
     def critique(
         self,
@@ -220,148 +286,18 @@ class RewardModel:
         """Token ids of `critique`, without <|im_end|>."""
         if self._headless:
             raise UserError("this model's backbone came without a language head: no critiques")
-        options, end = (max_tokens, temperature > 0), self.encoder.tokenizer.end_id
-        if options not in self._generate:
-            generate = make_generate(self._backbone, *self._pixels, *options, end)
-            self._generate[options] = jax.jit(generate, compiler_options=self._options)
-        group = Group(instruction, source, candidates)
-        ((_, batch),) = self._batches(self._encode_all([group]))
-        key = jax.random.key(seed)
-        more = key, np.float32(temperature or 1.0)
-        ids_BKT = self._call(self._generate[options], "critiques", batch, *more)
-        rows = np.asarray(ids_BKT)[0, : len(candidates)].tolist()
-        return [row[: row.index(end)] if end in row else row for row in rows]
-
-    def _call(self, program: Any, of: str, batch: dict, *more: Any) -> Any:
-        """A program's output. What it compiles is kept for other processes, see `user_cache`."""
-        kind = program, *(array.shape for array in batch.values())
-        if kind in self._compiled:
-            return program(self._params, batch, *more)
-        rows, candidates = batch["candidate_mask"].shape
-        words = f"compiling the program of {of}, {rows} x {candidates} candidates"
-        with if_slow(words, self._say), user_cache.programs_kept():
-            found = program(self._params, batch, *more)
-        self._compiled.add(kind)
-        return found
+        end = self.encoder.tokenizer.end_id
+        parts = split(self.encode(Group(instruction, source, candidates)))
+        kind = (CRITIQUES, max_tokens, temperature > 0)
+        bucket, rows = self._shelf(kind).choose(joined([*map(need_of, parts)]), [1])
+        key, heat = jax.random.key(seed), np.float32(temperature or 1.0)
+        found = [
+            self._run(kind, bucket, rows, [part], jax.random.fold_in(key, number), heat)[0]
+            for number, part in enumerate(parts)
+        ]
+        listed = np.concatenate(found).tolist()
+        return [row[: row.index(end)] if end in row else row for row in listed]
 
     def problem(self, picture: Picture) -> str | None:
         """Why a picture cannot be scored, or None."""
-        try:
-            self.encoder.processor.encode(read_picture(picture))
-        except (ValueError, OSError) as error:
-            return _words(error)
-        return None
-
-    def _encode_all(self, groups: Sequence[Group | tuple]) -> list[EncodedExample]:
-        names = [f"group {i}: " if len(groups) > 1 else "" for i in range(len(groups))]
-        return [self._encode(Group(*g), name) for g, name in zip(groups, names, strict=True)]
-
-    def _batches(
-        self, groups: Sequence[EncodedExample], full: bool = False, one_bucket: bool = False
-    ) -> Iterator[tuple[list[int], dict]]:
-        """(indices of the groups, batch) for groups of one bucket at a time."""
-        by_bucket: dict[Bucket, list[tuple[int, EncodedExample]]] = {}
-        for index, encoded in enumerate(groups):
-            by_bucket.setdefault(self._bucket(encoded), []).append((index, encoded))
-        if one_bucket and by_bucket:
-            sizes = zip(*map(dataclasses.astuple, by_bucket), strict=True)
-            members = [member for part in by_bucket.values() for member in part]
-            by_bucket = {Bucket(*map(max, sizes)): members}
-        for bucket, members in by_bucket.items():
-            for start in range(0, len(members), self.batch_size):
-                part = members[start : start + self.batch_size]
-                slots = self.batch_size if full else _step(len(part))
-                fillers = [None] * (slots - len(part))
-                rows = [encoded for _, encoded in part] + fillers
-                yield [i for i, _ in part], assemble_batch(rows, bucket, self.encoder)
-
-    def _encode(self, group: Group, where: str) -> EncodedExample:
-        if not isinstance(group.instruction, str):
-            raise UserError(f"{where}the instruction must be a text")
-        if not is_text(group.instruction):
-            raise UserError(f"{where}the instruction {BROKEN_TEXT[0]}")
-        if isinstance(group.candidates, str | bytes | Path) or not len(group.candidates):
-            raise UserError(f"{where}give a list of at least one candidate picture")
-        named: list[tuple[str, bytes]] = []
-
-        def read(picture: Picture, name: str) -> Image:
-            label = f"{name} ({short(str(picture))})" if isinstance(picture, str | Path) else name
-            try:
-                named.append((f"{where}{label}", read_picture(picture)))
-            except (ValueError, OSError) as error:
-                raise UserError(f"{where}{label}: {_words(error)}") from error
-            return Image(named[-1][1])
-
-        prompt: list[Part] = [Text(group.instruction)]
-        sources = group.source if isinstance(group.source, list | tuple) else [group.source]
-        for i, picture in enumerate(sources):
-            if picture is not None:
-                name = "source" if len(sources) == 1 else f"source {i}"
-                prompt.append(read(picture, name))
-        candidates = [
-            Candidate((read(picture, f"candidate {i}"),))
-            for i, picture in enumerate(group.candidates)
-        ]
-        try:
-            return self.encoder.encode_group(prompt, candidates)
-        except ValueError as error:
-            raise UserError(f"{self._culprit(named)}: {error}") from error
-
-    def _culprit(self, named: Sequence[tuple[str, bytes]]) -> str:
-        """Which of the pictures cannot be decoded."""
-        return next((name for name, data in named if self.problem(data)), "a picture")
-
-    def _bucket(self, encoded: EncodedExample) -> Bucket:
-        merge = self.encoder.processor.merge**2
-        return Bucket(
-            candidates=_step(len(encoded.candidates)),
-            images=_step(len(encoded.images)),
-            patches=_step(max((len(p) for p, _ in encoded.images), default=0), 4 * merge),
-            prompt=_step(len(encoded.prompt.tokens), TOKENS),
-            candidate=_step(max(len(row.tokens) for row in encoded.candidates), TOKENS),
-            critique=0,
-        )
-
-
-def _step(count: int, unit: int = 1) -> int:
-    """The smallest of unit * (0, 1, 2, 3, 4, 6, 8, 12, ...) that holds `count`."""
-    units = -(-count // unit)
-    if units < 2:
-        return units * unit
-    power = 2 ** math.ceil(math.log2(units))
-    return unit * (power * 3 // 4 if units <= power * 3 // 4 else power)
-
-
-def read_picture(picture: Picture) -> bytes:
-    """An encoded picture, whatever form it is given in.
-
-    Raises:
-        ValueError: none of the known forms. OSError: a file that cannot be read.
-    """
-    if isinstance(picture, bytes):
-        return picture
-    if isinstance(picture, str | Path):
-        return read_named(str(picture))
-    import PIL.Image
-
-    if isinstance(picture, np.ndarray):
-        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
-            shape = f"{picture.dtype} {list(picture.shape)}"
-            raise ValueError(f"an array of {shape}: give uint8 [height, width, 3]")
-        picture = PIL.Image.fromarray(picture)
-    if not isinstance(picture, PIL.Image.Image):
-        kind = type(picture).__name__
-        raise ValueError(f"a {kind}: give a path, bytes, a PIL image or a uint8 array")
-    file = io.BytesIO()
-    to_rgb(picture).save(file, "PNG", compress_level=1)
-    return file.getvalue()
-
-
-def _words(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return " ".join(str(error).split())
-
-
-def _silent(words: str) -> None:
-    """A library says nothing unless it is asked to."""
+        return given.problem(self.encoder, picture)

@@ -16,7 +16,8 @@ from jrm_jax.data.schema import Image, Text
 from jrm_jax.data.world.scenes import make_example
 from jrm_jax.model import weights
 from jrm_jax.model.tensors import flatten
-from jrm_jax.serving.reward_model import Group, RewardModel
+from jrm_jax.serving.groups import Group
+from jrm_jax.serving.reward_model import RewardModel
 from jrm_jax.serving.trained import Trained, load_trained
 
 GROUPS = 4  # of the built-in world, whose pictures are scored with both

@@ -1,0 +1,99 @@
+"""A model's parameters on the devices, and calls of its programs. Thread-safe.
+
+Letters: see `data/pipeline.py`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from jrm_jax import build, sharding
+from jrm_jax.errors import UserError
+from jrm_jax.model.backbone import Backbone
+from jrm_jax.model.config import BackboneConfig
+from jrm_jax.serving.generate import make_generate
+from jrm_jax.shell import user_cache
+from jrm_jax.shell.terminal import if_slow
+from jrm_jax.step import make_score_step, make_state_step
+
+SCORES, STATES, CRITIQUES = "scores", "states", "critiques"
+
+
+class DeviceCall:
+    """
+    Args:
+        config, params: of the backbone, with 'reward_head' and 'reward_embedding'.
+        pixels: (mean, std) of the image processor.
+        reward_id, end_id: the tokens <|reward|> and <|im_end|>.
+        through_reward: see `Trained`; concerns critiques only.
+        compute_dtype: 'float32' or 'bfloat16'.
+        say: told what is compiled, where that takes long.
+
+    Raises:
+        UserError: no such dtype.
+    """
+
+    def __init__(
+        self,
+        config: BackboneConfig,
+        params: dict[str, Any],
+        *,
+        pixels: tuple,
+        reward_id: int,
+        end_id: int = -1,
+        through_reward: bool = False,
+        compute_dtype: str = "float32",
+        say: Callable[[str], None] | None = None,
+    ):
+        if compute_dtype not in build.DTYPES:
+            raise UserError(f"compute_dtype {compute_dtype!r}: use {' or '.join(build.DTYPES)}")
+        mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+        self.params = params
+        self._options = sharding.compiler_options(mesh)
+        self._backbone = Backbone(
+            config,
+            dtype=build.DTYPES[compute_dtype],
+            scan_unroll=True if config.text.layers < 8 else 1,
+            reward_token_id=reward_id,
+            through_reward=through_reward,
+        )
+        self._pixels, self._end_id, self._say = pixels, end_id, say or _silent
+        self._jitted: dict[tuple, Any] = {}
+        self._compiled: set[tuple] = set()
+        self._lock = threading.Lock()
+
+    def __call__(self, kind: tuple, batch: dict, *more: Any) -> jax.Array:
+        """The program's output, which may still be computed when this returns.
+
+        Args:
+            kind: (SCORES,): batch -> reward_BKR float32; (STATES,): batch -> [B, K, D] float32;
+                (CRITIQUES, max_tokens, sample): batch, key, temperature -> int32 [B, K, T].
+        """
+        shapes = kind, *(array.shape for array in batch.values())
+        if shapes in self._compiled:
+            return self._jitted[kind](self.params, batch, *more)
+        with self._lock:
+            program = self._program(kind)
+            rows, candidates = batch["candidate_mask"].shape
+            words = f"compiling the program of {kind[0]}, {rows} x {candidates} candidates"
+            with if_slow(words, self._say), user_cache.programs_kept():
+                found = program(self.params, batch, *more)  # what is compiled is kept for others
+            self._compiled.add(shapes)
+        return found
+
+    def _program(self, kind: tuple) -> Any:
+        if kind not in self._jitted:
+            name, *options = kind
+            make = {SCORES: make_score_step, STATES: make_state_step, CRITIQUES: make_generate}
+            more = (*options, self._end_id) if name == CRITIQUES else ()
+            step = make[name](self._backbone, *self._pixels, *more)
+            self._jitted[kind] = jax.jit(step, compiler_options=self._options)
+        return self._jitted[kind]
+
+
+def _silent(words: str) -> None:
+    """A library says nothing unless it is asked to."""

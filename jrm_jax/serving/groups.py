@@ -1,0 +1,151 @@
+"""What is scored and what comes back: groups of pictures in any form, and their scores.
+
+Letters: K candidates, R reward dimensions.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jrm_jax.data.encode import EncodedExample, Encoder
+from jrm_jax.data.images import to_rgb
+from jrm_jax.data.labels import BROKEN_TEXT, is_text
+from jrm_jax.data.picture_names import read_named, short
+from jrm_jax.data.schema import Candidate, Image, Part, Text
+from jrm_jax.errors import UserError
+
+Picture = Any  # path, data: URI, encoded bytes, PIL image, or uint8 array [h, w, 3]
+Parts = tuple[list[Part], list[Candidate]]  # a prompt and its candidates, as encoders take them
+
+
+class Scores(NamedTuple):
+    """Of one group. Columns stand in the order of `dimensions`.
+
+    reward_KR: float32, linear and unbounded. normalised_KR: (reward - mean) / deviation of the
+    training rewards; NaN where the model does not know them.
+    """
+
+    reward_KR: np.ndarray
+    normalised_KR: np.ndarray
+    dimensions: tuple[str, ...]
+
+    def as_rows(self) -> list[dict[str, Any]]:
+        """Of each candidate, for JSON: `reward` and `normalised` (null if unknown) of the first
+        dimension, and where there are several `dimensions` {name: reward}."""
+        rows = []
+        for reward_R, normalised_R in zip(self.reward_KR, self.normalised_KR, strict=True):
+            known = math.isfinite(normalised_R[0])
+            row = {
+                "reward": float(reward_R[0]),
+                "normalised": float(normalised_R[0]) if known else None,
+            }
+            if len(self.dimensions) > 1:
+                row["dimensions"] = dict(zip(self.dimensions, reward_R.tolist(), strict=True))
+            rows.append(row)
+        return rows
+
+
+class Group(NamedTuple):
+    """One edit and its candidates. `source` may be None, one picture or several."""
+
+    instruction: str
+    source: Picture | Sequence[Picture] | None
+    candidates: Sequence[Picture]
+
+
+def read_group(group: Group, where: str = "") -> tuple[Parts, list[str]]:
+    """(prompt and candidates with encoded pictures, a name of each picture in their order).
+
+    Args:
+        where: goes before what a message names, 'group 3: '.
+
+    Raises:
+        UserError: no text, no candidates, or a picture that cannot be read; it is named.
+    """
+    if not isinstance(group.instruction, str):
+        raise UserError(f"{where}the instruction must be a text")
+    if not is_text(group.instruction):
+        raise UserError(f"{where}the instruction {BROKEN_TEXT[0]}")
+    if isinstance(group.candidates, str | bytes | Path) or not len(group.candidates):
+        raise UserError(f"{where}give a list of at least one candidate picture")
+    names: list[str] = []
+
+    def read(picture: Picture, name: str) -> Image:
+        named = f" ({short(str(picture))})" if isinstance(picture, str | Path) else ""
+        names.append(f"{where}{name}{named}")
+        try:
+            return Image(read_picture(picture))
+        except (ValueError, OSError) as error:
+            raise UserError(f"{names[-1]}: {_words(error)}") from error
+
+    prompt: list[Part] = [Text(group.instruction)]
+    sources = group.source if isinstance(group.source, list | tuple) else [group.source]
+    for i, picture in enumerate(sources):
+        if picture is not None:
+            prompt.append(read(picture, "source" if len(sources) == 1 else f"source {i}"))
+    candidates = [
+        Candidate((read(picture, f"candidate {i}"),)) for i, picture in enumerate(group.candidates)
+    ]
+    return (prompt, candidates), names
+
+
+def encode(encoder: Encoder, parts: Parts, names: Sequence[str]) -> EncodedExample:
+    """
+    Raises:
+        UserError: a picture that cannot be decoded, with its name out of `names`.
+    """
+    try:
+        return encoder.encode_group(*parts)
+    except ValueError as error:
+        prompt, candidates = parts
+        every = [*prompt, *(part for candidate in candidates for part in candidate.parts)]
+        pictures = [part.data for part in every if isinstance(part, Image)]
+        found = zip(names, pictures, strict=True)
+        name = next((name for name, data in found if problem(encoder, data)), "a picture")
+        raise UserError(f"{name}: {error}") from error
+
+
+def problem(encoder: Encoder, picture: Picture) -> str | None:
+    """Why a picture cannot be scored, or None."""
+    try:
+        encoder.processor.encode(read_picture(picture))
+    except (ValueError, OSError) as error:
+        return _words(error)
+    return None
+
+
+def read_picture(picture: Picture) -> bytes:
+    """An encoded picture, whatever form it is given in.
+
+    Raises:
+        ValueError: none of the known forms. OSError: a file that cannot be read.
+    """
+    if isinstance(picture, bytes):
+        return picture
+    if isinstance(picture, str | Path):
+        return read_named(str(picture))
+    import PIL.Image
+
+    if isinstance(picture, np.ndarray):
+        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
+            shape = f"{picture.dtype} {list(picture.shape)}"
+            raise ValueError(f"an array of {shape}: give uint8 [height, width, 3]")
+        picture = PIL.Image.fromarray(picture)
+    if not isinstance(picture, PIL.Image.Image):
+        kind = type(picture).__name__
+        raise ValueError(f"a {kind}: give a path, bytes, a PIL image or a uint8 array")
+    file = io.BytesIO()
+    to_rgb(picture).save(file, "PNG", compress_level=1)
+    return file.getvalue()
+
+
+def _words(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split())
