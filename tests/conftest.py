@@ -13,6 +13,12 @@ import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
+# JRM_PLATFORM=gpu (or tpu): on this machine's accelerator, for the tests that compare with PyTorch.
+# Those of several devices and of whole runs need the simulated ones.
+if "JRM_PLATFORM" in os.environ:
+    names = {"gpu": "cuda,cpu", "tpu": "tpu,cpu"}
+    asked = os.environ["JRM_PLATFORM"]
+    os.environ["JAX_PLATFORMS"] = names.get(asked, asked)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Compiling takes most of the time of these tests, running what was compiled very little.

@@ -44,7 +44,8 @@ def test_flax_stays_in_the_model():
 
 
 def test_torch_stays_in_the_benchmarks_and_exports_and_tensorflow_out():
-    homes = {PACKAGE / "benchmarks", PACKAGE / "assets" / "export"}
+    benchmarks = PACKAGE / "benchmarks"
+    homes = {benchmarks, benchmarks / "accelerator", PACKAGE / "assets" / "export"}
     assert {path.parent for path in FILES if "torch" in imports(path)} == homes
     assert not [p for p in FILES if "tensorflow" in imports(p)]
 

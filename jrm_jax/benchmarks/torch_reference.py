@@ -101,14 +101,15 @@ def joint_loss(model, reward_kernel_DR, inputs: dict, batch: dict, preference_we
     """Bradley-Terry over all labelled pairs plus cross-entropy on critique tokens."""
     names = ("input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "image_grid_thw")
     hidden_XSD = model.model(**{name: inputs[name] for name in names}).last_hidden_state
-    count = torch.arange(len(hidden_XSD))
+    device = hidden_XSD.device
+    count = torch.arange(len(hidden_XSD), device=device)
     reward_XR = hidden_XSD[count, inputs["reward_index"]] @ reward_kernel_DR
     b, k = inputs["owner"].T
-    reward_BKR = torch.zeros(*batch["candidate_mask"].shape, reward_XR.shape[1])
-    reward_BKR = reward_BKR.index_put((b, k), reward_XR)
+    reward_BKR = torch.zeros(*batch["candidate_mask"].shape, reward_XR.shape[1], device=device)
+    reward_BKR = reward_BKR.index_put((b, k), reward_XR.float())
     gap = reward_BKR[:, :, None] - reward_BKR[:, None]
-    preference = torch.from_numpy(batch["preference"])
-    weight = torch.from_numpy(batch["preference_weight"])
+    preference = torch.from_numpy(batch["preference"]).to(device)
+    weight = torch.from_numpy(batch["preference_weight"]).to(device)
     weight = torch.triu(weight.movedim(-1, 1), 1).movedim(1, -1)
     softplus = torch.nn.functional.softplus
     nll = preference * softplus(-gap) + (1 - preference) * softplus(gap)

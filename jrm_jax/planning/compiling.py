@@ -137,7 +137,9 @@ def stand_in_encoder(config: ConfigDict, backbone: BackboneConfig) -> Any:
     """What shapes and pixels need of an Encoder, which would need a tokenizer's files."""
     mean, std = PIXELS[backbone.family]
     return SimpleNamespace(
-        processor=SimpleNamespace(mean=mean, std=std, features=backbone.vision.features),
+        processor=SimpleNamespace(
+            mean=mean, std=std, features=backbone.vision.features, merge=backbone.vision.merge
+        ),
         tokenizer=SimpleNamespace(pad_id=0, reward_id=min(UNUSED_TOKEN, backbone.text.vocab - 1)),
         vision=backbone.vision,
         dimensions=tuple(config.data.dimensions),
