@@ -9,7 +9,8 @@ from jax.extend.core import jaxprs_in_params
 from jrm_jax import build
 from jrm_jax.data.buckets import Bucket
 from jrm_jax.model.published import PUBLISHED
-from jrm_jax.planning import compiling, flops
+from jrm_jax.planning import compiling
+from jrm_jax.run import flops
 
 
 def products(jaxpr) -> int:

@@ -7,13 +7,15 @@ critique target slots, N patch slots.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
 from jrm_jax.data.sizes import Sizes
 from jrm_jax.errors import UserError
 
+# sizes [m, 6] int64, fields in the order of `Bucket` -> what a group in such a bucket costs [m]
+Cost = Callable[[np.ndarray], np.ndarray]
 OUTLIER = 4  # times the median of its class: such an example would widen all the others' batches
 
 
@@ -165,3 +167,10 @@ def assign(sizes: Sizes, buckets: Sequence[Bucket], language: bool) -> np.ndarra
             " the buckets from the sizes of all splits"
         )
     return chosen
+
+
+def by_cost(buckets: Iterable[Bucket], cost: Cost) -> tuple[Bucket, ...]:
+    """Each once, by growing cost."""
+    each = sorted(set(buckets))
+    costs = cost(np.array([dataclasses.astuple(bucket) for bucket in each], np.int64))
+    return tuple(each[i] for i in np.argsort(costs, kind="stable"))

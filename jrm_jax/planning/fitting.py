@@ -23,7 +23,7 @@ from jrm_jax.model.layers import REMAT
 from jrm_jax.planning import compiling
 from jrm_jax.planning.chips import GIB, Chip, Topology
 from jrm_jax.planning.collectives import Collectives, Traffic, read_collectives
-from jrm_jax.planning.flops import StepFlops, score_flops, train_flops
+from jrm_jax.run.flops import StepFlops, score_flops, train_flops
 
 CHEAPEST_FIRST = ("none", "dots", "full")  # what the backward pass computes again
 assert set(CHEAPEST_FIRST) == set(REMAT)

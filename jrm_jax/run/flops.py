@@ -10,11 +10,14 @@ targets of a candidate, S = P + K*C.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from jrm_jax.data.buckets import Bucket
+import numpy as np
+
+from jrm_jax.data.buckets import Bucket, Cost
 from jrm_jax.model.config import BackboneConfig
 from jrm_jax.optim import flatten
 
@@ -53,7 +56,10 @@ _REMAT = ("blocks", "layers")  # the stacks that `config.remat` is about
 
 
 def forward_flops(backbone: BackboneConfig, bucket: Bucket, causal: bool = True) -> dict[str, Part]:
-    """FLOPs of one group by part; `causal=False` counts attention's whole rectangles."""
+    """FLOPs of one group by part; `causal=False` counts attention's whole rectangles.
+
+    The bucket's sizes may be arrays of whole numbers, of many buckets at once.
+    """
     vision, text = backbone.vision, backbone.text
     K, I, N = bucket.candidates, bucket.images, bucket.patches
     P, C, T = bucket.prompt, bucket.candidate, bucket.critique
@@ -76,6 +82,23 @@ def forward_flops(backbone: BackboneConfig, bucket: Bucket, causal: bool = True)
         "layers": Part(2 * S * text.layers * layer, 4 * seen * heads * text.layers),
         "language_head": Part(2 * K * T * D * text.vocab, 0),
     }
+
+
+def group_cost(backbone: BackboneConfig, share_prompt: bool = True) -> Cost:
+    """The forward FLOPs of a group as a function of its sizes, by which buckets are chosen.
+
+    Training costs about three times as much, whatever the sizes. Without a shared prompt every
+    candidate begins with its own.
+    """
+
+    def cost(sizes_m6: np.ndarray) -> np.ndarray:
+        bucket = Bucket(*np.asarray(sizes_m6, np.int64).T)
+        if not share_prompt:
+            longer = bucket.candidate + bucket.prompt
+            bucket = dataclasses.replace(bucket, candidate=longer, prompt=0 * longer)
+        return sum(map(sum, forward_flops(backbone, bucket).values()))
+
+    return cost
 
 
 def score_flops(backbone: BackboneConfig, bucket: Bucket) -> StepFlops:
