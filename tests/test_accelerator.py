@@ -17,7 +17,7 @@ from jrm_jax.benchmarks.accelerator.page import make_page  # noqa: E402
 from jrm_jax.benchmarks.accelerator.parts import PARTS  # noqa: E402
 from jrm_jax.model.config import load_config  # noqa: E402
 from jrm_jax.model.published import PUBLISHED  # noqa: E402
-from jrm_jax.planning.flops import train_flops  # noqa: E402
+from jrm_jax.run.flops import train_flops  # noqa: E402
 
 MODEL = "qwen3_vl_2b"
 

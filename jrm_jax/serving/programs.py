@@ -17,7 +17,7 @@ from jrm_jax.data.buckets import Bucket
 from jrm_jax.data.processor import Processor
 from jrm_jax.errors import UserError
 from jrm_jax.model.config import BackboneConfig
-from jrm_jax.planning.flops import forward_flops
+from jrm_jax.run.flops import forward_flops
 from jrm_jax.serving.ladder import CANDIDATES, Cost, cheapest, joined, rounded, rung_of
 
 FIELDS = tuple(field.name for field in dataclasses.fields(Bucket))

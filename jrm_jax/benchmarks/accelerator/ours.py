@@ -25,7 +25,7 @@ from jrm_jax.benchmarks.accelerator.trace import kernels
 from jrm_jax.model.config import BackboneConfig, load_config
 from jrm_jax.model.weights import load_params
 from jrm_jax.planning.compiling import stand_in_encoder
-from jrm_jax.planning.flops import score_flops, train_flops
+from jrm_jax.run.flops import score_flops, train_flops
 from jrm_jax.step import TrainState, make_score_step
 
 Row = dict[str, Any]

@@ -16,7 +16,7 @@ weights: 4 groups of two candidates; a source picture and two edited ones of 506
 each; prompts of 512 slots, candidates of 1408 with critiques of 896 tokens. bfloat16 compute, \
 float32 state. PyTorch: `transformers`' own model on the same device, bfloat16 autocast, float32 \
 weights, fused AdamW, the same groups as 8 sequences of 1920 tokens, the same losses.
-- **TFLOP/s**: the matrix products that the step is for (`jrm_jax/planning/flops.py`), without \
+- **TFLOP/s**: the matrix products that the step is for (`jrm_jax/run/flops.py`), without \
 what is computed again. **Of the card**: divided by the rate of a bfloat16 product of 8192 x 8192 \
 matrices on the same card.
 - **Pairs**: a group of two candidates is one. **Edits**: a candidate, scored with its source. \
