@@ -31,16 +31,16 @@ def inline_picture(text: str) -> bytes | None:
         body = urllib.parse.unquote_to_bytes(body)
         if not head.lower().endswith(";base64"):
             return body
-        return _decode(body)
+        return decode_base64(body)
     if len(text) >= _LEAST and text.startswith(_BEGINNINGS):
         try:
-            return _decode(text.encode())
+            return decode_base64(text.encode())
         except ValueError:
             return None  # after all a name
     return None
 
 
-def _decode(body: bytes) -> bytes:
+def decode_base64(body: bytes) -> bytes:
     body = b"".join(body.split()).translate(bytes.maketrans(b"-_", b"+/"))
     try:
         return base64.b64decode(body + b"=" * (-len(body) % 4), validate=True)

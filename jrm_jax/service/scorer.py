@@ -1,0 +1,238 @@
+"""From a request's groups to answers: pictures in threads, batches on the device.
+
+Letters: K candidates.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import os
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol
+
+import numpy as np
+
+from jrm_jax.errors import UserError
+from jrm_jax.serving.reward_model import Group
+from jrm_jax.service import pictures
+from jrm_jax.service.batcher import Batcher, Job, Ticket
+from jrm_jax.service.limits import Limits
+from jrm_jax.service.metrics import Metrics
+from jrm_jax.service.pictures import Fault
+from jrm_jax.service.refusals import Refused
+from jrm_jax.service.wire import Ask, Scored
+
+Answer = list[Scored | Fault]  # of a group: one for each candidate
+log = logging.getLogger("jrm_jax.serve")
+
+
+class Model(Protocol):
+    """What is needed of a `RewardModel`."""
+
+    batch_size: int
+    dimensions: tuple[str, ...]
+
+    def encode(self, group: Group) -> Any: ...
+    def bucket_of(self, encoded: Any) -> Any: ...
+    def score_rows(self, bucket: Any, encoded: list) -> list: ...
+    def problem(self, picture: bytes) -> str | None: ...
+    def critique(self, instruction: str, source: Any, candidates: Sequence, **how: Any) -> list: ...
+
+
+class Scorer:
+    """One model and all its callers."""
+
+    def __init__(self, model: Model, limits: Limits, metrics: Metrics, warm: Sequence = ()):
+        self.model, self.limits, self.metrics = model, limits, metrics
+        self.dimensions = tuple(model.dimensions)
+        self._threads = max(2, os.cpu_count() or 1)
+        self._pool = ThreadPoolExecutor(self._threads, "pictures")
+        self._writer = ThreadPoolExecutor(1, "critiques")
+        self._writing = 0
+        self.batcher = Batcher(
+            model.score_rows, model.batch_size, limits.max_queue, limits.wait_ms / 1000,
+            self._observe, warm,
+        )  # fmt: skip
+
+    async def in_thread(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """For what reads a request: base64, JSON, pictures."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
+
+    async def score(self, asks: Sequence[Ask], caller: str) -> list[Answer]:
+        """Answers in the order of the groups.
+
+        Raises:
+            Refused: the queue is full, a picture is too large, or the device failed.
+        """
+        with self.batcher.ticket(len(asks)) as ticket:
+            # one request does not fill the threads for all others
+            turn = asyncio.Semaphore(self._threads)
+
+            async def one(index: int) -> Answer:
+                async with turn:
+                    found, jobs = await self.in_thread(self._begin, asks[index], caller, ticket)
+                return found if not jobs else _fill(found, [await _result(job) for job in jobs])
+
+            return await _together([one(index) for index in range(len(asks))])
+
+    async def critique(self, ask: Ask, how: dict[str, Any]) -> list[str | Fault]:
+        """A text for each candidate.
+
+        Raises:
+            Refused: too many wait, or the device failed.
+        """
+        if self._writing >= self.limits.max_critique_queue:
+            raise Refused("queue_full", f"{self._writing} critiques wait: try again", 5)
+        self._writing += 1
+        try:
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._writer, self._write, ask, how)
+        finally:
+            self._writing -= 1
+
+    def close(self) -> None:
+        """Returns when everything accepted has been run."""
+        self._pool.shutdown()
+        self._writer.shutdown()
+        self.batcher.close()
+
+    # in threads
+
+    def _begin(self, ask: Ask, caller: str, ticket: Ticket) -> tuple[Answer, list[Job]]:
+        """(answers with None where a score will stand, the jobs that give them)."""
+        faults, encoded = self._encode(ask)
+        if encoded is None:
+            ticket.skip()
+            return faults, []
+        try:
+            jobs = [Job(self.model.bucket_of(encoded), encoded, caller)]
+        except UserError as error:
+            ticket.skip()
+            return [fault or Fault("group", str(error)) for fault in faults], []
+        for job in jobs:
+            ticket.submit(job)
+        return faults, jobs
+
+    def _encode(self, ask: Ask) -> tuple[list[Fault | None], Any]:
+        """(what is wrong with each candidate, the group of the others or None if there are none).
+
+        Raises:
+            Refused: a picture with more pixels than allowed.
+        """
+        most = self.limits.max_pixels
+        sources = [pictures.check(picture, most) for picture in ask.sources]
+        faults = [pictures.check(picture, most) for picture in ask.candidates]
+        encoded, error = None, None
+        if not any(sources):
+            encoded, error = self._try(ask, faults)
+        if error is not None:  # one of the pictures is broken further on: find out which
+            sources = [self._problem(picture) for picture in ask.sources]
+            faults = [
+                fault or self._problem(picture)
+                for fault, picture in zip(faults, ask.candidates, strict=True)
+            ]
+            if not any(sources):
+                encoded, again = self._try(ask, faults)
+                faults = [fault or (again and Fault("group", again)) for fault in faults]
+        for index, fault in enumerate(sources):
+            if fault:
+                words = f"source {index}: {fault.message}"
+                return [Fault("source", words) for _ in faults], None
+        return faults, encoded
+
+    def _try(self, ask: Ask, faults: Sequence[Fault | None]) -> tuple[Any, str | None]:
+        """(the encoded group of the candidates without faults or None, what was wrong)."""
+        good = [p for p, fault in zip(ask.candidates, faults, strict=True) if not fault]
+        if not good:
+            return None, None
+        try:
+            return self.model.encode(Group(ask.instruction, list(ask.sources) or None, good)), None
+        except UserError as error:
+            return None, str(error)
+
+    def _problem(self, picture: bytes) -> Fault | None:
+        words = self.model.problem(picture)
+        return Fault("picture", words) if words else None
+
+    def _write(self, ask: Ask, how: dict[str, Any]) -> list[str | Fault]:
+        faults, encoded = self._encode(ask)
+        if encoded is None:
+            return faults
+        good = [p for p, fault in zip(ask.candidates, faults, strict=True) if not fault]
+        try:
+            said = iter(self.model.critique(ask.instruction, list(ask.sources) or None, good, **how))
+        except UserError as error:
+            raise Refused("invalid", str(error)) from error
+        except Exception as error:
+            log.exception("a critique failed")
+            raise _device_failed() from error
+        return [fault or next(said) for fault in faults]
+
+    def _observe(self, bucket: Any, jobs: list[Job], seconds: float, error: Exception | None) -> None:
+        numbers, name = self.metrics, bucket_name(bucket)
+        numbers.program_seconds.labels(name).observe(seconds)
+        numbers.batch_groups.observe(len(jobs))
+        numbers.batch_rows.inc(self.model.batch_size)
+        if error is not None:
+            numbers.device_errors.inc()
+            log.error("a batch of %d groups failed, bucket %s", len(jobs), name, exc_info=error)
+            return
+        numbers.groups.inc(len(jobs))
+        numbers.candidates.inc(sum(len(job.encoded.candidates) for job in jobs))
+        numbers.pictures.inc(sum(len(job.encoded.images) for job in jobs))
+        row = bucket.prompt + bucket.candidates * bucket.candidate
+        numbers.slots.inc(self.model.batch_size * row)
+        numbers.slots_filled.inc(
+            sum(
+                len(job.encoded.prompt.tokens) + sum(len(c.tokens) for c in job.encoded.candidates)
+                for job in jobs
+            )
+        )
+
+
+def bucket_name(bucket: Any) -> str:
+    """'4x5x144x96x48': candidates, images, patches, prompt, candidate."""
+    sizes = (bucket.candidates, bucket.images, bucket.patches, bucket.prompt, bucket.candidate)
+    return "x".join(map(str, sizes))
+
+
+async def _result(job: Job) -> Any:
+    try:
+        return await asyncio.wrap_future(job.future)
+    except asyncio.CancelledError:
+        raise
+    except Exception as error:
+        raise _device_failed() from error
+
+
+def _device_failed() -> Refused:
+    return Refused("device", "the device failed on this batch; send it again, the log has more")
+
+
+async def _together(waiting: Sequence[Awaitable]) -> list:
+    """All results; the first failure ends the others."""
+    if len(waiting) == 1:
+        return [await waiting[0]]
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(one) for one in waiting]
+    except* Refused as several:
+        raise several.exceptions[0] from None
+    return [task.result() for task in tasks]
+
+
+def _fill(answer: list[Fault | None], scores: Sequence[Any]) -> Answer:
+    """Scores where no fault stands. What is not finite is no score."""
+    rewards = np.concatenate([one.reward_KR for one in scores])
+    normalised = np.concatenate([one.normalised_KR for one in scores])
+    rows = iter(zip(rewards, normalised, strict=True))
+    return [fault or _finite(Scored(*next(rows))) for fault in answer]
+
+
+def _finite(scored: Scored) -> Scored | Fault:
+    if all(math.isfinite(reward) for reward in scored.reward_R.tolist()):
+        return scored
+    return Fault("not_finite", "the model's reward is not a finite number")

@@ -1,0 +1,197 @@
+"""The service's own format, v1: JSON, or a form with the pictures as files.
+
+    {"groups": [{"instruction": "Make it red.", "sources": [PICTURE], "candidates": [PICTURE, ...]}]}
+
+A PICTURE is base64 of a file or a data: URI. In a form (`multipart/form-data`) the field `request`
+holds the same JSON and a PICTURE is the name of a part that holds the file; one group can also be
+given as fields `instruction`, `source` (none or several) and `candidate`.
+
+The answer has one object for each candidate, in the order of the request: `reward`, `normalised`
+(null where the model does not know its training rewards), and both for every dimension by its
+name; or `error` with `code` and `message`. It never holds a number for what was not scored.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, NamedTuple, TypeVar
+
+import numpy as np
+import pydantic
+
+from jrm_jax.data.labels import BROKEN_TEXT, is_text
+from jrm_jax.service.limits import Limits
+from jrm_jax.service.pictures import Fault, from_text
+from jrm_jax.service.refusals import Refused
+
+
+class Ask(NamedTuple):
+    """One group of a request. A picture that cannot be had stands as its fault."""
+
+    instruction: str
+    sources: tuple[bytes | Fault, ...]
+    candidates: tuple[bytes | Fault, ...]
+
+
+class Scored(NamedTuple):
+    """One candidate. Columns stand in the order of the model's dimensions; normalised may be NaN."""
+
+    reward_R: np.ndarray
+    normalised_R: np.ndarray
+
+
+def _check_text(text: str) -> str:
+    if not is_text(text):
+        raise ValueError(f"the text {BROKEN_TEXT[0]}")
+    return text
+
+
+Words = Annotated[str, pydantic.Field(min_length=1), pydantic.AfterValidator(_check_text)]
+
+
+class Strict(pydantic.BaseModel):
+    """A field that is not known is refused: a mistyped one would be left out in silence."""
+
+    model_config = pydantic.ConfigDict(extra="forbid")
+
+
+class GroupIn(Strict):
+    """One edit and its candidates."""
+
+    instruction: Words
+    sources: list[str] = []
+    candidates: Annotated[list[str], pydantic.Field(min_length=1)]
+
+
+class ScoreIn(Strict):
+    """Body of POST /v1/score."""
+
+    groups: Annotated[list[GroupIn], pydantic.Field(min_length=1)]
+
+
+class CritiqueIn(ScoreIn):
+    """Body of POST /v1/critique: one group. `temperature` 0 takes the likeliest words; `max_tokens`
+    null: as many as the service gives."""
+
+    groups: Annotated[list[GroupIn], pydantic.Field(min_length=1, max_length=1)]
+    max_tokens: Annotated[int, pydantic.Field(ge=1)] | None = None
+    temperature: Annotated[float, pydantic.Field(ge=0, le=10, allow_inf_nan=False)] = 0.0
+    seed: Annotated[int, pydantic.Field(ge=0, lt=2**31)] = 0
+
+
+Model = TypeVar("Model", bound=pydantic.BaseModel)
+
+
+def parse(kind: type[Model], body: bytes | str) -> Model:
+    """JSON -> a model.
+
+    Raises:
+        Refused: not that JSON; says where and what, never what the value was.
+    """
+    return _checked(kind.model_validate_json, body)
+
+
+def parse_fields(kind: type[Model], fields: dict[str, Any]) -> Model:
+    """The same from fields, whose numbers may be texts."""
+    return _checked(kind.model_validate, fields)
+
+
+def _checked(validate: Callable[[Any], Model], given: Any) -> Model:
+    try:
+        return validate(given)
+    except pydantic.ValidationError as error:
+        told = error.errors(include_url=False, include_context=False, include_input=False)
+        lines = [f"{_place(one['loc'])}{one['msg']}" for one in told[:3]]
+        more = f" (and {len(told) - 3} more)" if len(told) > 3 else ""
+        raise Refused("invalid", "; ".join(lines) + more) from None
+
+
+def _place(where: Sequence[str | int]) -> str:
+    """('groups', 0, 'sources') -> 'groups[0].sources: '."""
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in where)
+    return f"{text.lstrip('.')}: " if text else ""
+
+
+def from_json(groups: Sequence[GroupIn], limits: Limits) -> list[Ask]:
+    """
+    Raises:
+        Refused: more than the limits allow.
+    """
+    check_counts([(g.instruction, len(g.sources), len(g.candidates)) for g in groups], limits)
+    return [
+        Ask(g.instruction, tuple(map(from_text, g.sources)), tuple(map(from_text, g.candidates)))
+        for g in groups
+    ]
+
+
+def from_form(
+    groups: Sequence[GroupIn], files: Mapping[str, bytes], limits: Limits
+) -> list[Ask]:
+    """The same, pictures being names of `files`.
+
+    Raises:
+        Refused: more than the limits allow, or a name that no part has.
+    """
+    check_counts([(g.instruction, len(g.sources), len(g.candidates)) for g in groups], limits)
+
+    def find(name: str) -> bytes:
+        if name not in files:
+            raise Refused("invalid", f"no part of the form has the name {name[:80]!a}")
+        return files[name]
+
+    return [
+        Ask(g.instruction, tuple(map(find, g.sources)), tuple(map(find, g.candidates)))
+        for g in groups
+    ]
+
+
+def check_counts(groups: Sequence[tuple[str, int, int]], limits: Limits) -> None:
+    """
+    Args:
+        groups: (instruction, sources, candidates) of each.
+
+    Raises:
+        Refused: more than the limits allow; names the group and the limit.
+    """
+    if len(groups) > limits.max_groups:
+        words = f"{len(groups):,} groups; at most {limits.max_groups:,} in a request"
+        raise Refused("too_many", words)
+    for index, (instruction, sources, candidates) in enumerate(groups):
+        for count, most, what in (
+            (len(instruction), limits.max_instruction, "characters of instruction"),
+            (sources, limits.max_sources, "sources"),
+            (candidates, limits.max_candidates, "candidates"),
+        ):
+            if count > most:
+                words = f"groups[{index}]: {count:,} {what}; at most {most:,}"
+                raise Refused("too_many", words)
+
+
+def fault_json(fault: Fault) -> dict[str, Any]:
+    return {"error": {"code": fault.code, "message": fault.message}}
+
+
+def scored_json(scored: Scored, dimensions: Sequence[str]) -> dict[str, Any]:
+    """`reward` and `normalised` are those of the first dimension."""
+    columns = [
+        {"reward": float(reward), "normalised": float(n) if math.isfinite(n) else None}
+        for reward, n in zip(scored.reward_R, scored.normalised_R, strict=True)
+    ]
+    return {**columns[0], "dimensions": dict(zip(dimensions, columns, strict=True))}
+
+
+def reply(
+    answers: Sequence[Sequence[Scored | Fault]], dimensions: Sequence[str], model: dict[str, Any]
+) -> dict[str, Any]:
+    """Body of the answer to POST /v1/score."""
+    groups = [
+        {
+            "candidates": [
+                fault_json(one) if isinstance(one, Fault) else scored_json(one, dimensions)
+                for one in answer
+            ]
+        }
+        for answer in answers
+    ]
+    return {"model": model, "dimensions": list(dimensions), "groups": groups}

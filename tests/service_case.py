@@ -1,0 +1,126 @@
+"""A reward service for tests: a model that needs no device, a server in a thread or a process."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import io
+import threading
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import PIL.Image
+import uvicorn
+
+from jrm_jax.data.buckets import Bucket
+from jrm_jax.data.images import decode
+from jrm_jax.errors import UserError
+from jrm_jax.serving.reward_model import Scores
+from jrm_jax.service import server
+from jrm_jax.service.app import Service, make_app
+from jrm_jax.service.limits import Limits
+from jrm_jax.service.scorer import Scorer
+
+
+class FakeModel:
+    """Scores by pixels: mean of the candidate less mean of the sources, plus the text's length.
+
+    It waits `seconds` in a call, fails while `broken` is set, and writes down its batches.
+    """
+
+    batch_size, dimensions = 4, ("overall", "following")
+
+    def __init__(self, seconds: float = 0.0):
+        self.seconds, self.broken, self.batches = seconds, "", []
+        self.card = {"step": 7}
+
+    def encode(self, group):
+        """Raises UserError for broken pictures, as RewardModel does."""
+        sources, candidates = group.source or [], group.candidates
+        try:
+            base = [decode(picture).mean() for picture in sources]
+            values = [decode(picture).mean() for picture in candidates]
+        except ValueError as error:
+            raise UserError(f"a picture: {error}") from error
+        shift = len(group.instruction) - sum(base)
+        row = SimpleNamespace(tokens=[0])
+        return SimpleNamespace(
+            rewards=[np.float32(v + shift) for v in values], candidates=[row] * len(values),
+            images=[None] * (len(values) + len(base)), prompt=row,
+        )  # fmt: skip
+
+    def bucket_of(self, encoded):
+        return Bucket(len(encoded.candidates), len(encoded.images), 4, 16, 16, 0)
+
+    def score_rows(self, bucket, encoded):
+        assert 0 < len(encoded) <= self.batch_size
+        assert all(self.bucket_of(one) == bucket for one in encoded)
+        time.sleep(self.seconds)
+        self.batches.append([one.rewards for one in encoded])
+        if self.broken:
+            raise RuntimeError(self.broken)
+        return [self.scores(one.rewards) for one in encoded]
+
+    def scores(self, rewards):
+        reward_KR = np.stack([rewards, np.negative(rewards)], 1).astype(np.float32)
+        normalised = np.stack([reward_KR[:, 0] / 2, np.full(len(rewards), np.nan)], 1)
+        return Scores(reward_KR, normalised.astype(np.float32), self.dimensions)
+
+    def problem(self, picture):
+        try:
+            decode(picture)
+        except ValueError as error:
+            return str(error)
+        return None
+
+    def critique(self, instruction, source, candidates, *, max_tokens, temperature, seed):
+        if self.broken:
+            raise RuntimeError(self.broken)
+        said = f"{instruction} {max_tokens} {temperature} {seed}"
+        return [f"{said} {decode(picture).mean():.0f}" for picture in candidates]
+
+    def expected(self, instruction, sources, candidates):
+        """float32 [K, R]: what score_rows gives."""
+        group = SimpleNamespace(instruction=instruction, source=sources, candidates=candidates)
+        return self.scores(self.encode(group).rewards).reward_KR
+
+
+def png(value: int, side: int = 8, kind: str = "PNG") -> bytes:
+    """A picture of one grey."""
+    file = io.BytesIO()
+    PIL.Image.new("RGB", (side, side), (value, value, value)).save(file, kind)
+    return file.getvalue()
+
+
+def header_of(width: int, height: int) -> bytes:
+    """A PNG whose header promises that many pixels."""
+    small = bytearray(png(0))
+    small[16:24] = width.to_bytes(4, "big") + height.to_bytes(4, "big")
+    return bytes(small)
+
+
+BROKEN = png(77)[:-30]  # its header is fine
+
+
+def make_service(model=None, tokens=None, **limits) -> Service:
+    service = Service(Limits(**{"wait_ms": 2.0, **limits}), tokens)
+    service.scorer = Scorer(model or FakeModel(), service.limits, service.metrics)
+    service.model = {"name": "fake", "step": 7}
+    return service
+
+
+@contextlib.contextmanager
+def serving(service: Service):
+    """The address of a server that runs in a thread of this process."""
+    with server.listen("127.0.0.1", 0) as sock:
+        running = uvicorn.Server(server.make_config(make_app(service), service.limits))
+        thread = threading.Thread(target=lambda: asyncio.run(running.serve(sockets=[sock])))
+        thread.start()
+        try:
+            while not running.started:
+                time.sleep(0.01)
+            yield f"http://127.0.0.1:{sock.getsockname()[1]}"
+        finally:
+            running.should_exit = True
+            thread.join()
