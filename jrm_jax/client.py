@@ -292,9 +292,9 @@ def read_scores(found: dict[str, Any]) -> list[GroupScores]:
             error = one.get("error")
             errors.append(error["message"] if error else None)
             for r, name in enumerate(dimensions if not error else ()):
-                column = one["dimensions"][name]
-                reward_KR[k, r] = column["reward"]
-                normalised_KR[k, r] = np.nan if column["normalised"] is None else column["normalised"]
+                reward_KR[k, r] = one["dimensions"][name]["reward"]
+                known = one["dimensions"][name]["normalised"]
+                normalised_KR[k, r] = np.nan if known is None else known
         scores.append(GroupScores(reward_KR, normalised_KR, dimensions, tuple(errors)))
     return scores
 
@@ -316,10 +316,8 @@ def first_column(scores: Sequence[GroupScores], failed: float | None = None) -> 
     }
     if faults and failed is None:
         (group, candidate), words = next(iter(faults.items()))
-        raise RewardError(
-            f"{len(faults)} candidates have no score; group {group}, candidate {candidate}: {words}",
-            200, faults,
-        )  # fmt: skip
+        place = f"group {group}, candidate {candidate}"
+        raise RewardError(f"{len(faults)} without a score; {place}: {words}", 200, faults)
     columns = [one.reward_KR[:, 0].copy() for one in scores]
     for group, candidate in faults:
         columns[group][candidate] = failed

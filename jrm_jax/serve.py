@@ -43,8 +43,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="listen on an address that others reach, and answer everybody",
     )  # fmt: skip
     parser.add_argument(
-        "--warm", type=int, default=None, help="programs compiled before /ready says 200"
-    )
+        "--programs", type=int, default=12,
+        help="that may be compiled for scores, as many for critiques; default 12",
+    )  # fmt: skip
+    parser.add_argument(
+        "--warm", type=int, default=-1, metavar="N",
+        help="compile only the N smallest of the usual sizes before /ready says 200; default all",
+    )  # fmt: skip
     limits.add_flags(parser)
     args = parser.parse_args(argv)
     args.step = int(args.step) if args.step.isdecimal() else args.step
@@ -81,17 +86,21 @@ def _load(args: argparse.Namespace, service) -> Scorer:
 
     model = RewardModel.load(
         args.model, args.step, args.backbone,
-        compute_dtype=args.compute_dtype, batch_size=args.batch_size, say=terminal.say,
+        compute_dtype=args.compute_dtype, batch_size=args.batch_size, programs=args.programs,
+        say=terminal.say,
     )  # fmt: skip
-    warm = model.warm()
+    warm = model.buckets[: min(args.programs, len(model.buckets) if args.warm < 0 else args.warm)]
+    model.warm(warm)
     service.model = {"name": Path(args.model).resolve().name, "step": model.card.get("step")}
-    terminal.say(f"ready: {len(warm)} programs")
+    sizes = ", ".join(bucket.words for bucket in warm)
+    terminal.say(f"ready: {len(warm)} programs of {args.batch_size} groups ({sizes})")
     return Scorer(model, service.limits, service.metrics, warm)
 
 
 def main(argv: list[str] | None = None) -> None:
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
-        sys.exit(f"error: {', '.join(missing)} not installed: pip install -r requirements-serve.txt")
+        words = f"{', '.join(missing)} not installed: pip install -r requirements-serve.txt"
+        sys.exit(f"error: {words}")
     args = parse_args(argv)
     if argv is None:
         cli.prepare()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import io
+import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -14,13 +15,16 @@ import PIL.Image
 import uvicorn
 
 from jrm_jax.data.buckets import Bucket
+from jrm_jax.data.encode import EncodedExample, TokenRow
 from jrm_jax.data.images import decode
 from jrm_jax.errors import UserError
-from jrm_jax.serving.reward_model import Scores
 from jrm_jax.service import server
 from jrm_jax.service.app import Service, make_app
 from jrm_jax.service.limits import Limits
 from jrm_jax.service.scorer import Scorer
+from jrm_jax.serving.groups import Scores
+from jrm_jax.serving.programs import Work
+from jrm_jax.shell.stop import leave
 
 
 class FakeModel:
@@ -33,22 +37,23 @@ class FakeModel:
 
     def __init__(self, seconds: float = 0.0):
         self.seconds, self.broken, self.batches = seconds, "", []
-        self.card = {"step": 7}
+        self.card, self.work = {"step": 7}, Work()
 
     def encode(self, group):
         """Raises UserError for broken pictures, as RewardModel does."""
-        sources, candidates = group.source or [], group.candidates
+        pictures = [*(group.source or []), *group.candidates]
         try:
-            base = [decode(picture).mean() for picture in sources]
-            values = [decode(picture).mean() for picture in candidates]
+            images = [(np.full((1, 1), decode(picture).mean()), None) for picture in pictures]
         except ValueError as error:
             raise UserError(f"a picture: {error}") from error
-        shift = len(group.instruction) - sum(base)
-        row = SimpleNamespace(tokens=[0])
-        return SimpleNamespace(
-            rewards=[np.float32(v + shift) for v in values], candidates=[row] * len(values),
-            images=[None] * (len(values) + len(base)), prompt=row,
-        )  # fmt: skip
+        sources = len(pictures) - len(group.candidates)
+        none = np.zeros((3, 0), np.int32)
+        rows = [TokenRow([0], none, [(0, i, none)]) for i in range(sources, len(pictures))]
+        prompt = TokenRow(
+            [0] * len(group.instruction), none, [(0, i, none) for i in range(sources)]
+        )
+        labels = np.zeros((len(rows), len(rows), 1))
+        return EncodedExample(prompt, rows, images, labels, labels)
 
     def bucket_of(self, encoded):
         return Bucket(len(encoded.candidates), len(encoded.images), 4, 16, 16, 0)
@@ -57,12 +62,17 @@ class FakeModel:
         assert 0 < len(encoded) <= self.batch_size
         assert all(self.bucket_of(one) == bucket for one in encoded)
         time.sleep(self.seconds)
-        self.batches.append([one.rewards for one in encoded])
+        self.batches.append([len(one.candidates) for one in encoded])
         if self.broken:
             raise RuntimeError(self.broken)
-        return [self.scores(one.rewards) for one in encoded]
+        return [self.scores(one) for one in encoded]
 
-    def scores(self, rewards):
+    def scores(self, encoded):
+        def total(row):
+            return sum(encoded.images[i][0].item() for _, i, _ in row.visual)
+
+        shift = len(encoded.prompt.tokens) - total(encoded.prompt)
+        rewards = [np.float32(total(row) + shift) for row in encoded.candidates]
         reward_KR = np.stack([rewards, np.negative(rewards)], 1).astype(np.float32)
         normalised = np.stack([reward_KR[:, 0] / 2, np.full(len(rewards), np.nan)], 1)
         return Scores(reward_KR, normalised.astype(np.float32), self.dimensions)
@@ -83,7 +93,7 @@ class FakeModel:
     def expected(self, instruction, sources, candidates):
         """float32 [K, R]: what score_rows gives."""
         group = SimpleNamespace(instruction=instruction, source=sources, candidates=candidates)
-        return self.scores(self.encode(group).rewards).reward_KR
+        return self.scores(self.encode(group)).reward_KR
 
 
 def png(value: int, side: int = 8, kind: str = "PNG") -> bytes:
@@ -124,3 +134,21 @@ def serving(service: Service):
         finally:
             running.should_exit = True
             thread.join()
+
+
+def main() -> None:
+    """A server process of the fake model: its address is printed, SIGTERM ends it."""
+    seconds, drain = map(float, sys.argv[1:3])
+    sock = server.listen("127.0.0.1", 0)
+    service = Service(Limits(drain_s=drain))
+    server.configure_logging()
+
+    def load():
+        return Scorer(FakeModel(seconds), service.limits, service.metrics)
+
+    print(f"http://127.0.0.1:{sock.getsockname()[1]}", flush=True)
+    leave(server.run(service, load, sock, lambda words: print(words, flush=True)))
+
+
+if __name__ == "__main__":
+    main()

@@ -35,7 +35,7 @@ class Device:
         self.gate.clear()
         self.busy.clear()
         ticket = self.batcher.ticket(1)
-        ticket.submit(Job("a", "holder", "holder"))
+        ticket.submit([Job("a", "holder", "holder")])
         assert self.busy.wait(5)
         return ticket
 
@@ -57,7 +57,7 @@ def device():
 def put(ticket, *names, bucket="a", caller="me"):
     jobs = [Job(bucket, name, caller) for name in names]
     for job in jobs:
-        ticket.submit(job)
+        ticket.submit([job])
     return jobs
 
 
@@ -80,7 +80,8 @@ def test_callers_take_turns(device):
         one.gate.set()
         [job.future.result(5) for job in jobs]
     assert one.calls[1:3] == [("a", ["big0", "small0"]), ("a", ["big1", "small1"])]
-    assert [name for _, batch in one.calls[3:] for name in batch] == ["big2", "big3", "big4", "big5"]
+    rest = [name for _, batch in one.calls[3:] for name in batch]
+    assert rest == [f"big{i}" for i in range(2, 6)]
 
 
 def test_a_batch_with_room_waits_for_those_on_the_way_and_no_longer(device):

@@ -22,7 +22,7 @@ SHIPPED = ("jrm_jax", "configs")
 MODULES = {
     "jrm-train": "jrm_jax.main", "jrm-score": "jrm_jax.score", "jrm-export": "jrm_jax.export",
     "jrm-evaluate": "jrm_jax.evaluate", "jrm-data": "jrm_jax.data.builders",
-    "jrm-aot": "jrm_jax.aot",
+    "jrm-aot": "jrm_jax.aot", "jrm-serve": "jrm_jax.serve",
 }  # fmt: skip
 SMALL = (
     "--config=joint", "--config.total_steps=1", "--config.batch_size=4",
@@ -56,7 +56,8 @@ def wheel(tmp_path_factory) -> Path:
     for name in SHIPPED:
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / name, source / name, ignore=ignored)
-    for name in ("pyproject.toml", "README.md", "LICENSE", "requirements.txt"):
+    texts = ("README.md", "LICENSE", "requirements.txt", "requirements-serve.txt")
+    for name in ("pyproject.toml", *texts):
         shutil.copy(ROOT / name, source)
     code = f"from setuptools.build_meta import build_wheel; build_wheel({str(out)!r})"
     subprocess.run([sys.executable, "-c", code], cwd=source, check=True, capture_output=True)

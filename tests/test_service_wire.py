@@ -49,12 +49,14 @@ def test_v1_json(http):
     (one,) = other["candidates"]
     assert one["reward"] == rewards("Another.", (), (5,))[0]
     assert one["dimensions"]["following"] == {"reward": -one["reward"], "normalised": None}
-    assert one["dimensions"]["overall"] == {"reward": one["reward"], "normalised": one["normalised"]}
+    assert one["dimensions"]["overall"] == {k: one[k] for k in ("reward", "normalised")}
 
 
 def test_v1_forms_carry_bytes(http):
-    body = {"groups": [{"instruction": "Make it red.", "sources": ["s"], "candidates": ["a", "b"]},
-                       {"instruction": "Again.", "sources": ["s"], "candidates": ["b"]}]}  # fmt: skip
+    body = {"groups": [
+        {"instruction": "Make it red.", "sources": ["s"], "candidates": ["a", "b"]},
+        {"instruction": "Again.", "sources": ["s"], "candidates": ["b"]},
+    ]}  # fmt: skip
     files = {"s": png(10), "a": png(20, 200), "b": png(30)}  # `a` is beyond the pixels allowed
     parts = [("request", (None, json.dumps(body))), *((n, (n, d)) for n, d in files.items())]
     assert http.post("/v1/score", files=parts).status_code == 422
@@ -63,7 +65,8 @@ def test_v1_forms_carry_bytes(http):
     assert [c["reward"] for c in first["candidates"]] == rewards("Make it red.", (10,), (20, 30))
     assert [c["reward"] for c in second["candidates"]] == rewards("Again.", (10,), (30,))
     plain = [("instruction", (None, "Make it red.")), ("source", ("s.png", png(10))),
-             ("candidate", ("../../etc/passwd", png(20))), ("candidate", ("b", png(30)))]  # fmt: skip
+             ("candidate", ("../../etc/passwd", png(20))),
+             ("candidate", ("b", png(30)))]  # fmt: skip
     (only,) = http.post("/v1/score", files=plain).json()["groups"]
     assert [c["reward"] for c in only["candidates"]] == rewards("Make it red.", (10,), (20, 30))
     for wrong, words in (
@@ -184,7 +187,7 @@ def test_unirl(http):
     assert [list(e) for e in found["errors"]] == [[], [], [], ["jrm"], []]
     assert "truncated" in found["errors"][3]["jrm"]
     # the three edits of one source went as one group
-    assert sorted(len(g) for batch in MODEL.batches[before:] for g in batch) == [1, 2]
+    assert sorted(k for batch in MODEL.batches[before:] for k in batch) == [1, 2]
     health = http.get("/health").json()
     assert health == {"status": "ok", "rewards": {"jrm": ["reward", "overall", "following"]}}
     assert http.get("/rewards").json() == {"rewards": ["jrm"]}

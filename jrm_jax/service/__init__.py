@@ -1,4 +1,4 @@
-"""The reward service: HTTP around `RewardModel`. Begin at `app.py`; the command is `jrm_jax/serve.py`.
+"""The reward service: HTTP around `RewardModel`. Begin at `app.py`; the command is `serve.py`.
 
 A request passes `gate` (who, how large, how fast), `wire` and `formats` (JSON and forms -> groups),
 `scorer` (pictures -> encoded groups -> answers) and `batcher` (groups of all callers -> one program

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import time
 from collections.abc import Awaitable, Callable
 from importlib import resources
 from typing import Any
@@ -190,8 +189,11 @@ def _add_state(app: FastAPI, service: Service) -> None:
         """For Prometheus."""
         service.metrics.ready.set(service.closed() is None)
         if service.scorer is not None:
-            service.metrics.waiting.set(service.scorer.batcher.waiting)
-            service.metrics.pending.set(service.scorer.batcher.pending)
+            numbers, scorer = service.metrics, service.scorer
+            numbers.waiting.set(scorer.batcher.waiting)
+            numbers.pending.set(scorer.batcher.pending)
+            numbers.cost.set(scorer.model.work.slots)
+            numbers.cost_used.set(scorer.model.work.used)
         return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
 

@@ -19,7 +19,8 @@ from jrm_jax.service.refusals import Refused
 
 
 class Job:
-    """One encoded group. `future`: of its scores."""
+    """One row of a batch: an encoded group, or a part of one that has very many candidates.
+    `future`: of its scores."""
 
     def __init__(self, bucket: Hashable, encoded: Any, caller: str):
         self.bucket, self.encoded, self.caller = bucket, encoded, caller
@@ -96,11 +97,13 @@ class Batcher:
 
     # what a ticket does
 
-    def put(self, job: Job) -> None:
+    def put(self, jobs: list[Job]) -> None:
+        """The rows of one group."""
         with self._changed:
             self._preparing -= 1
-            queue = self._queues.setdefault(job.bucket, {})
-            queue.setdefault(job.caller, collections.deque()).append(job)
+            for job in jobs:
+                queue = self._queues.setdefault(job.bucket, {})
+                queue.setdefault(job.caller, collections.deque()).append(job)
             self._changed.notify_all()
 
     def arrived(self, count: int) -> None:
@@ -218,15 +221,17 @@ class Ticket:
         self._closed = False
         self._lock = threading.Lock()
 
-    def submit(self, job: Job) -> None:
-        """May be called from several threads; after the end the job is cancelled."""
+    def submit(self, jobs: list[Job]) -> None:
+        """One group, in one row or several. May be called from several threads; after the end the
+        jobs are cancelled."""
         with self._lock:
-            if self._closed:
-                job.future.cancel()
+            if not self._closed:
+                self._left -= 1
+                self._jobs += jobs
+                self._batcher.put(jobs)
                 return
-            self._left -= 1
-            self._jobs.append(job)
-            self._batcher.put(job)
+        for job in jobs:
+            job.future.cancel()
 
     def skip(self) -> None:
         """One group cannot be scored."""

@@ -49,9 +49,7 @@ async def _form(
     """(fields, files) in their order."""
     most = min(limits.max_groups * (limits.max_sources + limits.max_candidates), 20_000)
     try:
-        form: FormData = await request.form(
-            max_files=most, max_fields=8, max_part_size=JSON_BYTES
-        )
+        form: FormData = await request.form(max_files=most, max_fields=8, max_part_size=JSON_BYTES)
     except (HTTPException, LookupError, ValueError) as error:
         words = getattr(error, "detail", "not a form as multipart/form-data describes it")
         raise Refused("invalid", f"the form cannot be read: {words}") from error

@@ -37,8 +37,8 @@ class Metrics:
             Histogram, "program_seconds", "One call of the device, by bucket", ("bucket",),
             buckets=SECONDS,
         )  # fmt: skip
-        self.slots = make(Counter, "slots", "Token slots of all batches")
-        self.slots_filled = make(Counter, "slots_filled", "Those that held a token")
+        self.cost = make(Gauge, "cost_flops", "FLOPs of everything that was run, padding included")
+        self.cost_used = make(Gauge, "cost_used_flops", "Those that were not padding")
         self.device_errors = make(Counter, "device_errors", "Calls of the device that failed")
         self.waiting = make(Gauge, "waiting_groups", "Groups in the queue")
         self.pending = make(Gauge, "pending_groups", "Groups accepted and not answered")

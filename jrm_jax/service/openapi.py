@@ -74,7 +74,8 @@ class FlowFactoryOut(pydantic.BaseModel):
     rewards: list[float]
 
 
-_MODELS = (ScoreIn, CritiqueIn, UniRLIn, FlowFactoryIn, ScoreOut, UniRLOut, FlowFactoryOut, ErrorOut)
+_TAKEN = (ScoreIn, CritiqueIn, UniRLIn, FlowFactoryIn)
+_GIVEN = (ScoreOut, UniRLOut, FlowFactoryOut, ErrorOut)
 _FORM = {
     "type": "object",
     "description": "`request` (JSON whose pictures are names of parts), or the three others",
@@ -116,7 +117,7 @@ def document(app: FastAPI, tokens: bool) -> dict[str, Any]:
     found = get_openapi(
         title="jrm_jax", version="1", description=app.description, routes=app.routes
     )
-    pairs = [(model, "validation") for model in _MODELS]
+    pairs = [(model, "validation") for model in (*_TAKEN, *_GIVEN)]
     _, defined = models_json_schema(pairs, ref_template=_REF)
     parts = found.setdefault("components", {})
     parts.setdefault("schemas", {}).update(defined["$defs"])

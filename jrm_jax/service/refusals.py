@@ -14,7 +14,7 @@ STATUS = {
     "invalid": 422,
     "too_many": 422,  # groups, sources, candidates, characters
     "picture_size": 422,
-    "unscorable": 422,  # a picture that cannot be scored, where the format knows one number a picture
+    "unscorable": 422,  # where the format has no place for one picture's error
     "queue_full": 429,
     "gone": 499,  # nginx's number: the caller hung up, nobody reads this answer
     "device": 500,

@@ -15,8 +15,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from jrm_jax.data.buckets import Bucket
+from jrm_jax.data.encode import EncodedExample
 from jrm_jax.errors import UserError
-from jrm_jax.serving.reward_model import Group
 from jrm_jax.service import pictures
 from jrm_jax.service.batcher import Batcher, Job, Ticket
 from jrm_jax.service.limits import Limits
@@ -24,6 +25,9 @@ from jrm_jax.service.metrics import Metrics
 from jrm_jax.service.pictures import Fault
 from jrm_jax.service.refusals import Refused
 from jrm_jax.service.wire import Ask, Scored
+from jrm_jax.serving.groups import Group, Scores
+from jrm_jax.serving.ladder import split
+from jrm_jax.serving.programs import Work
 
 Answer = list[Scored | Fault]  # of a group: one for each candidate
 log = logging.getLogger("jrm_jax.serve")
@@ -34,10 +38,11 @@ class Model(Protocol):
 
     batch_size: int
     dimensions: tuple[str, ...]
+    work: Work
 
-    def encode(self, group: Group) -> Any: ...
-    def bucket_of(self, encoded: Any) -> Any: ...
-    def score_rows(self, bucket: Any, encoded: list) -> list: ...
+    def encode(self, group: Group) -> EncodedExample: ...
+    def bucket_of(self, encoded: EncodedExample) -> Bucket: ...
+    def score_rows(self, bucket: Bucket, groups: Sequence[EncodedExample]) -> list[Scores]: ...
     def problem(self, picture: bytes) -> str | None: ...
     def critique(self, instruction: str, source: Any, candidates: Sequence, **how: Any) -> list: ...
 
@@ -108,12 +113,11 @@ class Scorer:
             ticket.skip()
             return faults, []
         try:
-            jobs = [Job(self.model.bucket_of(encoded), encoded, caller)]
+            jobs = [Job(self.model.bucket_of(row), row, caller) for row in split(encoded)]
         except UserError as error:
             ticket.skip()
             return [fault or Fault("group", str(error)) for fault in faults], []
-        for job in jobs:
-            ticket.submit(job)
+        ticket.submit(jobs)
         return faults, jobs
 
     def _encode(self, ask: Ask) -> tuple[list[Fault | None], Any]:
@@ -163,16 +167,19 @@ class Scorer:
             return faults
         good = [p for p, fault in zip(ask.candidates, faults, strict=True) if not fault]
         try:
-            said = iter(self.model.critique(ask.instruction, list(ask.sources) or None, good, **how))
+            said = self.model.critique(ask.instruction, list(ask.sources) or None, good, **how)
         except UserError as error:
             raise Refused("invalid", str(error)) from error
         except Exception as error:
             log.exception("a critique failed")
             raise _device_failed() from error
-        return [fault or next(said) for fault in faults]
+        texts = iter(said)
+        return [fault or next(texts) for fault in faults]
 
-    def _observe(self, bucket: Any, jobs: list[Job], seconds: float, error: Exception | None) -> None:
-        numbers, name = self.metrics, bucket_name(bucket)
+    def _observe(
+        self, bucket: Bucket, jobs: list[Job], seconds: float, error: Exception | None
+    ) -> None:
+        numbers, name = self.metrics, bucket.words
         numbers.program_seconds.labels(name).observe(seconds)
         numbers.batch_groups.observe(len(jobs))
         numbers.batch_rows.inc(self.model.batch_size)
@@ -183,20 +190,6 @@ class Scorer:
         numbers.groups.inc(len(jobs))
         numbers.candidates.inc(sum(len(job.encoded.candidates) for job in jobs))
         numbers.pictures.inc(sum(len(job.encoded.images) for job in jobs))
-        row = bucket.prompt + bucket.candidates * bucket.candidate
-        numbers.slots.inc(self.model.batch_size * row)
-        numbers.slots_filled.inc(
-            sum(
-                len(job.encoded.prompt.tokens) + sum(len(c.tokens) for c in job.encoded.candidates)
-                for job in jobs
-            )
-        )
-
-
-def bucket_name(bucket: Any) -> str:
-    """'4x5x144x96x48': candidates, images, patches, prompt, candidate."""
-    sizes = (bucket.candidates, bucket.images, bucket.patches, bucket.prompt, bucket.candidate)
-    return "x".join(map(str, sizes))
 
 
 async def _result(job: Job) -> Any:

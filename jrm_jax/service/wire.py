@@ -1,6 +1,6 @@
 """The service's own format, v1: JSON, or a form with the pictures as files.
 
-    {"groups": [{"instruction": "Make it red.", "sources": [PICTURE], "candidates": [PICTURE, ...]}]}
+    {"groups": [{"instruction": "Make it red.", "sources": [PICTURE], "candidates": [PICTURE]}]}
 
 A PICTURE is base64 of a file or a data: URI. In a form (`multipart/form-data`) the field `request`
 holds the same JSON and a PICTURE is the name of a part that holds the file; one group can also be
@@ -35,7 +35,7 @@ class Ask(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """One candidate. Columns stand in the order of the model's dimensions; normalised may be NaN."""
+    """One candidate. Columns stand in the order of the dimensions; normalised may be NaN."""
 
     reward_R: np.ndarray
     normalised_R: np.ndarray
@@ -125,9 +125,7 @@ def from_json(groups: Sequence[GroupIn], limits: Limits) -> list[Ask]:
     ]
 
 
-def from_form(
-    groups: Sequence[GroupIn], files: Mapping[str, bytes], limits: Limits
-) -> list[Ask]:
+def from_form(groups: Sequence[GroupIn], files: Mapping[str, bytes], limits: Limits) -> list[Ask]:
     """The same, pictures being names of `files`.
 
     Raises:
