@@ -21,6 +21,7 @@ from jrm_jax.data.template import Tokenizer
 from jrm_jax.model import published, weights
 from jrm_jax.model.backbone import Backbone, init_backbone
 from jrm_jax.model.config import BackboneConfig, load_config
+from jrm_jax.model.layers import unroll_all
 from jrm_jax.reward_head import HeadStart, read_head_start
 from jrm_jax.run.check_data import reads_critiques
 from jrm_jax.step import LossConfig, TrainState, make_eval_step, make_forward, make_train_step
@@ -54,7 +55,9 @@ def make_backbone(
         dtype=DTYPES[config.backbone.compute_dtype],
         remat=config.remat,
         attention=config.backbone.attention,
-        scan_unroll=config.backbone.scan_unroll or True,
+        scan_unroll=config.backbone.scan_unroll
+        or unroll_all(backbone.text.layers, mesh.devices.flat[0].platform)
+        or 1,
         # one device needs no constraint, but attention must know one that is not this machine's
         hidden_sharding=None if sharding.is_this_device(mesh) else sharding.batch_sharding(mesh),
         reward_token_id=reward_token_id,

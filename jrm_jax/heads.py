@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jrm_jax.losses import Term
+from jrm_jax.model.layers import precision
 
 TRAINING_HEADS = ("facts_head", "words_head")  # what a trained model does without
 
@@ -24,7 +25,7 @@ def apply_reward_head(params: dict, hidden_BKD: jax.Array) -> jax.Array:
     """[B, K, R] float32: one bias-free linear on the final-normed state of the reward token."""
     kernel_DR = params["kernel"].astype(jnp.float32)
     return jnp.dot(
-        hidden_BKD.astype(jnp.float32), kernel_DR, precision=jax.lax.Precision.HIGHEST
+        hidden_BKD.astype(jnp.float32), kernel_DR, precision=precision(kernel_DR.dtype)
     )
 
 
@@ -45,9 +46,7 @@ def init_training_heads(width: int, facts: int, words: bool) -> dict:
 
 def apply_facts_head(params: dict, hidden_BKD: jax.Array) -> jax.Array:
     """[B, K, F] float32: a logit per fact, from the final-normed state of the reward token."""
-    logits_BKF = jnp.dot(
-        hidden_BKD, params["kernel"].astype(hidden_BKD.dtype), preferred_element_type=jnp.float32
-    )
+    logits_BKF = _logits(hidden_BKD, params["kernel"].astype(hidden_BKD.dtype))
     return logits_BKF + params["bias"].astype(jnp.float32)
 
 
@@ -75,7 +74,8 @@ def language_kernel(params: dict) -> jax.Array:
 
 
 def _logits(hidden_BXD: jax.Array, kernel_DW: jax.Array) -> jax.Array:
-    return jnp.dot(hidden_BXD, kernel_DW, preferred_element_type=jnp.float32)
+    exact = precision(hidden_BXD.dtype)
+    return jnp.dot(hidden_BXD, kernel_DW, precision=exact, preferred_element_type=jnp.float32)
 
 
 _half_logits = jax.custom_vjp(_logits)
@@ -153,7 +153,8 @@ def words_nll(
     A decoder that sees everything else has no need of one state; this loss asks that state itself
     for what the critique says (Zhao et al., arXiv 1703.10960, for latent variables of dialogue).
     """
-    mapped_BKD = hidden_BKD @ params["kernel"].astype(hidden_BKD.dtype)
+    kernel_DD = params["kernel"].astype(hidden_BKD.dtype)
+    mapped_BKD = jnp.matmul(hidden_BKD, kernel_DD, precision=precision(kernel_DD.dtype))
     logits_BKW = _word_logits(kernel_DW, mapped_BKD, suppressed_id)
     picked_BKT = jnp.take_along_axis(logits_BKW, targets_BKT, axis=-1)
     nll_BKT = jax.nn.logsumexp(logits_BKW, axis=-1)[..., None] - picked_BKT

@@ -199,7 +199,8 @@ def make_train_step(
             ((total, measured), grads), _ = jax.lax.scan(add, zeros, micro)
             if "ties" in measured:
                 measured["ties"] = Term(measured["ties"].sum, jnp.float32(1.0))
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+        with jax.default_matmul_precision("highest"):  # Muon's products are of float32
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
         metrics = {
             **measured,

@@ -23,7 +23,7 @@ from configs import joint
 from configs.common import TINY
 from jrm_jax import build, sharding
 from jrm_jax.errors import UserError
-from jrm_jax.model import weights
+from jrm_jax.model import cudnn, weights
 from jrm_jax.model.published import PARAMETERS, PUBLISHED, check_variant
 from jrm_jax.planning import compiling, fitting
 from jrm_jax.planning.chips import CHIPS, Topology, parse_topology
@@ -197,15 +197,26 @@ def test_the_lowered_step_calls_splash_in_tower_and_decoder(monkeypatch):
     backbone = dataclasses.replace(backbone, vision=vision)
     bucket = compiling.make_bucket(backbone, 64, 100, 64, 2, 3, 128)
     monkeypatch.setattr(sharding, "compiler_options", lambda mesh: None)
-    step, _, state, batch = traced(config, backbone, bucket)
-    with monkeypatch.context() as patch:
-        patch.setattr(jax, "default_backend", lambda: "tpu")
-        lowered = step.trace(state, batch).lower(lowering_platforms=("tpu",))
-    kernels = compiling.attention_kernels(lowered.as_text())
+    texts = {}
+    for backend, platform in (("tpu", "tpu"), ("gpu", "cuda")):
+        with monkeypatch.context() as patch:
+            patch.setattr(jax, "default_backend", lambda name=backend: name)
+            patch.setattr(cudnn.fused, "check_cudnn_version", lambda: 91000)
+            step, _, state, batch = traced(config, backbone, bucket)
+            lowered = step.trace(state, batch).lower(lowering_platforms=(platform,))
+        texts[platform] = lowered.as_text()
+    kernels = compiling.attention_kernels(texts["tpu"])
     for pass_ in ("fwd", "dq", "dkv"):
         shapes = {k.split("[")[1] for k in kernels if f"_{pass_}_" in k}
         assert "3, 16, 256, 64]" in shapes  # tower: 3 pictures
-        assert {"16, 256, 128]", "2, 16, 256, 128]"} <= shapes  # prompt, candidates
+        # prompt; both candidates as one row, which reads the prompt's keys where they are
+        assert {"16, 256, 128]", "16, 512, 128]"} <= shapes
+    for pass_ in ("(", "Backward("):  # tower (two stacks), prompt, candidates twice (and taps)
+        assert texts["cuda"].count(f"@__cudnn$fmhaSoftmax{pass_}") >= 5
+    for text in texts.values():
+        assert "2x512x8x128x" not in text  # keys of the prompt and of a candidate, joined
+        for queries, keys in ((256, 256), (512, 256), (256, 512), (512, 768)):
+            assert f"16x{queries}x{keys}x" not in text and f"1x{queries}x{keys}x" not in text
 
 
 # ---- out of memory

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from jrm_jax.model import cudnn
 from jrm_jax.model.attention import Prefix, attention, fallback_reason
 
 HEADS, KV_HEADS, WIDTH = 4, 2, 16
@@ -165,15 +168,135 @@ def test_splash_with_a_prefix_on_a_mesh_equals_xla():
     compare_with_xla((*own, q_segments, kv_segments[:, 128:]), 128, prefix, mesh=mesh)
 
 
+@pytest.mark.filterwarnings("error")
+def test_splash_with_a_prefix_of_several_blocks_equals_xla():
+    """3 rows share 256 keys; blocks of 384 queries and of 128 keys, some skipped."""
+    q, k, v, q_segments, kv_segments = make_inputs(rows=6, queries=384, keys=640, width=64)
+    prefix = Prefix(k[::3, :256], v[::3, :256], kv_segments[::3, :256])
+    own = (q, k[:, 256:], v[:, 256:], q_segments, kv_segments[:, 256:])
+    compare_with_xla(own, 256, prefix)
+
+
+# ---- cuDNN: its two kernels are stood in for by what they are documented to compute
+
+
+def part_logits(part):
+    heads = part.q.shape[2] // part.k.shape[2]
+    k, v = (jnp.repeat(x, heads, axis=2) for x in (part.k, part.v))
+    logits = jnp.einsum("nshd,nthd->nhst", part.q, k) * part.q.shape[-1] ** -0.5
+    key = jnp.arange(k.shape[1])
+    visible = key[:, None] >= key if part.lengths is None else key < part.lengths[:, None, None]
+    return jnp.where(visible if visible.ndim == 2 else visible[:, None], logits, -jnp.inf), v
+
+
+def forward_part(part):
+    logits, v = part_logits(part)
+    out = jnp.einsum("nhst,nthd->nshd", jax.nn.softmax(logits), v)
+    return out, jax.nn.logsumexp(logits, axis=-1)
+
+
+def backward_part(part, out, lse, grad):
+    def use(q, k, v):
+        logits, v = part_logits(part._replace(q=q, k=k, v=v))
+        weights = jnp.exp(logits - lse[..., None])
+        values = jnp.einsum("nhst,nthd->nshd", jax.lax.stop_gradient(weights), v)
+        delta = jnp.einsum("nshd,nshd->nhs", grad, out)
+        pulled = jnp.einsum("nshd,nthd->nhst", grad, jax.lax.stop_gradient(v)) - delta[..., None]
+        logits = jnp.where(weights > 0, logits, 0)
+        slopes = jax.lax.stop_gradient(weights * pulled)
+        return jnp.sum(values * grad) + jnp.sum(logits * slopes)
+
+    return jax.grad(use, argnums=(0, 1, 2))(part.q, part.k, part.v)
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    monkeypatch.setattr(cudnn, "forward_part", forward_part)
+    monkeypatch.setattr(cudnn, "backward_part", backward_part)
+
+
+def test_cudnn_parts_join_to_the_whole(kernels):
+    """Values and gradients where 3 rows share a prefix; one group is absent."""
+    q, k, v, _, _ = make_inputs(rows=9, queries=10, keys=17)
+    prefix_segments = (np.arange(7) < np.array([[7], [3], [0]])).astype(np.int32)
+    lengths = np.array([10, 9, 4, 10, 6, 1, 0, 0, 0])
+    segments = (np.arange(10) < lengths[:, None]).astype(np.int32)
+    real = jnp.asarray(segments)[..., None, None]
+    weights = np.random.default_rng(5).normal(size=q.shape) * real
+
+    def ours(q, k, v, prefix_k, prefix_v):
+        prefix = Prefix(prefix_k, prefix_v, prefix_segments)
+        return cudnn.attend(7, q, k, v, segments, segments, prefix)
+
+    def theirs(q, k, v, prefix_k, prefix_v):
+        prefix = Prefix(prefix_k, prefix_v, jnp.asarray(prefix_segments))
+        options = {"causal_offset": 7, "prefix": prefix, "implementation": "xla"}
+        return attention(q, k, v, segments, segments, **options)
+
+    wide = (q, k[:, 7:], v[:, 7:], k[::3, :7], v[::3, :7])
+    np.testing.assert_allclose(ours(*wide) * real, theirs(*wide) * real, atol=2e-6)
+    assert np.isfinite(ours(*wide)).all()
+    gradients = [
+        jax.grad(lambda *wide, run=run: jnp.sum(run(*wide) * weights), argnums=range(5))(*wide)
+        for run in (ours, theirs)
+    ]
+    for one, other in zip(*gradients, strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-5)
+        assert np.abs(other).max() > 0.1
+
+
+def lowered_for_a_gpu(run, *arrays) -> str:
+    return jax.jit(run).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_lowered_for_a_gpu_there_is_no_mask_and_no_copy(monkeypatch):
+    """2 groups of 3 candidates: 62 prompt slots, 96 own ones."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(cudnn.fused, "check_cudnn_version", lambda: 91000)
+    shapes = {"own": (6, 96), "prefix": (2, 62)}
+    q, k, v, before_k, before_v = (
+        jax.ShapeDtypeStruct((*shapes[name], heads, 64), jnp.bfloat16)
+        for name, heads in (("own", 4), ("own", 2), ("own", 2), ("prefix", 2), ("prefix", 2))
+    )
+    own, before = (jax.ShapeDtypeStruct(shapes[name], jnp.int32) for name in ("own", "prefix"))
+
+    def candidates(q, k, v, own, before_k, before_v, before):
+        prefix = Prefix(before_k, before_v, before)
+        options = {"causal_offset": 62, "prefix": prefix, "padded_behind": True}
+        return jnp.sum(attention(q, k, v, own, own, **options).astype(jnp.float32))
+
+    def alone(offset, q, k, v, own):
+        out = attention(q, k, v, own, own, causal_offset=offset, padded_behind=True)
+        return jnp.sum(out.astype(jnp.float32))
+
+    arrays = (q, k, v, own, before_k, before_v, before)
+    shared = lowered_for_a_gpu(jax.grad(candidates, argnums=(0, 1, 2, 4, 5)), *arrays)
+    for kernel in ("__cudnn$fmhaSoftmax(", "__cudnn$fmhaSoftmaxBackward("):
+        assert shared.count(f"custom_call @{kernel}") == 2
+    assert "6x62x2x64x" not in shared and "6x158x" not in shared  # the prefix, copied or joined
+    for text in (
+        shared,
+        lowered_for_a_gpu(functools.partial(alone, 0), q, k, v, own),
+        lowered_for_a_gpu(functools.partial(alone, None), q, k, v, own),
+    ):
+        assert "__cudnn$fmhaSoftmax" in text
+        for queries, keys in ((96, 96), (288, 62), (96, 62), (96, 158)):
+            assert f"x{queries}x{keys}x" not in text
+    masked = functools.partial(attention, causal_offset=None)
+    text = lowered_for_a_gpu(masked, q, k, v, own, own)
+    assert "x96x96x" in text  # what the search above would have found
+
+
 def test_fallbacks_say_why():
     bfloat16 = jnp.dtype(jnp.bfloat16)
     shape = (1, 128, 4, 64)
-    assert fallback_reason("splash", shape, 256, bfloat16, "tpu") is None
-    assert "multiples of 128" in fallback_reason("splash", shape, 200, bfloat16, "tpu")
-    assert fallback_reason("cudnn", shape, 256, bfloat16, "gpu") is None
-    assert "NVIDIA" in fallback_reason("cudnn", shape, 256, bfloat16, "cpu")
-    assert "float32" in fallback_reason("cudnn", shape, 256, jnp.dtype("float32"), "gpu")
-    assert "even" in fallback_reason("cudnn", (1, 127, 4, 64), 256, bfloat16, "gpu")
+    assert fallback_reason("splash", shape, 256, 128, bfloat16, "tpu") is None
+    assert "multiples of 128" in fallback_reason("splash", shape, 200, 0, bfloat16, "tpu")
+    assert "72 keys before" in fallback_reason("splash", shape, 128, 72, bfloat16, "tpu")
+    assert fallback_reason("cudnn", shape, 256, 0, bfloat16, "gpu") is None
+    assert "NVIDIA" in fallback_reason("cudnn", shape, 256, 0, bfloat16, "cpu")
+    assert "float32" in fallback_reason("cudnn", shape, 256, 0, jnp.dtype("float32"), "gpu")
+    assert "even" in fallback_reason("cudnn", (1, 127, 4, 64), 256, 0, bfloat16, "gpu")
     arrays = make_inputs(rows=1, queries=10, keys=17)
     for implementation, reason in (("splash", "multiples of 128"), ("cudnn", "NVIDIA")):
         with pytest.warns(UserWarning, match=reason):

@@ -8,15 +8,19 @@ it see no own key before it.
 Letters: B rows, s queries, t keys, H query heads, G key/value heads (G divides H), M = H / G,
 d head width, p prefix keys, J rows that share a prefix (B = J * prefixes).
 
-Implementations: 'xla' (any shape and dtype; the reference), 'splash' (TPU; interpreted elsewhere),
-'cudnn' (NVIDIA, bfloat16 or float16), 'auto' (by platform). Where splash or cuDNN cannot run a
-shape or dtype, XLA does, and `fallback_reason` says why; an explicit request also warns.
+Implementations: 'xla' (any shape and dtype; the reference), 'splash' (TPU, `splash.py`; interpreted
+elsewhere), 'cudnn' (NVIDIA, bfloat16 or float16, `cudnn.py`), 'auto' (by platform). The last three
+never build an array of all queries by all keys, and no implementation copies a prefix for its rows.
+Where splash or cuDNN cannot run a call, XLA does, and `fallback_reason` says why; an explicit
+request also warns.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import warnings
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -24,10 +28,14 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 
+from jrm_jax.model import cudnn
+from jrm_jax.model.layers import precision
+
 IMPLEMENTATIONS = ("auto", "xla", "splash", "cudnn")
 MASKED = -1e30  # exp(MASKED - largest) is exactly 0 in float32
 SPLASH_BLOCK = 128
 BATCH_AXES, HEAD_AXIS = ("data", "fsdp"), "tensor"
+PLATFORM_CHOICE = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}
 
 
 class Prefix(NamedTuple):
@@ -53,6 +61,7 @@ def attention(
     mesh: Mesh | None = None,
     prefix: Prefix | None = None,
     barrier_B: Array | None = None,
+    padded_behind: bool = False,
 ) -> Array:
     """Scaled dot-product attention, softmax in float32.
 
@@ -67,6 +76,9 @@ def attention(
         prefix: equal to repeating it for each of its rows and concatenating it before k and v.
         barrier_B: int32; queries at indices above it see own keys from it on, and the prefix.
             Query and own key indices must count the same slots.
+        padded_behind: all ids, the prefix's too, are 1 for real slots and 0 for the padding behind
+            them. What padding attends to is then up to the implementation (it stays finite), and
+            cuDNN needs no mask.
 
     Returns:
         [B, s, H, d] in q's dtype.
@@ -79,40 +91,75 @@ def attention(
     platform = mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()
     chosen = implementation
     if implementation == "auto":
-        chosen = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}.get(platform, "xla")
+        chosen = PLATFORM_CHOICE.get(platform, "xla")
     if chosen != "xla":
-        keys = k_BtGd.shape[1] + (0 if prefix is None else prefix.k.shape[1])
-        reason = fallback_reason(chosen, q_BsHd.shape, keys, q_BsHd.dtype, platform)
+        before = 0 if prefix is None else prefix.k.shape[1]
+        shapes = (q_BsHd.shape, k_BtGd.shape[1], before)
+        plain = causal_offset == before if prefix is not None else causal_offset in (None, before)
+        reason = fallback_reason(chosen, *shapes, q_BsHd.dtype, platform)
         if barrier_B is not None:
             reason = "only 'xla' has barriers"
+        elif prefix is not None and not (plain and (padded_behind or chosen == "splash")):
+            reason = "a prefix must be seen by all queries, and be padded at its end only"
         if reason is not None:
             if implementation != "auto" or platform == "tpu":
                 warnings.warn(f"attention {chosen!r} replaced by 'xla': {reason}", stacklevel=2)
             chosen = "xla"
-    if chosen == "xla":
-        segments = (q_segments_Bs, kv_segments_Bt)
-        return _xla(q_BsHd, k_BtGd, v_BtGd, *segments, causal_offset, prefix, barrier_B)
-    if prefix is not None:
-        rows = q_BsHd.shape[0] // prefix.k.shape[0]
-        before = [jnp.repeat(x, rows, axis=0) for x in prefix]
-        k_BtGd = jnp.concatenate([before[0], k_BtGd], axis=1)
-        v_BtGd = jnp.concatenate([before[1], v_BtGd], axis=1)
-        kv_segments_Bt = jnp.concatenate([before[2], kv_segments_Bt], axis=1)
     arrays = (q_BsHd, k_BtGd, v_BtGd, q_segments_Bs, kv_segments_Bt)
-    if chosen == "cudnn":
-        mask_B1st = _visible(q_segments_Bs, kv_segments_Bt, causal_offset)[:, None]
-        return jax.nn.dot_product_attention(*arrays[:3], mask=mask_B1st, implementation="cudnn")
-    return _splash(*arrays, causal_offset, mesh, interpret=platform != "tpu")
+    if chosen == "xla":
+        return _xla(*arrays, causal_offset, prefix, barrier_B)
+    if chosen == "splash":
+        # imported here: Pallas takes a second to load and only TPUs need it
+        from jrm_jax.model import splash
+
+        run = functools.partial(splash.attend, causal_offset, platform != "tpu")
+    elif padded_behind and (plain or prefix is not None):
+        run = functools.partial(cudnn.attend, causal_offset)
+    else:
+        return cudnn.attend_masked(*arrays[:3], _visible(*arrays[3:], causal_offset))
+    return _per_shard(run, mesh, arrays, prefix)
+
+
+def _per_shard(
+    run: Callable[..., Array], mesh: Mesh | None, arrays: tuple[Array, ...], prefix: Prefix | None
+) -> Array:
+    """run(q, k, v, q_segments, kv_segments, prefix), on a mesh for each device's rows and heads."""
+    if mesh is None:
+        return run(*arrays, prefix)
+    batch = tuple(axis for axis in BATCH_AXES if axis in mesh.shape)
+    size = math.prod(mesh.shape[axis] for axis in batch)
+    shared = arrays[0].shape[0] if prefix is None else prefix.k.shape[0]
+    batch = batch if size > 1 and shared % size == 0 else None
+    tensor = mesh.shape.get(HEAD_AXIS, 1)
+    heads = HEAD_AXIS if tensor > 1 and arrays[1].shape[2] % tensor == 0 else None
+    wide, narrow = PartitionSpec(batch, None, heads, None), PartitionSpec(batch, None)
+    specs = (wide, wide, wide, narrow, narrow)
+    mapped = jax.shard_map(
+        run,
+        mesh=mesh,
+        in_specs=(*specs, None if prefix is None else Prefix(wide, wide, narrow)),
+        out_specs=wide,
+        check_vma=False,
+    )
+    return mapped(*arrays, prefix)
 
 
 def fallback_reason(
-    implementation: str, q_shape: tuple[int, ...], keys: int, dtype: jnp.dtype, platform: str
+    implementation: str,
+    q_shape: tuple[int, ...],
+    keys: int,
+    prefix: int,
+    dtype: jnp.dtype,
+    platform: str,
 ) -> str | None:
     """Why `implementation` cannot run these shapes, or None if it can."""
     queries, width = q_shape[1], q_shape[3]
     if implementation == "splash":
-        if queries % SPLASH_BLOCK or keys % SPLASH_BLOCK:
-            return f"{queries} queries and {keys} keys are not both multiples of {SPLASH_BLOCK}"
+        if any(length % SPLASH_BLOCK for length in (queries, keys, prefix)):
+            before = f" and {prefix} keys before them" if prefix else ""
+            return (
+                f"{queries} queries, {keys} keys{before} are not all multiples of {SPLASH_BLOCK}"
+            )
     elif implementation == "cudnn":
         if platform not in ("gpu", "cuda"):
             return f"cuDNN needs an NVIDIA device, the platform is {platform}"
@@ -120,7 +167,7 @@ def fallback_reason(
             return f"cuDNN needs bfloat16 or float16, the dtype is {jnp.dtype(dtype).name}"
         if width % 8 or width > 128:
             return f"cuDNN needs a head width that is a multiple of 8 up to 128, not {width}"
-        if queries % 2 or keys % 2:
+        if queries % 2 or keys % 2 or prefix % 2:
             return f"cuDNN needs even lengths for gradients, not {queries} queries, {keys} keys"
     return None
 
@@ -190,8 +237,11 @@ def _xla(
         visible = visible.reshape(shared, each, queries, before)
         products.append(("agjxd,agpd->agjxp", "agjxp,agpd->agjxd", k_aGpd, v_aGpd, visible))
 
+    product = functools.partial(
+        jnp.einsum, precision=precision(q.dtype), preferred_element_type=jnp.float32
+    )
     logits = [
-        masked(jnp.einsum(equation, q_aGJxd, keys, preferred_element_type=jnp.float32), visible)
+        masked(product(equation, q_aGJxd, keys), visible)
         for equation, _, keys, _, visible in products
     ]
     largest = functools.reduce(jnp.maximum, [x.max(-1, keepdims=True) for x in logits])
@@ -199,89 +249,9 @@ def _xla(
     weights = [jnp.exp(x - largest) for x in logits]
     total = sum(x.sum(-1, keepdims=True) for x in weights)
     out_aGJxd = sum(
-        jnp.einsum(equation, weight.astype(v.dtype), values, preferred_element_type=jnp.float32)
+        product(equation, weight.astype(v.dtype), values)
         for weight, (_, equation, _, values, _) in zip(weights, products, strict=True)
     )
     out = (out_aGJxd / total).astype(q.dtype)
     out = out.reshape(shared, kv_heads, each, queries, per_head, width)
     return out.transpose(0, 2, 3, 1, 4, 5).reshape(rows, queries, heads, width)
-
-
-def _splash(
-    q: Array,
-    k: Array,
-    v: Array,
-    q_segments: Array,
-    kv_segments: Array,
-    causal_offset: int | None,
-    mesh: Mesh | None,
-    interpret: bool,
-) -> Array:
-    def per_shard(q, k, v, q_segments, kv_segments):
-        kernel = _splash_kernel(q.shape[1], k.shape[1], q.shape[2], causal_offset, interpret)
-        q = (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)
-        q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
-
-        def row(q, k, v, q_segments, kv_segments):
-            return kernel(q, k, v, segment_ids=_segment_ids(q_segments, kv_segments))
-
-        return jax.vmap(row)(q, k, v, q_segments, kv_segments).swapaxes(1, 2)
-
-    arrays = (q, k, v, q_segments, kv_segments)
-    if mesh is None:
-        return per_shard(*arrays)
-    batch = tuple(axis for axis in BATCH_AXES if axis in mesh.shape)
-    size = 1
-    for axis in batch:
-        size *= mesh.shape[axis]
-    batch = batch if size > 1 and q.shape[0] % size == 0 else None
-    tensor = mesh.shape.get(HEAD_AXIS, 1)
-    heads = HEAD_AXIS if tensor > 1 and k.shape[2] % tensor == 0 else None
-    wide, narrow = PartitionSpec(batch, None, heads, None), PartitionSpec(batch, None)
-    mapped = jax.shard_map(
-        per_shard,
-        mesh=mesh,
-        in_specs=(wide, wide, wide, narrow, narrow),
-        out_specs=wide,
-        check_vma=False,
-    )
-    return mapped(*arrays)
-
-
-def _segment_ids(q_segments: Array, kv_segments: Array):
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
-
-    return splash_attention_kernel.SegmentIds(q=q_segments, kv=kv_segments)
-
-
-def _splash_kernel(queries: int, keys: int, heads: int, causal_offset: int | None, interpret: bool):
-    # imported here: Pallas takes a second to load and only TPUs need it
-    from jax.experimental.pallas.ops.tpu.splash_attention import (
-        splash_attention_kernel,
-        splash_attention_mask,
-    )
-
-    def block(length: int) -> int:
-        return next(size for size in (512, 384, 256, 128) if length % size == 0)
-
-    if causal_offset is None:
-        mask = splash_attention_mask.FullMask((queries, keys))
-    else:
-        mask = splash_attention_mask.CausalMask((queries, keys), offset=causal_offset)
-    q_block, kv_block = block(queries), block(keys)
-    return splash_attention_kernel.make_splash_mha(
-        splash_attention_mask.MultiHeadMask([mask] * heads),
-        block_sizes=splash_attention_kernel.BlockSizes(
-            block_q=q_block,
-            block_kv=kv_block,
-            block_kv_compute=kv_block,
-            block_q_dkv=q_block,
-            block_kv_dkv=kv_block,
-            block_kv_dkv_compute=kv_block,
-            block_q_dq=q_block,
-            block_kv_dq=kv_block,
-        ),
-        head_shards=1,
-        q_seq_shards=1,
-        interpret=interpret,
-    )

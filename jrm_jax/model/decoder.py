@@ -117,13 +117,14 @@ class DecoderAttention(nn.Module):
         barrier = None if layout.barrier is None else layout.barrier.reshape(-1)
         out = attention(
             q, k, v, segments, segments, causal_offset=prompt, prefix=prefix, barrier_B=barrier,
-            **options,
+            padded_behind=True, **options,
         ).reshape(groups, candidates * length, -1)  # fmt: skip
         if prompt:
             segments = layout.prompt_segments
             before = attention(
-                prompt_q, prompt_k, prompt_v, segments, segments, causal_offset=0, **options
-            )
+                prompt_q, prompt_k, prompt_v, segments, segments, causal_offset=0,
+                padded_behind=True, **options,
+            )  # fmt: skip
             out = jnp.concatenate([before.reshape(groups, prompt, -1), out], axis=1)
         return project_out(out), keys_values
 

@@ -16,6 +16,18 @@ from jax import Array
 REMAT = ("none", "full", "dots")
 
 
+def precision(dtype: jnp.dtype) -> jax.lax.Precision | None:
+    """Of products of arrays of this type: float32 means float32 everywhere. JAX would use TF32 on
+    NVIDIA's cards and bfloat16 on TPUs."""
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+
+def unroll_all(layers: int, platform: str) -> bool:
+    """Whether a decoder of so many layers is compiled as one piece, not as a loop over layers: a
+    small one runs faster so on a CPU. A GPU's compiler needs twice the time for it."""
+    return platform == "cpu" and layers < 8
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * scale over the last axis (Zhang and Sennrich, 2019)."""
 
@@ -39,22 +51,22 @@ def matmul(x: Array, kernel: Array) -> Array:
     (g^T x)^T: the CPU compiler then lays a wide, freshly computed g out anew for every product,
     which took a quarter of a train step, while x^T is made once for all products that read x.
     """
-    return x @ kernel
+    return jnp.matmul(x, kernel, precision=precision(x.dtype))
 
 
 def _matmul_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-    return x @ kernel, (x, kernel)
+    return jnp.matmul(x, kernel, precision=precision(x.dtype)), (x, kernel)
 
 
 def _matmul_backward(saved: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
     x, kernel = saved
     leading = tuple(range(x.ndim - 1))
-    contract = ((leading, leading), ((), ()))
+    contract, exact = ((leading, leading), ((), ())), precision(x.dtype)
     if x.shape[-1] <= 2 * grad.shape[-1]:
-        kernel_grad = jax.lax.dot_general(x, grad, contract)
+        kernel_grad = jax.lax.dot_general(x, grad, contract, precision=exact)
     else:
-        kernel_grad = jax.lax.dot_general(grad, x, contract).T
-    return grad @ kernel.T, kernel_grad
+        kernel_grad = jax.lax.dot_general(grad, x, contract, precision=exact).T
+    return jnp.matmul(grad, kernel.T, precision=exact), kernel_grad
 
 
 matmul.defvjp(_matmul_forward, _matmul_backward)

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jrm_jax.model.attention import BATCH_AXES, attention
 from jrm_jax.model.config import VisionConfig, vision_segments
-from jrm_jax.model.layers import Linear, RMSNorm, matmul, stack
+from jrm_jax.model.layers import Linear, RMSNorm, matmul, precision, stack
 from jrm_jax.model.rope import Rotary, apply_rotary, vision_rotary
 
 EPS = 1e-6
@@ -52,6 +52,7 @@ class VisionAttention(nn.Module):
     dtype: jnp.dtype
     attention: str
     mesh: Mesh | None
+    windows: bool
 
     @nn.compact
     def __call__(self, hidden_bNd: Array, segments_bN: Array, rotary: Rotary) -> Array:
@@ -64,6 +65,7 @@ class VisionAttention(nn.Module):
         out = attention(
             q, k, v, segments_bN, segments_bN,
             causal_offset=None, implementation=self.attention, mesh=self.mesh,
+            padded_behind=not self.windows,
         )  # fmt: skip
         gain = (2 * self.vision.depth) ** -0.5
         return Linear(width, self.dtype, gain=gain, name="proj")(out.reshape(rows, slots, width))
@@ -91,12 +93,15 @@ class VisionBlock(nn.Module):
     dtype: jnp.dtype
     attention: str
     mesh: Mesh | None
+    windows: bool
     collect: bool
 
     @nn.compact
     def __call__(self, hidden_bNd: Array, _: None, shared: tuple[Array, Rotary]):
         segments_bN, rotary = shared
-        attend = VisionAttention(self.vision, self.dtype, self.attention, self.mesh, name="attn")
+        attend = VisionAttention(
+            self.vision, self.dtype, self.attention, self.mesh, self.windows, name="attn"
+        )
         x = _norm(self.vision, self.dtype, "norm1")(hidden_bNd)
         hidden_bNd = hidden_bNd + attend(x, segments_bN, rotary)
         x = _norm(self.vision, self.dtype, "norm2")(hidden_bNd)
@@ -139,7 +144,8 @@ class PositionTable(nn.Module):
         # a split table would be looked up for the rows of all devices; whole, it is small
         table = _pin(table, self.mesh)
         taps_bN4d = jnp.take(table, index_bN4, axis=0).astype(jnp.float32)
-        return jnp.einsum("bnk,bnkd->bnd", weight_bN4, taps_bN4d)
+        exact = precision(taps_bN4d.dtype)
+        return jnp.einsum("bnk,bnkd->bnd", weight_bN4, taps_bN4d, precision=exact)
 
 
 class Merger(nn.Module):
@@ -189,8 +195,9 @@ class VisionTower(nn.Module):
         for number, (_, length, kind, tap) in enumerate(vision_segments(vision)):
             scanned = stack(VisionBlock, length, self.remat, self.scan_unroll)
             run = scanned(
-                vision, self.dtype, self.attention, self.mesh, collect, name=f"blocks_{number}"
-            )
+                vision, self.dtype, self.attention, self.mesh, kind == "window", collect,
+                name=f"blocks_{number}",
+            )  # fmt: skip
             hidden, outputs = run(hidden, None, (segment_ids[kind], rotary))
             blocks.append(outputs)
             if tap is not None:

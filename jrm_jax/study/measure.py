@@ -39,6 +39,7 @@ from jrm_jax.data.world.prepare import prepare_world
 from jrm_jax.data.world.text import NUMBERS
 from jrm_jax.evaluation.statistics import effective_rank
 from jrm_jax.model.backbone import Backbone
+from jrm_jax.model.layers import unroll_all
 from jrm_jax.run.workdir import CHECKPOINTS
 from jrm_jax.serving.generate import make_generate
 from jrm_jax.serving.trained import Trained, load_trained
@@ -77,7 +78,9 @@ class Model:
         pixels = (processor.mean, processor.std)
         self.backbone = backbone = Backbone(
             trained.config,
-            scan_unroll=trained.card["config"]["backbone"]["scan_unroll"] or True,
+            scan_unroll=trained.card["config"]["backbone"]["scan_unroll"]
+            or unroll_all(trained.config.text.layers, jax.default_backend())
+            or 1,
             reward_token_id=self.encoder.tokenizer.reward_id,
             through_reward=trained.through_reward,
         )
