@@ -199,10 +199,10 @@ def test_the_lowered_step_calls_splash_in_tower_and_decoder(monkeypatch):
     monkeypatch.setattr(sharding, "compiler_options", lambda mesh: None)
     texts = {}
     for backend, platform in (("tpu", "tpu"), ("gpu", "cuda")):
+        step, _, state, batch = traced(config, backbone, bucket)
         with monkeypatch.context() as patch:
             patch.setattr(jax, "default_backend", lambda name=backend: name)
             patch.setattr(cudnn.fused, "check_cudnn_version", lambda: 91000)
-            step, _, state, batch = traced(config, backbone, bucket)
             lowered = step.trace(state, batch).lower(lowering_platforms=(platform,))
         texts[platform] = lowered.as_text()
     kernels = compiling.attention_kernels(texts["tpu"])
