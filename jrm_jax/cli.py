@@ -58,9 +58,9 @@ def prepare() -> None:
     keep_memory()
     free_quietly()
     user_cache.keep_programs()
-    # No command needs PyTorch. Where it is installed, transformers imports it beside a tokenizer:
-    # 2 s of every start.
-    sys.modules.setdefault("torch", None)
+    from jrm_jax.data import template  # NumPy's threads start with it
+
+    template.hide_torch = True
     if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may hold what is no text
         sys.stdout.reconfigure(errors="backslashreplace")
 

@@ -43,3 +43,22 @@ def test_freed_memory_is_kept_in_threads_too():
 
     assert faults("keep") < 200
     assert faults("give back") > 200  # or the measurement sees nothing
+
+
+def test_commands_leave_pytorch_alone_and_others_free_to_look_for_it():
+    """Newer SciPy, which tensorflow_datasets imports, looks among the imported modules."""
+    pytest.importorskip("torch")
+    code = """
+import sys
+from jrm_jax import cli
+cli.prepare()
+from jrm_jax.data.template import import_transformers
+from jrm_jax.shell.packaged import backbones
+folder = str(backbones()["tiny_qwen3_vl"])
+import_transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
+import scipy.stats, tensorflow_datasets
+tensorflow_datasets.features
+assert "torch" not in sys.modules, "PyTorch was imported, or is still hidden"
+import torch
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

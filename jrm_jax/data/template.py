@@ -17,6 +17,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -230,14 +231,26 @@ def save_tokenizer(folder: str | Path, out: str | Path, vocab_rows: int) -> None
     wrapped.save_pretrained(out)
 
 
+# Nothing here needs PyTorch, which transformers imports beside a tokenizer where it is installed:
+# 2 s of every start. Commands set this; in a user's own program transformers keeps PyTorch.
+hide_torch = False
+
+
 def import_transformers() -> ModuleType:
     """Without its advice, given on import, that PyTorch was not found: nothing here needs it."""
     switch = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
     before = os.environ.get(switch)
     os.environ[switch] = "1"
+    hidden = hide_torch and "torch" not in sys.modules
+    if hidden:
+        sys.modules["torch"] = None
     try:
         import transformers
+
+        transformers.utils.is_torch_available()  # looks now, and never again
     finally:
+        if hidden:  # other libraries ask, too, and take None for a module
+            del sys.modules["torch"]
         os.environ.pop(switch, None)
         if before is not None:
             os.environ[switch] = before
