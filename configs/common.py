@@ -78,7 +78,7 @@ def base() -> ConfigDict:
     config.backbone.random = False  # True: random weights of that architecture
     config.backbone.compute_dtype = "float32"
     config.backbone.attention = "auto"  # auto, xla, splash or cudnn
-    config.backbone.scan_unroll = 0  # layers per turn of a stack's loop; 0: all of a small one on a CPU, else 1
+    config.backbone.scan_unroll = 0  # layers per turn of a loop; 0: all on a CPU if few, else 1
     config.backbone.positions = "mrope"  # or 1d, as released EditReward weights were trained
 
     config.data = ConfigDict()
