@@ -3,7 +3,8 @@
 
 const MOST = 8;
 const SIDE = 256; // pixels of a picture on the sheet
-const chosen = { source: [], candidates: [] }; // {file, url}
+// {file, url}; addresses stay until the page is closed: a ranking may still show the picture
+const chosen = { source: [], candidates: [] };
 let ranked = null; // {instruction, source, rows: [{picture, answer, text}]}, best first
 
 const at = (id) => document.getElementById(id);
@@ -41,7 +42,6 @@ function choose(kind, files) {
   const added = pictures.map((file) => ({ file, url: URL.createObjectURL(file) }));
   const all = kind === "source" ? added.slice(-1) : [...chosen[kind], ...added];
   if (all.length > most) complain(kind, `At most ${most}: the first ${most} are kept.`);
-  for (const one of chosen[kind]) if (!all.includes(one)) URL.revokeObjectURL(one.url);
   if (all.length || kind === "candidates") chosen[kind] = all.slice(0, most);
   show(kind);
 }
@@ -64,7 +64,6 @@ function show(kind) {
               class: "remove",
               "aria-label": `Remove ${one.file.name}`,
               onclick: () => {
-                URL.revokeObjectURL(one.url);
                 chosen[kind].splice(index, 1);
                 show(kind);
                 at(kind).focus();
@@ -105,7 +104,6 @@ at("clear").addEventListener("click", () => {
   quiet();
   at("instruction").value = "";
   for (const kind of ["source", "candidates"]) {
-    chosen[kind].forEach((one) => URL.revokeObjectURL(one.url));
     chosen[kind] = [];
     show(kind);
   }
