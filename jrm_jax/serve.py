@@ -76,7 +76,8 @@ def serve(args: argparse.Namespace) -> int:
     service = Service(limits.from_flags(args), tokens)
     server.configure_logging()
     sock = server.listen(args.host, args.port)
-    terminal.say(f"listening on http://{args.host}:{args.port}, loading {args.model}")
+    host = f"[{args.host}]" if ":" in args.host else args.host
+    terminal.say(f"listening on http://{host}:{args.port}, loading {args.model}")
     return server.run(service, lambda: _load(args, service), sock, terminal.say)
 
 

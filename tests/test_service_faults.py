@@ -140,6 +140,27 @@ def test_work_that_nobody_waits_for_is_dropped():
         assert reward(http.post("/v1/score", **form())) == 24
 
 
+def test_hanging_up_within_a_body_is_no_fault_of_the_server(capfd):
+    with serving(make_service()) as url, httpx.Client(base_url=url, trust_env=False) as http:
+        for kind in ("application/json", "multipart/form-data; boundary=x"):
+            with dial(url) as raw:
+                raw.sendall(head().replace(b"application/json", kind.encode()) + b"--x")
+                time.sleep(0.05)
+        wait_for(lambda: 'route="/v1/score",status="499"} 2.0' in http.get("/metrics").text)
+    assert "rror" not in capfd.readouterr().err
+
+
+def test_a_fault_of_our_own_is_logged_once_and_says_nothing(caplog, monkeypatch):
+    service = make_service()
+    monkeypatch.setattr(service.scorer, "score", None)  # calling it fails
+    with serving(service) as url:
+        answer = httpx.post(url + "/v1/score", trust_env=False, **form())
+    assert answer.status_code == 500 and answer.json()["error"]["code"] == "internal"
+    assert "NoneType" not in answer.text
+    (record,) = [r for r in caplog.records if r.levelname == "ERROR"]
+    assert "a request failed" in record.message and record.exc_info
+
+
 def test_a_device_error_fails_its_batch_and_the_next_one_works(capfd):
     model = FakeModel()
     with serving(make_service(model)) as url, httpx.Client(base_url=url, trust_env=False) as http:

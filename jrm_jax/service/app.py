@@ -11,6 +11,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from jrm_jax.service import example, formats, forms, openapi, refusals, wire
 from jrm_jax.service.auth import Tokens
@@ -93,7 +94,11 @@ def _add_errors(app: FastAPI, service: Service) -> None:
         log.error("a request failed", exc_info=error)
         return _json(refusals.body("internal", "a fault of the server; its log has more"), 500)
 
+    async def gone(request: Request, _: ClientDisconnect) -> Response:
+        return await refused(request, hung_up())
+
     app.add_exception_handler(Refused, refused)
+    app.add_exception_handler(ClientDisconnect, gone)
     app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(Exception, fault)
 
@@ -248,12 +253,16 @@ async def _work(request: Request, limits: Limits, work: Awaitable) -> Any:
         if task in done:
             return task.result()
         if gone in done:
-            raise Refused("gone", "the caller hung up")
+            raise hung_up()
         raise Refused("deadline", f"not answered within {limits.deadline_s:g} s: dropped")
     finally:
         for one in (task, gone):
             one.cancel()
         await asyncio.gather(task, gone, return_exceptions=True)
+
+
+def hung_up() -> Refused:
+    return Refused("gone", "the caller hung up")
 
 
 async def _gone(request: Request) -> None:

@@ -83,6 +83,9 @@ class Gate:
             if not started:
                 self._metrics.rejections.labels(refused.reason).inc()
                 await refuse(refused, answer)
+        except Exception:
+            if not started:  # otherwise it is logged and answered, see `app`
+                raise
         finally:
             self.working -= working
             self._waiting_bytes -= body.held
