@@ -92,7 +92,11 @@ def _load(args: argparse.Namespace, service) -> Scorer:
     )  # fmt: skip
     warm = model.buckets[: min(args.programs, len(model.buckets) if args.warm < 0 else args.warm)]
     model.warm(warm)
-    service.model = {"name": Path(args.model).resolve().name, "step": model.card.get("step")}
+    service.model = {
+        "name": Path(args.model).resolve().name,
+        "step": model.card.get("step"),
+        "template": model.card["stamp"]["template"],
+    }
     sizes = ", ".join(bucket.words for bucket in warm)
     terminal.say(f"ready: {len(warm)} programs of {args.batch_size} groups ({sizes})")
     return Scorer(model, service.limits, service.metrics, warm)
