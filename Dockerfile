@@ -1,18 +1,9 @@
-# Images of the project. One target for each use, the first is what launch/jobset.yaml runs:
-#   docker build --target=train -t REGION-docker.pkg.dev/PROJECT/jrm/jrm_jax:REVISION .
+# Images of the project. `train`, the last and so the default, is what launch/jobset.yaml runs:
+#   docker build -t REGION-docker.pkg.dev/PROJECT/jrm/jrm_jax:REVISION .
 #   docker build --target=serve -t jrm_jax-serve .                                    CPU
 #   docker build --target=serve --build-arg=ACCELERATOR=gpu -t jrm_jax-serve:gpu .    or tpu
 FROM python:3.11-slim AS base
 WORKDIR /jrm/code
-
-FROM base AS train
-# requirements first: a change of code does not install them again
-COPY requirements.txt requirements-tpu.txt ./
-RUN pip install --no-cache-dir -r requirements-tpu.txt
-COPY jrm_jax jrm_jax
-COPY configs configs
-COPY launch launch
-ENTRYPOINT ["launch/entrypoint.sh"]
 
 FROM base AS serve
 # cpu, gpu (CUDA comes as wheels; the host needs the driver and NVIDIA's container toolkit) or tpu
@@ -30,3 +21,12 @@ VOLUME /jrm/programs
 EXPOSE 8080
 # exec form: python is process 1 and gets SIGTERM
 ENTRYPOINT ["python", "-m", "jrm_jax.serve", "--host=0.0.0.0"]
+
+FROM base AS train
+# requirements first: a change of code does not install them again
+COPY requirements.txt requirements-tpu.txt ./
+RUN pip install --no-cache-dir -r requirements-tpu.txt
+COPY jrm_jax jrm_jax
+COPY configs configs
+COPY launch launch
+ENTRYPOINT ["launch/entrypoint.sh"]

@@ -55,12 +55,10 @@ class Batcher:
         self._changed = threading.Condition()
         self.pending = 0  # groups accepted and not answered
         self._preparing = 0  # of them, on the way here
-        self._closing = False
         self._pace = 0.1  # seconds a group takes, a running mean
         self._warm, self._compiling = set(warm), set()
         self._compiler = ThreadPoolExecutor(1, "compiler")
-        self._thread = threading.Thread(target=self._work, name="device", daemon=True)
-        self._thread.start()
+        threading.Thread(target=self._work, name="device", daemon=True).start()
 
     def ticket(self, count: int) -> Ticket:
         """Room for `count` groups, until it is closed.
@@ -86,14 +84,6 @@ class Batcher:
         """Groups in the queue, not those on the device."""
         with self._changed:
             return sum(len(q) for callers in self._queues.values() for q in callers.values())
-
-    def close(self) -> None:
-        """Returns when everything accepted has been run."""
-        with self._changed:
-            self._closing = True
-            self._changed.notify_all()
-        self._thread.join()
-        self._compiler.shutdown()
 
     # what a ticket does
 
@@ -137,11 +127,12 @@ class Batcher:
     # the device's thread
 
     def _work(self) -> None:
-        while (batch := self._next()) is not None:
-            if batch[0] in self._warm:
-                self._call(*batch)
+        while True:
+            bucket, jobs = self._next()
+            if bucket in self._warm:
+                self._call(bucket, jobs)
             else:
-                self._compiler.submit(self._first_call, *batch)
+                self._compiler.submit(self._first_call, bucket, jobs)
 
     def _first_call(self, bucket: Hashable, jobs: list[Job]) -> None:
         done = self._call(bucket, jobs)
@@ -172,7 +163,7 @@ class Batcher:
         self._observe(bucket, jobs, seconds, error)
         return error is None
 
-    def _next(self) -> tuple[Hashable, list[Job]] | None:
+    def _next(self) -> tuple[Hashable, list[Job]]:
         with self._changed:
             while True:
                 bucket, due = self._choose(time.monotonic())
@@ -180,8 +171,6 @@ class Batcher:
                     if bucket not in self._warm:
                         self._compiling.add(bucket)
                     return bucket, self._take(bucket)
-                if self._closing and not self._queues:
-                    return None
                 self._changed.wait(due if bucket is not None else None)
 
     def _choose(self, now: float) -> tuple[Hashable | None, float]:
@@ -192,7 +181,7 @@ class Batcher:
                 continue
             oldest = min(queue[0].since for queue in callers.values())
             full = sum(map(len, callers.values())) >= self.rows
-            ready = full or not self._preparing or self._closing
+            ready = full or not self._preparing
             key = (0.0 if ready else max(0.0, oldest + self._wait - now), oldest)
             if key < best_key:
                 best, best_key = bucket, key

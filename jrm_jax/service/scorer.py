@@ -48,7 +48,7 @@ class Model(Protocol):
 
 
 class Scorer:
-    """One model and all its callers."""
+    """One model and all its callers; as long as the process lives."""
 
     def __init__(self, model: Model, limits: Limits, metrics: Metrics, warm: Sequence = ()):
         self.model, self.limits, self.metrics = model, limits, metrics
@@ -97,12 +97,6 @@ class Scorer:
             return await loop.run_in_executor(self._writer, self._write, ask, how)
         finally:
             self._writing -= 1
-
-    def close(self) -> None:
-        """Returns when everything accepted has been run."""
-        self._pool.shutdown()
-        self._writer.shutdown()
-        self.batcher.close()
 
     # in threads
 
