@@ -63,7 +63,9 @@ def base() -> ConfigDict:
     config.log_interval = 10
     config.best_metric = "auto"  # of `valid`; auto: pair_accuracy, or -language without ranking
     config.trainable = (".*",)  # patterns of the parameters that learn; the others are frozen
-    config.remat = "none"  # none, dots or full: what the backward pass computes again
+    # What the backward pass computes again: none, dots (all but products), narrow (and the wide
+    # products of MLPs), full; auto: the least that fits. A CPU has room for none
+    config.remat = "none"
     config.profile = ()  # steps to trace into WORKDIR/profile
     config.heartbeat_seconds = 60.0  # every process says where it is; 0: never
     config.watchdog_seconds = 1800.0  # without a sign of life the process ends; 0: never
@@ -155,7 +157,7 @@ def real_backbone(config: ConfigDict, variant: str) -> ConfigDict:
     config.backbone.path = ""  # must be given: a Hugging Face folder, or a name of the Hub
     config.backbone.compute_dtype = "bfloat16"
     config.backbone.scan_unroll = 1  # one layer is compiled, not all: minutes, and memory
-    config.remat = "full"
+    config.remat = "auto"
     config.batch_size = 64
     config.total_steps = 10_000
     config.eval_interval = config.save_interval = 500

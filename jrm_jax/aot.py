@@ -53,8 +53,10 @@ def _main() -> int:
         raise UserError(f"--steps={','.join(_STEPS.value)}: use train, score or both")
     topology = parse_topology(_TOPOLOGY.value, _SLICES.value)
     os.environ["JAX_PLATFORMS"] = "cpu"  # nothing runs here, least of all on an accelerator
+    from jrm_jax import build
     from jrm_jax.planning import compiling, fitting
     from jrm_jax.run.check_config import check_config
+    from jrm_jax.run.fit import OutOfMemory
 
     config = _CONFIG.value
     check_config(config)
@@ -73,11 +75,13 @@ def _main() -> int:
     )
     if _FIND.value:
         case = fitting.find(case, _say)
+    elif config.remat == build.AUTO and "train" in _STEPS.value:
+        case = fitting.settle(case, _say)
     reports, failed = [], ""
     for which in _STEPS.value:
         try:
             reports.append(fitting.report(case, which))
-        except compiling.OutOfMemory as error:
+        except OutOfMemory as error:
             failed = fitting.advice(case, which, error)
     if reports:
         print(fitting.table(case, reports))

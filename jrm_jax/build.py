@@ -24,9 +24,17 @@ from jrm_jax.model.config import BackboneConfig, load_config
 from jrm_jax.model.layers import unroll_all
 from jrm_jax.reward_head import HeadStart, read_head_start
 from jrm_jax.run.check_data import reads_critiques
-from jrm_jax.step import LossConfig, TrainState, make_eval_step, make_forward, make_train_step
+from jrm_jax.step import (
+    Forward,
+    LossConfig,
+    TrainState,
+    make_eval_step,
+    make_forward,
+    make_train_step,
+)
 
 EVERYTHING = ".*"  # the default of config.trainable
+AUTO = "auto"  # config.remat: a run takes what fits, see `run.fit`
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -53,7 +61,7 @@ def make_backbone(
     return Backbone(
         backbone,
         dtype=DTYPES[config.backbone.compute_dtype],
-        remat=config.remat,
+        remat="none" if config.remat == AUTO else config.remat,
         attention=config.backbone.attention,
         scan_unroll=config.backbone.scan_unroll
         or unroll_all(backbone.text.layers, mesh.devices.flat[0].platform)
@@ -248,11 +256,19 @@ def abstract_state(
     return sharding.placed(state, sharding.state_shardings(state, mesh)), (optimizer, schedule)
 
 
+def loss_config(config: ConfigDict) -> LossConfig:
+    return LossConfig(**{name: config.loss[name] for name in LossConfig._fields})
+
+
+def make_run_forward(config: ConfigDict, backbone: Backbone, data: Data) -> Forward:
+    """The forward pass of a run's steps, with its losses."""
+    processor, loss = data.encoder.processor, loss_config(config)
+    return make_forward(backbone, processor.mean, processor.std, loss, lora_scale(config))
+
+
 def make_steps(config: ConfigDict, backbone: Backbone, data: Data, optimizer, state: TrainState):
     """(train_step, eval_step), jitted; the training state is donated."""
-    loss = LossConfig(**{name: config.loss[name] for name in LossConfig._fields})
-    processor = data.encoder.processor
-    forward = make_forward(backbone, processor.mean, processor.std, loss, lora_scale(config))
+    forward, loss = make_run_forward(config, backbone, data), loss_config(config)
     train_step = make_train_step(forward, optimizer, loss, config.accumulation, config.total_steps)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     options = sharding.compiler_options(shardings.step.mesh)

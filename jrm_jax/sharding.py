@@ -313,9 +313,14 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(BATCH_AXES))
 
 
+def batch_places(mesh: Mesh) -> int:
+    """Over how many places the rows of a batch are spread."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
 def check_batch_size(batch_size: int, mesh: Mesh, accumulation: int = 1) -> None:
     """Raise UserError unless every microbatch gives each place of data * fsdp as many rows."""
-    places = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    places = batch_places(mesh)
     if batch_size < 1 or batch_size % (places * accumulation):
         sizes = " x ".join(f"{axis} {mesh.shape[axis]}" for axis in BATCH_AXES)
         parts = f" x {accumulation} microbatches" if accumulation > 1 else ""
@@ -344,7 +349,7 @@ def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Ar
         UserError: the number of rows does not fit the mesh.
     """
     sharding = batch_sharding(mesh)
-    places = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    places = batch_places(mesh)
     here = len(local_rows(places, mesh))
     sizes = {name: len(array) for name, array in batch.items()}
     rows = next(iter(sizes.values()))

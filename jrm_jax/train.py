@@ -31,6 +31,7 @@ from jrm_jax.metrics import Accumulator, Window, Writer
 from jrm_jax.run import backbones, check_data
 from jrm_jax.run import workdir as files
 from jrm_jax.run.check_config import check_config
+from jrm_jax.run.fit import Fitting
 from jrm_jax.run.held_out import HeldOut
 from jrm_jax.run.lock import Lock, hold
 from jrm_jax.run.programs import EVALUATE, TRAIN, Programs, buckets_met
@@ -131,10 +132,13 @@ class _Run:
         )
         self.trace = Trace(config.profile, workdir / "profile")
         watched = {"stop": stop, "watchdog": self.watchdog, "show": self.writer.show}
+        parts = (backbone_config, self.data, optimizer, self.state)
+        self.fitting = Fitting(config, *parts, say=self.writer.say)
         self.programs = Programs(
             {TRAIN: self.train_step, EVALUATE: self.eval_step},
             buckets_met(self.data, self.start, config.total_steps),
             self.data.buckets,
+            limit=self.fitting.limit,
             say=self.writer.say,
             **watched,
         )
@@ -174,7 +178,7 @@ class _Run:
         saved = self.start if self.start else -1
         try:
             with batches, self.watchdog:
-                if not self.programs.prepare_ahead(config, self.data, self.mesh, self.state):
+                if not self._prepare():
                     return self._stopped(self.start)
                 self.window.begin()
                 for step in range(self.start, total + 1):
@@ -220,6 +224,17 @@ class _Run:
         finally:
             self.trace.close(self.state)
             self.writer.close()
+
+    def _prepare(self) -> bool:
+        """What is compiled before the first step: on the CPU everything, elsewhere the largest
+        train step, which must fit. False: given up."""
+        if self.mesh.devices.flat[0].platform == "cpu":
+            return self.programs.prepare_ahead(self.config, self.data, self.mesh, self.state)
+
+        def keep(step: Any) -> None:
+            self.train_step = step
+
+        return self.fitting.search(self.programs, TRAIN, keep)
 
     def _stopped(self, step: int) -> int:
         """The exit status; says that nothing of it is lost."""

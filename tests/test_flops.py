@@ -8,6 +8,7 @@ from jax.extend.core import jaxprs_in_params
 
 from jrm_jax import build
 from jrm_jax.data.buckets import Bucket
+from jrm_jax.model.layers import REMAT
 from jrm_jax.model.published import PUBLISHED
 from jrm_jax.planning import compiling
 from jrm_jax.run import flops
@@ -78,7 +79,10 @@ def test_train_flops_follow_what_is_trained_and_recomputed():
     stacks = sum(sum(parts[name]) for name in ("blocks", "layers")) - fc2 - down
     assert count(remat="full").again == stacks
     assert count(remat="full").model == whole.model
-    assert 0 < count(remat="dots").again < stacks
+    attention = sum(parts[name].attention for name in ("blocks", "layers"))
+    assert count(remat="dots").again == attention
+    fc1, gate_and_up = fc2, 2 * down
+    assert count(remat="narrow").again == attention + fc1 + gate_and_up < stacks
     assert count(chunk=8).again == parts["language_head"].linear
     head = count(("reward_head",), remat="full")
     assert head == (forward, 0)  # nothing before the head is trained: one forward pass
@@ -89,7 +93,7 @@ def test_train_flops_follow_what_is_trained_and_recomputed():
     assert decoder.model == tower + 3 * sum(parts["layers"]) + head_inputs
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("remat", REMAT)
 def test_train_flops_are_those_of_the_program(remat):
     config, backbone, bucket = small_case()
     config.optimizer.name = "adam"
@@ -99,7 +103,7 @@ def test_train_flops_are_those_of_the_program(remat):
     parts = flops.forward_flops(backbone, bucket)
     rectangles = flops.forward_flops(backbone, bucket, causal=False)
     extra = sum(rectangles[n].attention - parts[n].attention for n in parts)
-    extra *= 4 if remat == "full" else 3
+    extra *= 3 if remat == "none" else 4
     # what the program is traced with and the compiler drops: the pixels' gradient
     dropped = parts["patches"].linear
     assert found == ours.model + ours.again + extra + dropped + not_counted(backbone, bucket, 3, 2)

@@ -52,7 +52,7 @@ class Backbone(nn.Module):
 
     Fields:
         dtype: compute dtype.
-        remat: 'none', 'full' or 'dots' (see `layers.stack`).
+        remat: see `layers.stack`.
         attention: see `attention.IMPLEMENTATIONS`.
         scan_unroll: layers per loop iteration; True unrolls every stack.
         hidden_sharding: pins the hidden state [B, S, D] between layers; its mesh also tells

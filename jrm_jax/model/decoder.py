@@ -75,7 +75,9 @@ class DecoderAttention(nn.Module):
         groups, slots, _ = x_BSD.shape
 
         def project(name: str, heads: int) -> Array:
-            linear = Linear(heads * text.head_dim, self.dtype, bias=text.qkv_bias, name=name)
+            linear = Linear(
+                heads * text.head_dim, self.dtype, bias=text.qkv_bias, narrow=True, name=name
+            )
             return linear(x_BSD).reshape(groups, slots, heads, text.head_dim)
 
         q, k, v = project("q", text.heads), project("k", text.kv_heads), project("v", text.kv_heads)
@@ -89,7 +91,9 @@ class DecoderAttention(nn.Module):
             "mesh": None if sharding is None else sharding.mesh,
         }
         gain = (2 * text.layers) ** -0.5
-        project_out = Linear(text.hidden, self.dtype, bias=False, gain=gain, name="o")
+        project_out = Linear(
+            text.hidden, self.dtype, bias=False, gain=gain, narrow=True, name="o"
+        )
         if cache is not None:
             put = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=1)
             own_k, own_v = (

@@ -12,8 +12,13 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
-REMAT = ("none", "full", "dots")
+# What the backward pass computes again, the least first; see `stack`.
+REMAT = ("none", "dots", "narrow", "full")
+NARROW = "narrow"  # a result that is about as wide as the hidden state
+# Primitives of attention kernels' forward passes: cuDNN's, and Pallas' (splash).
+KERNELS = ("dot_product_attention_fwd_wrapper", "pallas_call")
 
 
 def precision(dtype: jnp.dtype) -> jax.lax.Precision | None:
@@ -73,12 +78,14 @@ matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 class Linear(nn.Module):
-    """x @ kernel (+ bias) (+ x @ lora_a @ lora_b). `gain` scales the random initial kernel only."""
+    """x @ kernel (+ bias) (+ x @ lora_a @ lora_b). `gain` scales the random initial kernel only;
+    `narrow` is for `stack`'s remat."""
 
     width: int
     dtype: jnp.dtype
     bias: bool = True
     gain: float = 1.0
+    narrow: bool = False
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -94,7 +101,20 @@ class Linear(nn.Module):
         if self.bias:
             bias = self.param("bias", nn.initializers.zeros, (self.width,), jnp.float32)
             out = out + bias.astype(self.dtype)
-        return out
+        return checkpoint_name(out, NARROW) if self.narrow else out
+
+
+def _keep_kernels(primitive, *_, **__) -> bool:
+    return primitive.name in KERNELS
+
+
+_policies = jax.checkpoint_policies
+_keep_narrow = _policies.save_from_both_policies(
+    _policies.save_only_these_names(NARROW), _keep_kernels
+)
+_keep_dots = _policies.save_from_both_policies(
+    _policies.dots_with_no_batch_dims_saveable, _keep_kernels
+)
 
 
 def stack(
@@ -104,14 +124,13 @@ def stack(
 
     The layer's call is (carry, scanned, shared) -> (carry, output): `scanned` leads with the layer
     axis, `shared` is the same for all layers. `remat`: 'none' keeps everything for the backward
-    pass, 'full' only the carries, 'dots' also the results of unbatched matrix products.
+    pass, 'full' only the carries, 'narrow' also the results of `Linear`s that say so and of
+    attention kernels, 'dots' those of all unbatched matrix products and of attention kernels.
     """
     if remat not in REMAT:
         raise ValueError(f"remat {remat!r}: use one of {', '.join(REMAT)}")
     if remat != "none":
-        policy = None
-        if remat == "dots":
-            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        policy = {"full": None, "narrow": _keep_narrow, "dots": _keep_dots}[remat]
         # inside a rolled loop nothing can be merged with the forward pass anyway
         layer = nn.remat(layer, policy=policy, prevent_cse=unroll is True)
     return nn.scan(

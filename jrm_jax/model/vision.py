@@ -58,7 +58,7 @@ class VisionAttention(nn.Module):
     def __call__(self, hidden_bNd: Array, segments_bN: Array, rotary: Rotary) -> Array:
         rows, slots, width = hidden_bNd.shape
         heads = self.vision.heads
-        qkv = Linear(3 * width, self.dtype, name="qkv")(hidden_bNd)
+        qkv = Linear(3 * width, self.dtype, narrow=True, name="qkv")(hidden_bNd)
         qkv = qkv.reshape(rows, slots, 3, heads, width // heads)
         q, k, v = (x[:, :, 0] for x in jnp.split(qkv, 3, axis=2))
         q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
@@ -68,7 +68,8 @@ class VisionAttention(nn.Module):
             padded_behind=not self.windows,
         )  # fmt: skip
         gain = (2 * self.vision.depth) ** -0.5
-        return Linear(width, self.dtype, gain=gain, name="proj")(out.reshape(rows, slots, width))
+        project_out = Linear(width, self.dtype, gain=gain, narrow=True, name="proj")
+        return project_out(out.reshape(rows, slots, width))
 
 
 class VisionMLP(nn.Module):

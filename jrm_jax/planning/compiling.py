@@ -24,7 +24,8 @@ from jrm_jax.errors import UserError
 from jrm_jax.model.config import BackboneConfig
 from jrm_jax.model.published import PIXELS, PUBLISHED, UNUSED_TOKEN
 from jrm_jax.planning.chips import Topology
-from jrm_jax.step import make_score_step
+from jrm_jax.run.fit import bytes_per_device, compile_within
+from jrm_jax.step import Forward, TrainState, make_score_step
 
 # libtpu would ask a cloud machine's metadata server what it runs on; two compiles may run at once
 ENVIRONMENT = {
@@ -33,15 +34,6 @@ ENVIRONMENT = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
-_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-
-
-class OutOfMemory(Exception):
-    """The compiler found no way to fit; `needed` and `available` are bytes of a device, or None."""
-
-    def __init__(self, message: str):
-        super().__init__(message)
-        self.needed, self.available = parse_out_of_memory(message)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,14 +139,23 @@ def stand_in_encoder(config: ConfigDict, backbone: BackboneConfig) -> Any:
     )
 
 
+def train_parts(
+    config: ConfigDict, backbone: BackboneConfig, mesh: Any
+) -> tuple[Forward, TrainState, Any]:
+    """(forward pass, abstract state, jitted train step) of a run with this config."""
+    encoder = stand_in_encoder(config, backbone)
+    module = build.make_backbone(config, backbone, mesh, encoder.tokenizer.reward_id)
+    state, (optimizer, _) = build.abstract_state(config, backbone, mesh)
+    data: Any = SimpleNamespace(encoder=encoder)
+    step, _ = build.make_steps(config, module, data, optimizer, state)
+    return build.make_run_forward(config, module, data), state, step
+
+
 def compile_train(
     config: ConfigDict, backbone: BackboneConfig, bucket: Bucket, mesh: Any
 ) -> Compiled:
     """The train step. Raises OutOfMemory."""
-    encoder = stand_in_encoder(config, backbone)
-    module = build.make_backbone(config, backbone, mesh, encoder.tokenizer.reward_id)
-    state, (optimizer, _) = build.abstract_state(config, backbone, mesh)
-    step, _ = build.make_steps(config, module, SimpleNamespace(encoder=encoder), optimizer, state)
+    _, state, step = train_parts(config, backbone, mesh)
     batch = abstract_batch(config, backbone, bucket, mesh)
     params = bytes_per_device((state.trainable, state.frozen))
     return _compile(
@@ -183,27 +184,11 @@ def compile_score(
     return _compile(step, (params, batch), bytes_per_device(params), 0, bytes_per_device(batch))
 
 
-def bytes_per_device(tree: Any) -> int:
-    """Bytes that each device holds of arrays or shapes with shardings."""
-    total = 0
-    for leaf in jax.tree.leaves(tree):
-        size = leaf.dtype.itemsize
-        for length in leaf.sharding.shard_shape(leaf.shape):
-            size *= length
-        total += size
-    return total
-
-
 def _compile(step: Any, arguments: tuple, params: int, optimizer: int, batch: int) -> Compiled:
     start, busy = time.monotonic(), time.process_time()
     lowered = step.lower(*arguments)
     kernels = attention_kernels(lowered.as_text())
-    try:
-        program = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" in str(error):
-            raise OutOfMemory(str(error)) from error
-        raise
+    program = compile_within(lowered, None)  # this compiler gives up where it does not fit
     seconds, busy = time.monotonic() - start, time.process_time() - busy
     memory = program.memory_analysis()
     return Compiled(
@@ -233,20 +218,3 @@ def attention_kernels(module: str) -> tuple[str, ...]:
         shape = shapes[0].rstrip("x").replace("x", ", ") if shapes else ""
         found.append(f"{name} [{shape}]")
     return tuple(dict.fromkeys(found))
-
-
-def parse_out_of_memory(message: str) -> tuple[int | None, int | None]:
-    """(bytes needed, bytes available) from XLA's words, None where they do not say.
-
-    Where it gives up before it has a plan it names the temporaries alone: then more is needed.
-    """
-    number = r"([\d.]+)([KMGT]?)i?B?"
-
-    def bytes_of(*patterns: str) -> int | None:
-        found = next(filter(None, (re.search(pattern, message) for pattern in patterns)), None)
-        return None if found is None else int(float(found[1]) * _UNITS[found[2]])
-
-    return (
-        bytes_of(rf"[Uu]sed {number} of", rf"temporaries \({number}\) exceed"),
-        bytes_of(rf"of {number} hbm", rf"available HBM \({number}\)"),
-    )

@@ -23,10 +23,9 @@ from jrm_jax.model.layers import REMAT
 from jrm_jax.planning import compiling
 from jrm_jax.planning.chips import GIB, Chip, Topology
 from jrm_jax.planning.collectives import Collectives, Traffic, read_collectives
+from jrm_jax.run.fit import SMALLER, OutOfMemory, first_fit, gib, least_bytes
 from jrm_jax.run.flops import StepFlops, score_flops, train_flops
 
-CHEAPEST_FIRST = ("none", "dots", "full")  # what the backward pass computes again
-assert set(CHEAPEST_FIRST) == set(REMAT)
 _LARGEST = 64  # groups per place of the mesh that the search tries, at most
 
 
@@ -43,6 +42,7 @@ class Case:
     critique: int
     candidates: int
     images: int
+    ready: compiling.Compiled | None = None  # the train step, where it is compiled already
 
     def bucket(self, which: str) -> Bucket:
         language = which == "train" and build_data.reads_critiques(self.config)
@@ -56,25 +56,35 @@ class Case:
         return build.make_mesh(self.config, self.backbone, self.devices, check_batch)
 
     def compile(self, which: str) -> compiling.Compiled:
+        if which == "train" and self.ready is not None:
+            return self.ready
         step = {"train": compiling.compile_train, "score": compiling.compile_score}[which]
         return step(self.config, self.backbone, self.bucket(which), self.mesh())
 
-    def flops(self, which: str) -> StepFlops:
-        """Of one group."""
+    def flops(self, which: str, flash: bool) -> StepFlops:
+        """Of one group. `flash`: see `train_flops`."""
         bucket = self.bucket(which)
         if which == "score":
             return score_flops(self.backbone, bucket)
         state, _ = build.abstract_state(self.config, self.backbone, self.mesh())
         return train_flops(
             self.backbone, bucket, state.trainable, state.frozen, self.config.remat,
-            self.config.loss.chunk,
+            self.config.loss.chunk, flash,
         )  # fmt: skip
+
+    def may_fit(self) -> bool:
+        """Whether the train step's least need is no more than a device has."""
+        mesh = self.mesh()
+        forward, state = compiling.train_parts(self.config, self.backbone, mesh)[:2]
+        batch = compiling.abstract_batch(self.config, self.backbone, self.bucket("train"), mesh)
+        has = self.topology.chip.memory / self.topology.chip.devices
+        return least_bytes(forward, state, batch, self.config.accumulation) <= has
 
     def with_(self, batch_size: int, remat: str) -> Case:
         config = self.config.copy_and_resolve_references()
         with config.unlocked():
             config.batch_size, config.remat = batch_size, remat
-        return dataclasses.replace(self, config=config)
+        return dataclasses.replace(self, config=config, ready=None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,11 +131,11 @@ class Report:
 
 
 def report(case: Case, which: str) -> Report:
-    """Compile a step and count. Raises compiling.OutOfMemory."""
+    """Compile a step and count. Raises OutOfMemory."""
     compiled = case.compile(which)
     topology, groups = case.topology, case.config.batch_size
     collectives = read_collectives(compiled.program, len(case.devices), topology.slices)
-    flops = StepFlops(*(groups * each for each in case.flops(which)))
+    flops = StepFlops(*(groups * each for each in case.flops(which, bool(compiled.attention))))
     return Report(
         which=which,
         compiled=compiled,
@@ -172,50 +182,54 @@ def find(case: Case, say: Callable[[str], None]) -> Case:
         UserError: not even one group per place fits.
     """
     mesh = case.mesh(check_batch=False)
-    step = math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES) * case.config.accumulation
+    step = sharding.batch_places(mesh) * case.config.accumulation
     best = None
     for groups in (2**n for n in range(_LARGEST.bit_length())):
-        tried = case.with_(groups * step, CHEAPEST_FIRST[-1])
-        failure = _try(tried, say)
+        tried, failure = _try(case.with_(groups * step, REMAT[-1]), say)
         if failure:
             if best is None:
                 raise UserError(failure)
             break
         best = tried
-    for remat in CHEAPEST_FIRST[:-1]:
-        tried = case.with_(best.config.batch_size, remat)
-        if not _try(tried, say):
-            return tried
-    return best
+    return settle(best, say)
 
 
-def _try(case: Case, say: Callable[[str], None]) -> str:
-    """'' where the train step fits, else what `advice` says."""
+def settle(case: Case, say: Callable[[str], None]) -> Case:
+    """The case with the least remat that fits; the most where none does."""
+    size, found = case.config.batch_size, case.with_(case.config.batch_size, REMAT[-1])
+    if case.ready is not None:  # the most is known to fit
+        found = case
+
+    def fits(remat: str) -> bool:
+        nonlocal found
+        tried, failure = _try(case.with_(size, remat), say)
+        found = found if failure else tried
+        return not failure
+
+    first_fit(REMAT[:-1], lambda remat: case.with_(size, remat).may_fit(), fits)
+    return found
+
+
+def _try(case: Case, say: Callable[[str], None]) -> tuple[Case, str]:
+    """(the case with its train step compiled, '') where that fits, else what `advice` says."""
     words = f"batch_size {case.config.batch_size}, remat {case.config.remat}"
     try:
         compiled = case.compile("train")
-    except compiling.OutOfMemory as error:
-        say(f"{words}: does not fit{_by_how_much(error)}")
-        return advice(case, "train", error)
-    say(f"{words}: fits, {_gib(compiled.peak)} at the peak ({compiled.seconds:.0f} s)")
-    return ""
+    except OutOfMemory as error:
+        say(f"{words}: does not fit{error.by_how_much}")
+        return case, advice(case, "train", error)
+    say(f"{words}: fits, {gib(compiled.peak)} at the peak ({compiled.seconds:.0f} s)")
+    return dataclasses.replace(case, ready=compiled), ""
 
 
-def _by_how_much(error: compiling.OutOfMemory) -> str:
-    if error.needed is None or error.available is None:
-        return ""
-    over = error.needed - error.available
-    return f": {_gib(error.needed)} of {_gib(error.available)}, {_gib(over)} too much"
-
-
-def advice(case: Case, which: str, error: compiling.OutOfMemory) -> str:
+def advice(case: Case, which: str, error: OutOfMemory) -> str:
     """One line: by how much a step does not fit, and what would help, the cheapest first."""
     config = case.config
     mesh = case.mesh()
-    places = math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES)
+    places = sharding.batch_places(mesh)
     hints = []
-    if which == "train" and config.remat != CHEAPEST_FIRST[-1]:
-        hints.append(f"--config.remat={CHEAPEST_FIRST[-1]}")
+    if which == "train" and config.remat != REMAT[-1]:
+        hints.append(f"--config.remat={REMAT[-1]}")
     if config.batch_size > places * config.accumulation:
         half = config.batch_size // 2
         hints.append(f"--config.batch_size={half}")
@@ -225,11 +239,11 @@ def advice(case: Case, which: str, error: compiling.OutOfMemory) -> str:
         wider = mesh.shape["tensor"] * 2
         hints.append(f"--config.mesh.tensor={wider} with a batch of {places // 2} groups")
     if which == "train" and tuple(config.trainable) == (".*",):
-        hints.append("--config.lora.rank=16 or fewer patterns in --config.trainable (docs/pods.md)")
+        hints.append(f"{SMALLER} (docs/pods.md)")
     hints.append("fewer tokens, or more chips")
     return (
         f"the {which} step of {config.get('variant') or 'this backbone'} does not fit on "
-        f"{case.topology.name}{_by_how_much(error)}. Try {', or '.join(hints)}"
+        f"{case.topology.name}{error.by_how_much}. Try {', or '.join(hints)}"
     )
 
 
@@ -252,13 +266,13 @@ def table(case: Case, reports: list[Report]) -> str:
     def row(name: str, value: Callable[[Report], str]) -> None:
         rows.append((name, [value(each) for each in reports]))
 
-    row("parameters / device", lambda r: _gib(r.compiled.params))
-    row("optimizer state / device", lambda r: _gib(r.compiled.optimizer))
-    row("batch / device", lambda r: _gib(r.compiled.batch))
-    row("activations / device", lambda r: _gib(r.compiled.activations))
+    row("parameters / device", lambda r: gib(r.compiled.params))
+    row("optimizer state / device", lambda r: gib(r.compiled.optimizer))
+    row("batch / device", lambda r: gib(r.compiled.batch))
+    row("activations / device", lambda r: gib(r.compiled.activations))
     memory = chip.memory / len(case.devices) * case.topology.chips
-    row("peak / device", lambda r: f"{_gib(r.compiled.peak)} of {memory / GIB:.0f}")
-    row("  allotted", lambda r: _gib(r.compiled.allotted))
+    row("peak / device", lambda r: f"{gib(r.compiled.peak)} of {memory / GIB:.0f}")
+    row("  allotted", lambda r: gib(r.compiled.allotted))
     row("FLOPs / step", lambda r: f"{r.flops.model:.3g}")
     row("  computed again", lambda r: f"{r.flops.again:.3g}")
     row("FLOPs / pair", lambda r: f"{r.flops.model / r.pairs:.3g}")
@@ -283,10 +297,6 @@ def table(case: Case, reports: list[Report]) -> str:
     return "\n".join(lines)
 
 
-def _gib(count: float) -> str:
-    return f"{count / GIB:.2f} GiB"
-
-
 def _traffic(collectives: Collectives, where: str, kind: str) -> str:
     sent: Traffic | None = getattr(collectives, where).get(kind)
-    return "-" if sent is None else f"{sent.count} x, {_gib(sent.bytes)}"
+    return "-" if sent is None else f"{sent.count} x, {gib(sent.bytes)}"

@@ -23,7 +23,7 @@ def held(model: str, way: dict[str, object], count: int) -> tuple[float, float]:
     from configs import joint
     from jrm_jax import build
     from jrm_jax.model.published import PUBLISHED
-    from jrm_jax.planning.compiling import bytes_per_device
+    from jrm_jax.run.fit import bytes_per_device
 
     config = joint.get_config(model)
     config.update_from_flattened_dict({**way, "mesh.data": 1, "mesh.fsdp": count})

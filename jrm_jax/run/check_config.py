@@ -120,7 +120,7 @@ RULES = {
     "log_interval": INTERVAL,
     "best_metric": _one_of(("auto", *METRICS)),
     "trainable": PATTERNS,
-    "remat": _one_of(REMAT),
+    "remat": _one_of(("auto", *REMAT)),
     "profile": _each(_is_whole, "a list of steps"),
     "heartbeat_seconds": NEVER,
     "watchdog_seconds": NEVER,

@@ -113,8 +113,10 @@ def train_flops(
     frozen: Mapping[str, Any],
     remat: str,
     chunk: int,
+    flash: bool = False,
 ) -> StepFlops:
-    """Of a group in the train step.
+    """Of a group in the train step. `flash`: attention is done by a kernel, whose results are
+    kept unless `remat` is 'full'.
 
     A frozen kernel needs no gradient, and a part needs none for its input where nothing before it
     is trained. A tied head counts as its embedding table.
@@ -143,8 +145,14 @@ def train_flops(
         before = before or here
         if before:  # else nothing is kept, or made again, for a backward pass
             if name in _REMAT:
-                layers = linear + attention - last[name]
-                again += {"none": 0, "dots": attention, "full": layers}[remat]
+                attended = 0 if flash else attention
+                gated = name == "layers" or backbone.family != "qwen3_vl"
+                again += {
+                    "none": 0,
+                    "dots": attended,
+                    "narrow": attended + last[name] * (1 + gated),
+                    "full": linear + attention - last[name],
+                }[remat]
             elif name == "language_head" and 0 < chunk < bucket.candidates * bucket.critique:
                 again += linear
     return StepFlops(model, again)

@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 from jrm_jax.build_data import Data, place
 from jrm_jax.data.buckets import Bucket
 from jrm_jax.data.pipeline import empty_batch
+from jrm_jax.run.fit import compile_within
 from jrm_jax.shell.stop import StopRequest
 from jrm_jax.step import TrainState
 from jrm_jax.watch import Watchdog
@@ -40,6 +41,7 @@ class Programs:
         steps: {TRAIN: jitted step, EVALUATE: ...}.
         wanted: {TRAIN: buckets that will be met, ...}; for the count, others may come.
         buckets: all of the run, in the order in which it numbers them.
+        limit: bytes of a device that one program may plan with; None: not known.
         say: for lines; `show`: for a few words that change, '' when it is over.
     """
 
@@ -48,6 +50,7 @@ class Programs:
         steps: Mapping[str, Any],
         wanted: Mapping[str, Collection[Bucket]],
         buckets: Sequence[Bucket],
+        limit: int | None = None,
         *,
         stop: StopRequest,
         watchdog: Watchdog,
@@ -56,7 +59,7 @@ class Programs:
     ):
         # the largest first: it takes longest
         self.wanted = [(k, bucket) for k in steps for bucket in sorted(wanted[k], reverse=True)]
-        self._steps, self._buckets = steps, list(buckets)
+        self._steps, self._buckets, self._limit = dict(steps), list(buckets), limit
         self._stop, self._watchdog, self._say, self._show = stop, watchdog, say, show
         self._ready: set[Key] = set()
         self._last = 0.0  # seconds that the last one took
@@ -106,11 +109,21 @@ class Programs:
         self._say(f"compiled in {time.monotonic() - began:.0f} s")
         return True
 
+    def use(self, kind: str, step: Any) -> None:
+        """From now on `step` is compiled, of which nothing is yet."""
+        self._steps[kind] = step
+        self._ready -= {key for key in self._ready if key[0] == kind}
+
+    def largest(self, kind: str) -> Key | None:
+        """Of those that will be wanted, the one that takes most memory."""
+        keys = [key for key in self.wanted if key[0] == kind]
+        return max(keys, key=lambda key: key[1].cost, default=None)
+
     def prepare_ahead(self, config: ConfigDict, data: Data, mesh: Mesh, state: TrainState) -> bool:
         """All that will be wanted, before the first step, where a program is compiled by one core:
         on the CPU. Elsewhere, and where processes must go on together, each is compiled when it is
         first needed. Returns: as `prepare`."""
-        if mesh.devices.flat[0].platform != "cpu" or jax.process_count() > 1:
+        if jax.process_count() > 1:
             return True
         inputs: dict[Key, tuple] = {}
         for kind, bucket in self.wanted:
@@ -128,7 +141,7 @@ class Programs:
             told.put((key, None, None))
             began, error = time.monotonic(), None
             try:
-                self._steps[key[0]].lower(*inputs[key]).compile()
+                compile_within(self._steps[key[0]].lower(*inputs[key]), self._limit)
             except BaseException as raised:  # the main thread's to report
                 error = raised
             told.put((key, time.monotonic() - began, error))

@@ -17,10 +17,11 @@ from jrm_jax.shell.report import difference, flat
 
 CONFIG, RESULTS, CHECKPOINTS = "config.json", "results.json", "checkpoints"
 FINAL = "final.json"  # splits of the final evaluation that are read; results.json follows
-# A run may be watched otherwise; its batches, which stay the same, may be made by other hands; and
-# its backbone may have moved (`backbones` knows it again).
+# A run may be watched otherwise; its batches, which stay the same, may be made by other hands; its
+# backward pass may compute more or less again, and its backbone may have moved (`backbones` knows
+# it again).
 FREE = (
-    "heartbeat_seconds", "profile", "watchdog_seconds", "data.workers", "data.prefetch",
+    "heartbeat_seconds", "profile", "watchdog_seconds", "data.workers", "data.prefetch", "remat",
     "backbone.path",
 )  # fmt: skip
 LONGEST = 60  # characters of the data sets' names

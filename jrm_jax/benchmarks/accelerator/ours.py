@@ -24,12 +24,14 @@ from jrm_jax.benchmarks.accelerator import case, timing
 from jrm_jax.benchmarks.accelerator.trace import kernels
 from jrm_jax.model.config import BackboneConfig, load_config
 from jrm_jax.model.weights import load_params
-from jrm_jax.planning.compiling import stand_in_encoder
+from jrm_jax.planning.compiling import stand_in_encoder, train_parts
+from jrm_jax.run import fit
 from jrm_jax.run.flops import score_flops, train_flops
 from jrm_jax.step import TrainState, make_score_step
 
 Row = dict[str, Any]
 GIB = 2**30
+HOMES = {"splash": "tpu", "cudnn": "gpu"}  # attention that runs nowhere else
 
 
 def product(sizes: case.Sizes) -> Iterator[Row]:
@@ -55,7 +57,10 @@ def train(
 ) -> Iterator[Row]:
     """The joint step with random weights, with the first of `remats` that fits; a row for each that
     was tried. `profile`: a last row has what ran on the device in a step."""
-    backbone = case.architecture(model, tiny)
+    backbone, here = case.architecture(model, tiny), jax.default_backend()
+    if (home := HOMES.get(attention, here)) != here:
+        yield {"model": model, "failed": f"attention {attention} is for a {home}, this is a {here}"}
+        return
     for remat in remats:
         row: Row = {
             "model": model, "trains": "adapters" if adapters else "everything",
@@ -64,34 +69,32 @@ def train(
         config = case.make_config(model, sizes, adapters, attention, remat)
         try:
             numbers, run = _train(config, backbone, sizes)
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
+        except (fit.OutOfMemory, jax.errors.JaxRuntimeError) as error:
+            if not isinstance(error, fit.OutOfMemory) and "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            numbers, run = {"failed": " ".join(str(error).split())[:200]}, None
+            words = " ".join(str(error).split())[:200]
+            yield row | {"failed": words}
+            continue
         yield row | numbers
-        if run is not None:
-            if profile:
-                yield row | {"kernels": _profile(run)}
-            return
+        if profile:
+            yield row | {"kernels": _profile(run)}
+        return
 
 
 def _train(
     config: ConfigDict, backbone: BackboneConfig, sizes: case.Sizes
-) -> tuple[Row, Callable[[], None] | None]:
-    """(numbers, one more step); None where the compiler plans more memory than there is."""
+) -> tuple[Row, Callable[[], None]]:
+    """(numbers, one more step). Raises OutOfMemory, as a run finds out (`run.fit`)."""
     mesh = build.make_mesh(config, backbone, jax.devices()[:1])
-    encoder = stand_in_encoder(config, backbone)
-    module = build.make_backbone(config, backbone, mesh, encoder.tokenizer.reward_id)
-    abstract, (optimizer, _) = build.abstract_state(config, backbone, mesh)
-    step, _ = build.make_steps(
-        config, module, SimpleNamespace(encoder=encoder), optimizer, abstract
-    )
+    forward, abstract, step = train_parts(config, backbone, mesh)
     batch = case.make_batch(config, backbone, sizes)
     placed = jax.device_put(batch, sharding.batch_sharding(mesh))
+    limit = fit.memory_limit(jax.devices()[0])
+    least = fit.least_bytes(forward, abstract, placed, 1)
+    if limit is not None and least > limit:
+        raise fit.OutOfMemory(least, limit)
     compiled, compiling = _compile(step, abstract, placed)
-    if not _fits(compiled):
-        return {"failed": "does not fit", **compiling, **_memory(compiled)}, None
-    state = random_state(abstract, optimizer)
+    state = random_state(abstract, config)
     losses = []
 
     def run() -> None:
@@ -100,9 +103,10 @@ def _train(
         losses.append(jax.block_until_ready(metrics["loss"]))
 
     seconds = timing.spread(run, sizes.rounds)
+    flash = config.backbone.attention != "xla" and jax.default_backend() != "cpu"
     flops = train_flops(
         backbone, sizes.bucket(True), abstract.trainable, abstract.frozen, config.remat,
-        config.loss.chunk,
+        config.loss.chunk, flash,
     )  # fmt: skip
     pairs = sizes.groups * math.comb(case.CANDIDATES, 2)
     numbers = {
@@ -112,6 +116,7 @@ def _train(
         "tflop_again": sizes.groups * flops.again / 1e12,
         "tflop_per_second": sizes.groups * flops.model / 1e12 / seconds["seconds"],
         "pairs_per_second": pairs / seconds["seconds"],
+        "least_gib": least / GIB,
         **_memory(compiled),
         "losses": [float(losses[0]), float(losses[-1])],
     }
@@ -170,8 +175,9 @@ def random_params(abstract: Any) -> Any:
     return optim.unflatten({path: make(path, leaf, n) for n, (path, leaf) in enumerate(leaves)})
 
 
-def random_state(abstract: TrainState, optimizer: Any) -> TrainState:
+def random_state(abstract: TrainState, config: ConfigDict) -> TrainState:
     trainable = random_params(abstract.trainable)
+    optimizer, _ = build.make_optimizer(config, trainable)
     places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     opt_state = jax.jit(optimizer.init, out_shardings=places.opt_state)(trainable)
     step = jax.device_put(jnp.int32(0), places.step)
@@ -180,20 +186,9 @@ def random_state(abstract: TrainState, optimizer: Any) -> TrainState:
 
 def _compile(step: Any, *arguments: Any) -> tuple[Any, Row]:
     began = time.perf_counter()
-    compiled = step.lower(*arguments).compile()
+    limit = fit.memory_limit(jax.devices()[0])
+    compiled = fit.compile_within(step.lower(*arguments), limit)
     return compiled, {"compile_seconds": time.perf_counter() - began}
-
-
-def _planned(compiled: Any) -> int:
-    """Bytes that the compiler means to use."""
-    plan = compiled.memory_analysis()
-    total = plan.temp_size_in_bytes + plan.argument_size_in_bytes + plan.output_size_in_bytes
-    return total - plan.alias_size_in_bytes
-
-
-def _fits(compiled: Any) -> bool:
-    stats = jax.devices()[0].memory_stats() or {}
-    return _planned(compiled) <= stats.get("bytes_limit", math.inf)
 
 
 def _memory(compiled: Any) -> Row:
@@ -201,7 +196,7 @@ def _memory(compiled: Any) -> Row:
     stats = jax.devices()[0].memory_stats() or {}
     names = {"peak_bytes_in_use": "peak_gib", "bytes_limit": "limit_gib"}
     counted = {words: stats[name] / GIB for name, words in names.items() if name in stats}
-    return {"planned_gib": _planned(compiled) / GIB, **counted}
+    return {"planned_gib": fit.planned_bytes(compiled) / GIB, **counted}
 
 
 def _profile(run: Callable[[], None], steps: int = 2) -> list[Row]:

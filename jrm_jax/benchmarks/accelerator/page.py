@@ -84,7 +84,7 @@ def _steps(parts: Row) -> list[str]:
     torch = _best(parts, "step_2b_torch", "pairs_per_second")
     rows = []
     for name, row in _rows(parts, "step_"):
-        if "kernels" in row:
+        if "kernels" in row or "remat" not in row:
             continue
         theirs = name.endswith("_torch")
         rate = row.get("pairs_per_second")

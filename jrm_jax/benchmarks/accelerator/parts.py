@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jrm_jax.model.attention import IMPLEMENTATIONS
+from jrm_jax.model.layers import REMAT
 
 Row = dict[str, Any]
-LEAST_FIRST = ("dots", "full")
 
 
 class Part(NamedTuple):
@@ -27,13 +27,13 @@ class Part(NamedTuple):
 
 def _table() -> dict[str, Part]:
     big, large = {"model": "qwen3_vl_2b"}, {"model": "qwen3_vl_8b"}
-    adapters = {**large, "adapters": True, "remats": LEAST_FIRST}
+    adapters = {**large, "adapters": True, "remats": REMAT}
     parts = {
         "rate": Part("a matrix product", "ours", "product", {}, 60),
         "rate_torch": Part("the same in PyTorch", "theirs", "product", {}, 60),
         "step_2b": Part(
             "joint step, 2B", "ours", "train",
-            {**big, "remats": LEAST_FIRST, "profile": True}, 200,
+            {**big, "remats": REMAT, "profile": True}, 200,
         ),
         "step_2b_torch": Part("the same in PyTorch", "theirs", "train", big, 120),
         "start": Part("start of the default run", "commands", "start", {}, 200),
@@ -47,10 +47,10 @@ def _table() -> dict[str, Part]:
     }  # fmt: skip
     for name in IMPLEMENTATIONS:
         if name != "auto":
-            options = {**big, "attention": name, "remats": LEAST_FIRST}
+            options = {**big, "attention": name, "remats": REMAT}
             words = f"joint step, 2B, attention {name}"
             parts[f"step_2b_{name}"] = Part(words, "ours", "train", options, 150)
-    for remat in ("full", "none"):
+    for remat in REMAT[::-1]:
         options = {**big, "remats": (remat,)}
         words = f"joint step, 2B, remat {remat}"
         parts[f"step_2b_remat_{remat}"] = Part(words, "ours", "train", options, 150)

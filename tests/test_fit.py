@@ -1,0 +1,210 @@
+"""What fits: recomputation by what the device holds, and refusals that say what would fit."""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from aot_case import one_device, small_case
+from flax import linen as nn
+from jax.extend.core import jaxprs_in_params
+
+from jrm_jax.errors import UserError
+from jrm_jax.model.layers import REMAT, Linear, stack
+from jrm_jax.planning import compiling
+from jrm_jax.run import fit
+
+GIB = 2**30
+
+
+class Layer(nn.Module):
+    """A narrow and a wide product, as a layer has them."""
+
+    @nn.compact
+    def __call__(self, x, _, __):
+        x = x + Linear(8, jnp.float32, narrow=True, name="attention")(jnp.sin(x))
+        wide = Linear(32, jnp.float32, name="up")(jnp.cos(x))
+        return x + Linear(8, jnp.float32, name="down")(jnp.tanh(wide)), None
+
+
+def gradient_of(remat):
+    layers = stack(Layer, 3, remat, 1)()
+    x = jnp.linspace(0, 1, 16).reshape(2, 8)
+    params = jax.jit(layers.init)(jax.random.key(0), x, None, None)
+    return jax.jit(jax.grad(lambda p: layers.apply(p, x, None, None)[0].sum())), params
+
+
+def test_what_is_computed_again_changes_no_gradient_and_fewer_products_the_more_is_kept():
+    gradients, products = {}, {}
+    for remat in REMAT:
+        gradient, params = gradient_of(remat)
+        gradients[remat] = gradient(params)
+        products[remat] = gradient.lower(params).as_text().count("dot_general")
+    for remat in REMAT:
+        jax.tree.map(np.testing.assert_allclose, gradients[remat], gradients["none"])
+    assert products["none"] == products["dots"] < products["narrow"] < products["full"]
+
+
+def kernels(jaxpr) -> int:
+    """Calls of Pallas kernels, loops counted as often as they run."""
+    total = 0
+    for equation in jaxpr.eqns:
+        total += equation.primitive.name == "pallas_call"
+        times = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
+        if equation.primitive.name != "pallas_call":
+            total += times * sum(map(kernels, jaxprs_in_params(equation.params)))
+    return total
+
+
+def test_attention_kernels_run_once_unless_everything_is_computed_again():
+    """Splash, traced: forward and backward kernels of a train step."""
+    config, backbone, _ = small_case()
+    config.backbone.scan_unroll, config.backbone.attention = 1, "splash"
+    bucket = compiling.make_bucket(backbone, 32, 64, 64, 2, 3, 128)
+
+    def count(remat):
+        config.remat = remat
+        _, state, step = compiling.train_parts(config, backbone, one_device())
+        batch = compiling.abstract_batch(config, backbone, bucket, one_device())
+        return kernels(step.trace(state, batch).jaxpr.jaxpr)
+
+    once = count("none")
+    forward = once // 3  # the gradients of queries, and of keys and values, are kernels, too
+    assert forward > 0 and count("dots") == count("narrow") == once
+    assert count("full") == once + forward
+
+
+@pytest.fixture(scope="module")
+def least():
+    """remat, groups, microbatches -> (bytes of a device at least, of state and batch)."""
+
+    def count(remat, groups=4, accumulation=1):
+        config, backbone, bucket = small_case()
+        config.remat, config.batch_size, config.accumulation = remat, groups, accumulation
+        config.backbone.scan_unroll = 1
+        forward, state, _ = compiling.train_parts(config, backbone, one_device())
+        batch = compiling.abstract_batch(config, backbone, bucket, one_device())
+        held = fit.bytes_per_device((state, batch, state.trainable))
+        return fit.least_bytes(forward, state, batch, accumulation), held
+
+    return count
+
+
+def test_the_least_need_falls_with_what_is_computed_again(least):
+    needs = [least(remat)[0] for remat in REMAT]
+    assert needs == sorted(needs, reverse=True) and len(set(needs)) == len(needs)
+
+
+def test_the_least_need_follows_the_batch_and_its_parts(least):
+    (one, held_one), (two, held_two) = least("none", 4), least("none", 8)
+    # activations double; what is made of the parameters for the pass stays
+    assert 1.8 * (one - held_one) < two - held_two <= 2 * (one - held_one)
+    parts, held = least("none", 8, 2)
+    assert held == held_two and parts < two
+    trainable = held_one  # the sum of the gradients comes on top
+    assert parts - held < two - held_two + trainable
+
+
+# ---- the search of a run
+
+
+class Compiler:
+    """A `Programs` that compiles nothing: a step needs so many GiB of a device."""
+
+    def __init__(self, needs, has, bucket, given_up=False):
+        self.needs, self.has, self.bucket, self.given_up = needs, has, bucket, given_up
+        self.tried, self.step = [], None
+
+    def largest(self, kind):
+        return kind, self.bucket
+
+    def use(self, kind, step):
+        self.step = step
+
+    def prepare(self, inputs):
+        self.tried.append(self.step)
+        remat, parts = self.step
+        need = self.needs[remat] / parts
+        if need > self.has:
+            raise fit.OutOfMemory(int(need * GIB), int(self.has * GIB))
+        return not self.given_up
+
+
+@pytest.fixture
+def search(monkeypatch):
+    """search(needs, has, **fields) -> (kept step, tried, said)."""
+
+    def run(needs, has, limit=None, given_up=False, **fields):
+        config, backbone, bucket = small_case()
+        config.update({"batch_size": 4, "remat": "auto"} | fields)
+        _, state, _ = compiling.train_parts(config, backbone, one_device())
+        data = SimpleNamespace(encoder=compiling.stand_in_encoder(config, backbone))
+        said, kept = [], []
+        fitting = fit.Fitting(config, backbone, data, None, state, said.append)
+        assert fitting.limit is None  # a CPU tells nothing
+        fitting.limit = limit
+        monkeypatch.setattr(fitting, "_step", lambda remat, parts: (remat, parts))
+        compiler = Compiler(dict(zip(REMAT, needs, strict=True)), has, bucket, given_up)
+        going_on = fitting.search(compiler, "train", kept.append)
+        assert going_on is not given_up and kept[-1:] == compiler.tried[-1:]
+        return compiler.tried[-1], [remat for remat, _ in compiler.tried], said
+
+    return run
+
+
+def test_auto_takes_the_least_that_fits_and_says_so(search):
+    step, tried, said = search((40, 30, 20, 10), has=25)
+    assert step == ("narrow", 1) and tried == ["none", "dots", "narrow"]
+    assert "remat none does not fit: 40.00 GiB of 25.00 GiB, 15.00 GiB too much" in said
+    assert said[-1] == "remat narrow, the least that fits"
+    assert search((40, 30, 20, 10), has=50)[1] == ["none"]
+    assert search((40, 30, 20, 10), has=15, remat="full") == (("full", 1), ["full"], [])
+
+
+def test_what_cannot_fit_is_not_compiled(search, least):
+    limit = (least("none")[0] + least("dots")[0]) // 2
+    step, tried, said = search((1, 1, 1, 1), has=2, limit=limit)
+    assert step == ("dots", 1) and tried == ["dots"]
+    assert said[0].startswith("remat none needs more than there is: ")
+    # the last is compiled whatever the estimate says
+    assert search((1, 1, 1, 1), has=2, limit=1)[1] == ["full"]
+
+
+@pytest.mark.parametrize(
+    "has, fields, words",
+    [
+        (25, {"remat": "none"}, "40.00 GiB of 25.00 GiB, 15.00 GiB too much; --config.remat=auto"),
+        (6, {}, "10.00 GiB of 6.00 GiB, 4.00 GiB too much; --config.accumulation=2 fits"),
+        (3, {"remat": "dots"}, "--config.remat=auto --config.accumulation=4 fits"),
+        (2, {}, "; try --config.lora.rank=16"),
+        (
+            3,
+            {"accumulation": 2},
+            "5.00 GiB of 3.00 GiB, 2.00 GiB too much; --config.acc",
+        ),
+    ],
+)
+def test_a_batch_that_does_not_fit_is_refused_with_what_would(search, has, fields, words):
+    with pytest.raises(UserError) as refused:
+        search((40, 30, 20, 10), has, **fields)
+    assert str(refused.value).startswith("config.batch_size 4 does not fit on 1 x cpu: ")
+    assert words in str(refused.value)
+
+
+def test_a_search_can_be_given_up(search):
+    assert search((1, 1, 1, 1), 2, given_up=True)[1] == ["none"]
+
+
+def test_microbatches_divide_the_rows_of_a_device():
+    assert fit._more_parts(8, 1) == [2, 4, 8] and fit._more_parts(12, 2) == [4, 12]
+    assert fit._more_parts(1, 1) == [] and fit._more_parts(6, 4) == [6]
+
+
+def test_a_program_that_plans_with_too_much_is_refused():
+    lowered = jax.jit(lambda x: x * 2).lower(jnp.zeros(1000))
+    program = fit.compile_within(lowered, 8000)
+    assert fit.planned_bytes(program) == 8000
+    with pytest.raises(fit.OutOfMemory) as refused:
+        fit.compile_within(lowered, 7999)
+    assert (refused.value.needed, refused.value.available) == (8000, 7999)
