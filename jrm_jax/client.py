@@ -202,13 +202,13 @@ def form(groups: Sequence[Group | tuple], **fields: Any) -> list[tuple[str, tupl
     """Parts of a multipart request: the JSON with names of pictures, then the pictures. One that is
     the same object stands in it once."""
     parts: list[tuple[str, tuple]] = []
-    names: dict[int, str] = {}
+    known: dict[int, tuple[str, Picture]] = {}  # it holds them: a freed one's id would come again
 
     def name(picture: Picture) -> str:
-        if id(picture) not in names:
-            names[id(picture)] = f"p{len(names)}"
-            parts.append((names[id(picture)], ("picture", encode(picture))))
-        return names[id(picture)]
+        if id(picture) not in known:
+            known[id(picture)] = f"p{len(known)}", picture
+            parts.append((known[id(picture)][0], ("picture", encode(picture))))
+        return known[id(picture)][0]
 
     asked = []
     for instruction, source, candidates in groups:

@@ -100,6 +100,10 @@ def test_the_wheel_holds_every_file(wheel):
     shipped = {name for name in names if name.split("/")[0] in SHIPPED}
     assert shipped == files(ROOT)
     assert "jrm_jax/assets/tiny_qwen3_vl/model.safetensors" in shipped
+    assert {"jrm_jax/service/page/page.js", "jrm_jax/adapters/trl.py"} <= shipped
+    (metadata,) = [name for name in names if name.endswith(".dist-info/METADATA")]
+    needs = zipfile.ZipFile(wheel).read(metadata).decode().splitlines()
+    assert 'Requires-Dist: fastapi; extra == "serve"' in needs
     others = {name.split(".dist-info/")[1] for name in names - shipped}
     assert others == {
         "METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE", "top_level.txt"

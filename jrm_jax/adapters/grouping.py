@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -57,7 +58,7 @@ def score_edits(
 def _key(source: Any) -> Any:
     if isinstance(source, list | tuple):
         return tuple(map(_key, source))
-    if isinstance(source, bytes | str) or source is None:
+    if isinstance(source, bytes | str | Path) or source is None:
         return source
     if hasattr(source, "detach"):  # a tensor: rows of a batch are new objects each time
         source = source.detach().cpu().float().numpy()

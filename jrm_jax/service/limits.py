@@ -16,8 +16,8 @@ def _limit(default: int | float, words: str) -> int | float:
 class Limits:
     """Numbers of things, bytes and seconds; all are larger than zero."""
 
-    max_body_bytes: int = _limit(128 << 20, "bytes of one request's body (413)")
-    max_waiting_bytes: int = _limit(1 << 30, "bytes of the bodies of all requests at once (429)")
+    max_body_bytes: int = _limit(64 << 20, "bytes of one request's body (413)")
+    max_waiting_bytes: int = _limit(512 << 20, "bytes of the bodies of all requests at once (429)")
     max_groups: int = _limit(256, "groups of a request (422)")
     max_sources: int = _limit(8, "source pictures of a group (422)")
     max_candidates: int = _limit(64, "candidates of a group (422)")
