@@ -6,6 +6,8 @@ S = P + K*C packed slots, T critique targets per candidate, X = K*T, D hidden wi
 F facts.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -112,31 +114,99 @@ def critique_nll(
 ) -> Term:
     """Weighted cross-entropy in float32, `chunk` positions of every group at a time (0: all).
 
-    The logits of a chunk are made again in the backward pass, so that at most [B, chunk, vocab] of
-    them ever exist. Chunks run along X and leave B alone, which is the sharded axis. The logit of
+    With chunks at most [B, chunk, vocab] logits ever exist, and each is made once: see
+    `_chunked_nll`. Chunks run along X and leave B alone, which is the sharded axis. The logit of
     `suppressed_id` (the reward token) is minus infinity.
     """
+    weight, positions = jnp.sum(weights_BX), targets_BX.shape[1]
+    if chunk > 0:
+        arrays = (kernel_DW, hidden_BXD, targets_BX, weights_BX)
+        return Term(_chunked_nll(suppressed_id, min(chunk, positions), *arrays), weight)
+    logits_BXW = _word_logits(kernel_DW, hidden_BXD, suppressed_id)
+    picked_BX = jnp.take_along_axis(logits_BXW, targets_BX[..., None], axis=-1)[..., 0]
+    nll_BX = jax.nn.logsumexp(logits_BXW, axis=-1) - picked_BX
+    return Term(jnp.sum(jnp.where(weights_BX > 0, nll_BX, 0.0) * weights_BX), weight)
 
-    def chunk_nll(hidden_BXD, targets_BX, weights_BX):
-        logits_BXW = _word_logits(kernel_DW, hidden_BXD, suppressed_id)
-        picked_BX = jnp.take_along_axis(logits_BXW, targets_BX[..., None], axis=-1)[..., 0]
-        nll_BX = jax.nn.logsumexp(logits_BXW, axis=-1) - picked_BX
-        return jnp.sum(jnp.where(weights_BX > 0, nll_BX, 0.0) * weights_BX)
 
-    groups, positions = targets_BX.shape
-    weight = jnp.sum(weights_BX)
-    if chunk <= 0 or positions <= chunk:
-        return Term(chunk_nll(hidden_BXD, targets_BX, weights_BX), weight)
-    pad = -positions % chunk
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _chunked_nll(suppressed_id, chunk, kernel_DW, hidden_BXD, targets_BX, weights_BX) -> jax.Array:
+    parts = _split(chunk, hidden_BXD, targets_BX, weights_BX)
+    kernel_DW = kernel_DW.astype(hidden_BXD.dtype)
+
+    def add(total, part):
+        return total + _chunk(suppressed_id, kernel_DW, *part)[0], None
+
+    return jax.lax.scan(add, jnp.float32(0.0), parts)[0]
+
+
+def _chunked_forward(suppressed_id, chunk, kernel_DW, hidden_BXD, targets_BX, weights_BX):
+    """The gradients are made along with the loss, which they only have to be scaled for: the sum of
+    the cross-entropies is what the losses use, times a number. So the logits of a chunk, and all
+    that is computed from them, are read once."""
+    learns, hidden_BXD, kernel_DW = kernel_DW.perturbed, hidden_BXD.value, kernel_DW.value
+    parts = _split(chunk, hidden_BXD, targets_BX.value, weights_BX.value)
+    half_DW, exact = kernel_DW.astype(hidden_BXD.dtype), precision(hidden_BXD.dtype)
+    vocab = kernel_DW.shape[1]
+
+    def add(carry, part):
+        total, kernel_grad_DW = carry
+        hidden_BXD, targets_BX, weights_BX = part
+        loss, raw_BXW, logsum_BX = _chunk(suppressed_id, half_DW, *part)
+        word = jnp.arange(vocab)
+        chance_BXW = jnp.where(word == suppressed_id, 0.0, jnp.exp(raw_BXW - logsum_BX[..., None]))
+        slope_BXW = (chance_BXW - (word == targets_BX[..., None])) * weights_BX[..., None]
+        slope_BXW = slope_BXW.astype(hidden_BXD.dtype)
+        if learns:
+            rows = (0, 1)
+            kernel_grad_DW += jax.lax.dot_general(
+                hidden_BXD, slope_BXW, ((rows, rows), ((), ())), precision=exact,
+                preferred_element_type=jnp.float32,
+            )  # fmt: skip
+        hidden_grad_BXD = jnp.matmul(slope_BXW, half_DW.T, precision=exact)
+        return (total + loss, kernel_grad_DW), hidden_grad_BXD
+
+    start = jnp.zeros(kernel_DW.shape if learns else (), jnp.float32)
+    (total, kernel_grad_DW), hidden_grads = jax.lax.scan(add, (jnp.float32(0.0), start), parts)
+    hidden_grad_BXD = jnp.moveaxis(hidden_grads, 0, 1).reshape(hidden_BXD.shape[0], -1,
+                                                               hidden_BXD.shape[2])  # fmt: skip
+    hidden_grad_BXD = hidden_grad_BXD[:, : hidden_BXD.shape[1]]
+    kernel_grad_DW = kernel_grad_DW.astype(kernel_DW.dtype) if learns else None
+    return total, (kernel_grad_DW, hidden_grad_BXD)
+
+
+def _chunked_backward(suppressed_id, chunk, saved, grad):
+    kernel_grad_DW, hidden_grad_BXD = saved
+    if kernel_grad_DW is not None:
+        kernel_grad_DW = kernel_grad_DW * grad.astype(kernel_grad_DW.dtype)
+    return kernel_grad_DW, hidden_grad_BXD * grad.astype(hidden_grad_BXD.dtype), None, None
+
+
+_chunked_nll.defvjp(_chunked_forward, _chunked_backward, symbolic_zeros=True)
+
+
+def _chunk(suppressed_id, kernel_DW, hidden_BXD, targets_BX, weights_BX):
+    """(sum of the cross-entropies, logits with the suppressed one, log-sum-exp without it)."""
+    raw_BXW = _logits(hidden_BXD, kernel_DW)
+    suppressed_W = jnp.arange(raw_BXW.shape[-1]) == suppressed_id
+    # hidden twice, not once: a compiler would write the array of hidden logits down
+    largest_BX = jnp.max(jnp.where(suppressed_W, -jnp.inf, raw_BXW), axis=-1)
+    total_BX = jnp.sum(jnp.where(suppressed_W, 0.0, jnp.exp(raw_BXW - largest_BX[..., None])), -1)
+    logsum_BX = largest_BX + jnp.log(total_BX)
+    picked_BX = jnp.take_along_axis(raw_BXW, targets_BX[..., None], axis=-1)[..., 0]
+    nll_BX = jnp.where(weights_BX > 0, logsum_BX - picked_BX, 0.0)
+    return jnp.sum(nll_BX * weights_BX), raw_BXW, logsum_BX
+
+
+def _split(chunk: int, *arrays_BX: jax.Array) -> tuple[jax.Array, ...]:
+    """Each [chunks, B, chunk, ...], the last one filled up with zeros."""
 
     def split(array_BX):
-        padding = ((0, 0), (0, pad)) + ((0, 0),) * (array_BX.ndim - 2)
+        groups, positions = array_BX.shape[:2]
+        padding = ((0, 0), (0, -positions % chunk)) + ((0, 0),) * (array_BX.ndim - 2)
         parts = jnp.pad(array_BX, padding).reshape(groups, -1, chunk, *array_BX.shape[2:])
         return jnp.moveaxis(parts, 1, 0)
 
-    step = jax.checkpoint(lambda total, part: (total + chunk_nll(*part), None))
-    parts = (split(hidden_BXD), split(targets_BX), split(weights_BX))
-    return Term(jax.lax.scan(step, jnp.float32(0.0), parts)[0], weight)
+    return tuple(split(array_BX) for array_BX in arrays_BX)
 
 
 def words_nll(

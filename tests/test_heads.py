@@ -92,8 +92,16 @@ def test_gradients_in_half_precision_are_those_in_full(case, chunk):
         assert np.abs(ours - theirs).max() < 0.02 * np.abs(theirs).max()
     text = str(jax.make_jaxpr(gradients)(kernel, hidden))
     products = [line for line in text.splitlines() if "dot_general" in line]
-    assert len(products) == 3 + bool(chunk)  # a chunk's logits are made again
-    assert sum(":f32" in line for line in products) == 1 + bool(chunk)  # the logits
+    assert len(products) == 3  # the logits are made once, also those of chunks
+    # the logits, and what chunks add to the kernel's gradient; what is multiplied is bfloat16
+    assert sum(":f32" in line for line in products) == 1 + bool(chunk)
+
+
+def test_of_a_frozen_kernel_chunks_make_no_gradient(case):
+    kernel, hidden, targets, weights = case
+    nll = lambda h: critique_nll(kernel, h, targets, weights, SPARE, 3).sum  # noqa: E731
+    text = str(jax.make_jaxpr(jax.grad(nll))(hidden))
+    assert text.count("dot_general") == 2 and f"[{D},{W}] = add" not in text
 
 
 def test_chunked_logits_never_stand_all_at_once(case):
