@@ -46,7 +46,7 @@ def test_the_batch_fills_the_slots_of_a_real_step():
     mesh = build.make_mesh(config, backbone, jax.devices()[:1])
     state, _ = build.abstract_state(config, backbone, mesh)
     flops = train_flops(
-        backbone, case.REAL.bucket(True), state.trainable, state.frozen, "full", config.loss.chunk
+        backbone, case.REAL.bucket(True), state.trainable, state.frozen, "full"
     )
     assert 4 * flops.model / 1e12 == pytest.approx(198.9, abs=0.05)
 

@@ -62,10 +62,10 @@ def test_forward_flops_by_hand():
 def test_train_flops_follow_what_is_trained_and_recomputed():
     config, backbone, bucket = small_case()
 
-    def count(trainable=(".*",), remat="none", chunk=0):
+    def count(trainable=(".*",), remat="none"):
         config.trainable = trainable
         state, _ = build.abstract_state(config, backbone, one_device())
-        return flops.train_flops(backbone, bucket, state.trainable, state.frozen, remat, chunk)
+        return flops.train_flops(backbone, bucket, state.trainable, state.frozen, remat)
 
     parts = flops.forward_flops(backbone, bucket)
     forward = sum(sum(part) for part in parts.values())
@@ -83,7 +83,6 @@ def test_train_flops_follow_what_is_trained_and_recomputed():
     assert count(remat="dots").again == attention
     fc1, gate_and_up = fc2, 2 * down
     assert count(remat="narrow").again == attention + fc1 + gate_and_up < stacks
-    assert count(chunk=8).again == parts["language_head"].linear
     head = count(("reward_head",), remat="full")
     assert head == (forward, 0)  # nothing before the head is trained: one forward pass
     decoder = count(("decoder", "reward_"), remat="full")
@@ -99,7 +98,7 @@ def test_train_flops_are_those_of_the_program(remat):
     config.optimizer.name = "adam"
     step, _, state, batch = traced(config, backbone, bucket, remat)
     found = products(step.trace(state, batch).jaxpr)
-    ours = flops.train_flops(backbone, bucket, state.trainable, state.frozen, remat, 0)
+    ours = flops.train_flops(backbone, bucket, state.trainable, state.frozen, remat)
     parts = flops.forward_flops(backbone, bucket)
     rectangles = flops.forward_flops(backbone, bucket, causal=False)
     extra = sum(rectangles[n].attention - parts[n].attention for n in parts)

@@ -69,7 +69,7 @@ class Case:
         state, _ = build.abstract_state(self.config, self.backbone, self.mesh())
         return train_flops(
             self.backbone, bucket, state.trainable, state.frozen, self.config.remat,
-            self.config.loss.chunk, flash,
+            flash,
         )  # fmt: skip
 
     def may_fit(self) -> bool:

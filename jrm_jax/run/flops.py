@@ -30,7 +30,7 @@ class Part(NamedTuple):
 
 
 class StepFlops(NamedTuple):
-    """FLOPs of a group: what the step is for, and what remat and chunking compute again."""
+    """FLOPs of a group: what the step is for, and what remat computes again."""
 
     model: int
     again: int
@@ -112,7 +112,6 @@ def train_flops(
     trainable: Mapping[str, Any],
     frozen: Mapping[str, Any],
     remat: str,
-    chunk: int,
     flash: bool = False,
 ) -> StepFlops:
     """Of a group in the train step. `flash`: attention is done by a kernel, whose results are
@@ -143,18 +142,15 @@ def train_flops(
         inputs = before or (here and name != "patches")
         model += linear + attention + int(share * linear) + inputs * (linear + 2 * attention)
         before = before or here
-        if before:  # else nothing is kept, or made again, for a backward pass
-            if name in _REMAT:
-                attended = 0 if flash else attention
-                gated = name == "layers" or backbone.family != "qwen3_vl"
-                again += {
-                    "none": 0,
-                    "dots": attended,
-                    "narrow": attended + last[name] * (1 + gated),
-                    "full": linear + attention - last[name],
-                }[remat]
-            elif name == "language_head" and 0 < chunk < bucket.candidates * bucket.critique:
-                again += linear
+        if before and name in _REMAT:  # else nothing is kept for a backward pass
+            attended = 0 if flash else attention
+            gated = name == "layers" or backbone.family != "qwen3_vl"
+            again += {
+                "none": 0,
+                "dots": attended,
+                "narrow": attended + last[name] * (1 + gated),
+                "full": linear + attention - last[name],
+            }[remat]
     return StepFlops(model, again)
 
 

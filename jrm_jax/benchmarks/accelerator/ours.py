@@ -83,8 +83,8 @@ def train(
 
 def _train(
     config: ConfigDict, backbone: BackboneConfig, sizes: case.Sizes
-) -> tuple[Row, Callable[[], None]]:
-    """(numbers, one more step). Raises OutOfMemory, as a run finds out (`run.fit`)."""
+) -> tuple[Row, Callable[[int], None]]:
+    """(numbers, so many more steps). Raises OutOfMemory, as a run finds out (`run.fit`)."""
     mesh = build.make_mesh(config, backbone, jax.devices()[:1])
     forward, abstract, step = train_parts(config, backbone, mesh)
     batch = case.make_batch(config, backbone, sizes)
@@ -97,16 +97,18 @@ def _train(
     state = random_state(abstract, config)
     losses = []
 
-    def run() -> None:
+    def run(steps: int = timing.STEPS) -> None:
         nonlocal state
-        state, metrics = compiled(state, placed)
-        losses.append(jax.block_until_ready(metrics["loss"]))
+        for _ in range(steps):
+            state, metrics = compiled(state, placed)
+            losses.append(metrics["loss"])
+        jax.block_until_ready(state)
 
-    seconds = timing.spread(run, sizes.rounds)
+    seconds = timing.spread(run, sizes.rounds, timing.STEPS)
     flash = config.backbone.attention != "xla" and jax.default_backend() != "cpu"
     flops = train_flops(
         backbone, sizes.bucket(True), abstract.trainable, abstract.frozen, config.remat,
-        config.loss.chunk, flash,
+        flash,
     )  # fmt: skip
     pairs = sizes.groups * math.comb(case.CANDIDATES, 2)
     numbers = {
@@ -199,12 +201,11 @@ def _memory(compiled: Any) -> Row:
     return {"planned_gib": fit.planned_bytes(compiled) / GIB, **counted}
 
 
-def _profile(run: Callable[[], None], steps: int = 2) -> list[Row]:
+def _profile(run: Callable[[int], None], steps: int = 2) -> list[Row]:
     """The kernels of a step by their time."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
-            for _ in range(steps):
-                run()
+            run(steps)
         return kernels(Path(folder), steps)
 
 

@@ -115,21 +115,22 @@ def train(sizes: case.Sizes, tiny: bool, model: str) -> Iterator[Row]:
                     network.gradient_checkpointing_enable(
                         gradient_checkpointing_kwargs={"use_reentrant": False}
                     )
-                step = _make_step(network, config, inputs, batch, reward_id)
-                row |= timing.spread(_finished(step), sizes.rounds) | _memory()
+                steps = _make_steps(network, config, inputs, batch, reward_id)
+                row |= timing.spread(_finished(steps), sizes.rounds, timing.STEPS) | _memory()
                 yield row | {"pairs_per_second": pairs / row["seconds"]}
             except torch.cuda.OutOfMemoryError as error:
                 yield row | {"failed": f"does not fit: {' '.join(str(error).split())[:200]}"}
-            network = step = None
+            network = steps = None
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
 
 
-def _make_step(
+def _make_steps(
     network: Any, config: Any, inputs: dict, batch: dict, reward_id: int
-) -> Callable[[], float]:
+) -> Callable[[], None]:
+    """`timing.STEPS` of them."""
     hidden = network.config.text_config.hidden_size
     kernel = torch.nn.Parameter(hidden**-0.5 * torch.randn(hidden, 1, device=device()))
     weights = [*network.parameters(), kernel]
@@ -139,7 +140,7 @@ def _make_step(
         fused=torch.cuda.is_available(),
     )  # fmt: skip
 
-    def step() -> float:
+    def step() -> None:
         with torch.autocast(device().type, torch.bfloat16):
             loss, _ = torch_reference.joint_loss(
                 network, kernel, inputs, batch, config.loss.preference_weight,
@@ -149,9 +150,12 @@ def _make_step(
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, config.optimizer.clip_norm)
         optimizer.step()
-        return loss.item()
 
-    return step
+    def steps() -> None:
+        for _ in range(timing.STEPS):
+            step()
+
+    return steps
 
 
 def score(sizes: case.Sizes, tiny: bool, model: str) -> Iterator[Row]:

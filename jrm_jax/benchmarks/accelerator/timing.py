@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 MOST = 25.0  # seconds of a measurement
 WARM_UP = 2
+STEPS = 4  # of training at a time: neither side waits for a step's loss before it starts the next
 
 
 def seconds(run: Callable[[], object]) -> float:
@@ -16,16 +17,17 @@ def seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def spread(run: Callable[[], object], rounds: int) -> dict[str, float]:
+def spread(run: Callable[[], object], rounds: int, each: int = 1) -> dict[str, float]:
     """Of so many calls, or of as many as `MOST` allows, after those that warm up: the median in
-    `seconds`, the `fastest`, the `slowest`."""
+    `seconds`, the `fastest`, the `slowest`, divided by `each`: what a call does so many times."""
     began = time.perf_counter()
     for _ in range(WARM_UP):
         run()
     times = [seconds(run)]
     while len(times) < rounds and time.perf_counter() - began < MOST:
         times.append(seconds(run))
-    return {"seconds": statistics.median(times), "fastest": min(times), "slowest": max(times)}
+    found = {"seconds": statistics.median(times), "fastest": min(times), "slowest": max(times)}
+    return {name: value / each for name, value in found.items()}
 
 
 def rate(run: Callable[[], object], side: int, products: int) -> dict[str, float]:
