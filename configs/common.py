@@ -96,8 +96,11 @@ def base() -> ConfigDict:
     config.data.world.hard = 512
     config.data.rubric = "Judge the edit."
     config.data.dimensions = ("overall",)
-    config.data.candidate_cuts = (3, 4)  # buckets by number of candidates ...
-    config.data.visual_cuts = ()  # ... and by visual tokens of the largest picture
+    config.data.programs = 6  # buckets of static sizes at most, chosen by what they cost
+    # Instead, one bucket for each class: by number of candidates, and by visual tokens of the
+    # largest picture. For runs that must have the same batches whatever their losses are.
+    config.data.candidate_cuts = ()
+    config.data.visual_cuts = ()
     config.data.round_to = 8  # token slots are multiples of this
     config.data.max_visual_tokens = 0  # per picture; 0: the cap of the backbone's folder
     # Caps of a group; one that exceeds them is an error, or left out; 0: no cap
@@ -174,7 +177,6 @@ def real_backbone(config: ConfigDict, variant: str) -> ConfigDict:
         "lost, clean and plausible."
     )
     config.data.max_visual_tokens = 256
-    config.data.visual_cuts = (128, 256)
     config.data.round_to = 128
     config.data.workers = 8
     config.loss.preference_weight = 1.0

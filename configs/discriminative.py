@@ -2,7 +2,7 @@
 
     python -m jrm_jax.main --config=configs/discriminative.py
 
-Same backbone, data order and optimizer as `configs/joint.py`, at a third of its time per step.
+Same backbone, data and optimizer as `configs/joint.py`, at a third of its time per step.
 Variants as there.
 """
 

@@ -58,6 +58,8 @@ def get_config(arg: str | None = None):
     config.train.eval_interval = 100
     config.train.save_interval = 100
     config.train.keep_interval = 100  # for the rank of the representation over training
+    # Arms are compared on the same batches; buckets by cost differ with critiques and without.
+    config.train.data = ConfigDict({"candidate_cuts": (3, 4)})
     config.train.backbone = ConfigDict({"path": START, "scan_unroll": 0})
     config.world = ConfigDict({"seed": 0, "valid": 256, "test": 512, "hard": 1024})
 

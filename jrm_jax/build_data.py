@@ -16,18 +16,20 @@ from ml_collections import ConfigDict
 
 from jrm_jax import sharding
 from jrm_jax.data import contents, plan, store
-from jrm_jax.data.buckets import Bucket, make_buckets, select
+from jrm_jax.data.buckets import Bucket, select
 from jrm_jax.data.encode import Encoder, make_encoder
 from jrm_jax.data.pipeline import BatchIterator, make_iterator, repeat_prompt
-from jrm_jax.data.sizes import Sizes, as_example, measure
+from jrm_jax.data.sizes import as_example, measure
 from jrm_jax.data.template import Template, protocol_stamp
 from jrm_jax.data.world.facts import COUNT as FACTS
 from jrm_jax.data.world.prepare import prepare_world
 from jrm_jax.errors import UserError
 from jrm_jax.model.config import BackboneConfig
+from jrm_jax.run import buckets as bucket_choice
 from jrm_jax.run import check_data
 from jrm_jax.run.backbones import find_folder, path_of
 from jrm_jax.run.check_data import reads_critiques
+from jrm_jax.run.flops import group_cost
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Data:
     eval_sets: dict[str, Sequence[Any]]
     buckets: tuple[Bucket, ...]
     stamp: dict[str, Any]
+    real: dict[str, float]  # shares of the slots that hold something, see `run.buckets`
 
     def example_names(self, ids: Sequence[int]) -> list[str]:
         """String ids of global training ids, for messages; none for filler rows (-1)."""
@@ -75,8 +78,16 @@ def make_run_encoder(config: ConfigDict, backbone: BackboneConfig) -> Encoder:
     )
 
 
-def build_data(config: ConfigDict, backbone: BackboneConfig, say: Callable[[str], None]) -> Data:
+def build_data(
+    config: ConfigDict,
+    backbone: BackboneConfig,
+    say: Callable[[str], None],
+    buckets: tuple[Bucket, ...] | None = None,
+) -> Data:
     """Prepare or open the data, measure it, and plan every step.
+
+    Args:
+        buckets: of the run if it has begun; they are chosen anew where they do not hold the data.
 
     Raises:
         UserError: data that cannot be read, that this config learns nothing from, or too large.
@@ -102,20 +113,21 @@ def build_data(config: ConfigDict, backbone: BackboneConfig, say: Callable[[str]
             sources.setdefault(split, []).append(plan.Source(sizes, weight, kept))
             sets.setdefault(split, []).append(records)
     _check_splits(config, folders, held, say)
-    buckets = make_buckets(
-        [Sizes.from_rows(s.sizes.rows()[s.kept]) for each in sources.values() for s in each],
-        language=language,
-        merge=backbone.vision.merge,
-        candidate_cuts=tuple(config.data.candidate_cuts),
-        visual_cuts=tuple(config.data.visual_cuts),
-        round_to=config.data.round_to,
-        round_patches=0 if config.data.round_to < 128 else 128,
-    )
+    if buckets is None or not bucket_choice.hold_all(buckets, sources, language):
+        buckets = bucket_choice.choose(
+            config,
+            sources,
+            group_cost(backbone, config.data.share_prompt),
+            language=language,
+            merge=backbone.vision.merge,
+            folder=folders[0][0],
+        )
     size = config.batch_size
     held_out = [split for split in ("valid", "test", "hard") if split in sources]
+    train_plan = plan.Plan(sources["train"], buckets, size, config.seed, language)
     return Data(
         encoder=encoder,
-        train_plan=plan.Plan(sources["train"], buckets, size, config.seed, language),
+        train_plan=train_plan,
         train_sets=tuple(sets["train"]),
         eval_plans={s: plan.EvalPlan(sources[s], buckets, size, language) for s in held_out},
         eval_sets={split: tuple(sets[split]) for split in held_out},
@@ -128,6 +140,7 @@ def build_data(config: ConfigDict, backbone: BackboneConfig, say: Callable[[str]
             encoder.dimensions,
         )
         | {"data": contents.stamp([folder.name for folder, _ in folders], held)},
+        real=bucket_choice.real_shares(train_plan, sources["train"], language),
     )
 
 

@@ -28,7 +28,7 @@ from jrm_jax import build, build_data, distributed
 from jrm_jax.checkpoint import Checkpoints, open_checkpoints
 from jrm_jax.errors import UserError
 from jrm_jax.metrics import Accumulator, Window, Writer
-from jrm_jax.run import backbones, check_data
+from jrm_jax.run import backbones, buckets, check_data
 from jrm_jax.run import workdir as files
 from jrm_jax.run.check_config import check_config
 from jrm_jax.run.fit import Fitting
@@ -81,6 +81,8 @@ def run(config: ConfigDict, workdir: Path) -> int:
             say(build.describe_more_steps(config, steps, training.start))
         if leader:  # only now: a config that cannot start may be corrected
             files.keep_results(workdir, steps)
+            chosen = buckets.as_text(training.data.buckets)
+            files.write_whole(workdir / buckets.RECORD, chosen)
             files.write_whole(workdir / backbones.RECORD, backbone.record.as_text())
             files.write_whole(workdir / files.CONFIG, files.as_text(backbone.config))
         return training.train()
@@ -105,7 +107,8 @@ class _Run:
         backbone_config = build.load_backbone_config(config)
         self.mesh = build.make_mesh(config, backbone_config)
         with distributed.leader_first("data"):  # who comes later finds it drawn and measured
-            self.data = build_data.build_data(config, backbone_config, say)
+            kept = buckets.read_record(workdir)
+            self.data = build_data.build_data(config, backbone_config, say, kept)
         backbone = build.make_backbone(
             config, backbone_config, self.mesh, self.data.encoder.tokenizer.reward_id
         )

@@ -41,6 +41,7 @@ def synthetic(count: int, seed: int = 0) -> Sizes:
     rows = [
         number, number + 1, 4 * np.maximum(source, own.max(1)), rubric + instruction + source,
         own_words + own.max(1), own_words + (own + said).max(1) - 1, said.max(1),
+        *[0 * number] * 3,  # all together: not asked for here
     ]  # fmt: skip
     return Sizes.from_rows(np.stack(rows, axis=1))
 

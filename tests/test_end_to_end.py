@@ -93,12 +93,17 @@ def test_a_changed_config_is_refused_with_the_difference(runner, finished):
 
 def test_a_finished_run_can_be_made_longer(runner, finished):
     workdir, total = shutil.copytree(finished[0], runner.folder / "longer"), STEPS + 1
+    kept = json.loads((workdir / "buckets.json").read_text())
+    kept[-1]["prompt"] += 8  # as another version might have chosen: the run goes on with it
+    (workdir / "buckets.json").write_text(json.dumps(kept))
     done = runner.run(workdir, total_steps=total)
     assert done.returncode == 0 and not done.stderr, done.stderr
     assert f"{STEPS} steps become {total}: the learning rate (cosine) goes from" in done.stdout
     assert f"resuming {workdir} from step {STEPS}" in done.stdout
     rows = [r["step"] for r in metrics(workdir) if r["split"] == "train"]
     assert rows == list(range(1, total + 1))
+    assert f"; tokens: prompt {kept[-1]['prompt']}, " in done.stdout
+    assert json.loads((workdir / "buckets.json").read_text()) == kept
     before = json.loads((finished[0] / "results.json").read_text())
     assert json.loads((workdir / f"results-{STEPS}.json").read_text()) == before
     assert json.loads((workdir / "results.json").read_text())["total_steps"] == total

@@ -75,7 +75,7 @@ def config(tmp_path_factory, data_sets):
     config.backbone.scan_unroll = 1
     config.data.mixture = tuple((str(path), 1.0) for path in data_sets.values())
     config.data.dimensions = ("overall", "quality")
-    config.data.candidate_cuts = ()
+    config.data.programs = 1
     config.batch_size = 6
     return config
 

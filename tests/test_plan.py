@@ -26,7 +26,17 @@ def make_sizes(count, seed=0, largest=4, images=True):
         number, (number + 1) * bool(images), patches, rng.integers(5, 50, count), candidate,
         candidate + np.maximum(critique - 1, 0), critique,
     ]  # fmt: skip
-    return Sizes.from_rows(np.stack(rows, axis=1))
+    return from_rows(np.stack(rows, axis=1))
+
+
+def from_rows(rows):
+    """Sizes of groups whose candidates and pictures are all as large as the largest."""
+    k, i, n, _, candidate, answer, _ = columns = np.asarray(rows, int).reshape(-1, 7).T
+    return Sizes.from_rows(np.stack([*columns, i * n, k * candidate, k * answer], axis=1))
+
+
+def slots(bucket):
+    return bucket.decoder_slots + bucket.tower_slots
 
 
 def make_plan(count=103, batch=8, seed=5, weight=1.0, **kwargs):
@@ -44,13 +54,13 @@ def test_buckets_hold_their_classes_and_no_more(language):
         assert bucket.prompt % 8 == bucket.candidate % 8 == bucket.critique % 8 == 0
         assert bucket.patches % 4 == 0
         assert (bucket.critique > 0) == language
-    assert list(buckets) == sorted(buckets, key=lambda b: b.cost)
+    assert list(buckets) == sorted(buckets, key=slots)
     for sizes in (train, valid):
         table, chosen = needs(sizes, language), assign(sizes, buckets, language)
         for row, index in zip(table, chosen, strict=True):
             fitting = [b for b in buckets if all(row <= np.asarray([*vars(b).values()]))]
             assert buckets[index] in fitting
-            assert buckets[index].cost == min(b.cost for b in fitting)
+            assert slots(buckets[index]) == min(map(slots, fitting))
     # the maxima are tight: every bucket's K and N are reached by an example
     both = np.concatenate([needs(train, language), needs(valid, language)])
     for bucket in buckets:
@@ -60,7 +70,7 @@ def test_buckets_hold_their_classes_and_no_more(language):
 def test_small_pairs_get_their_own_bucket():
     rows = [[2, 3, 16, 20, 10, 15, 6]] * 5 + [[4, 5, 64, 20, 10, 15, 6]] * 5 + [[3, 4, 64, 20] * 2]
     rows[-1] = [3, 4, 64, 20, 10, 15, 6]
-    sizes = Sizes.from_rows(rows)
+    sizes = from_rows(rows)
     small, large = make_buckets([sizes], language=True)
     assert small == Bucket(2, 3, 16, 24, 16, 8) and large == Bucket(4, 5, 64, 24, 16, 8)
     assert assign(sizes, (small, large), True).tolist() == [0] * 5 + [1] * 6
@@ -79,19 +89,19 @@ def test_an_outlier_has_a_bucket_of_its_own():
         rows = [list(row) for _ in range(49)] + [list(row)]
         rows[-1][column] = value
         rows[-1][5] = max(rows[-1][4:6])
-        sizes = Sizes.from_rows(rows)
+        sizes = from_rows(rows)
         small, large = make_buckets([sizes], language=True)
         assert small == Bucket(2, 3, 16, 40, 16, 8)
         assert assign(sizes, (small, large), True).tolist() == [0] * 49 + [1]
         assert len(make_buckets([sizes], language=True, min_examples=2)) == 1
-    varied = Sizes.from_rows([[2, 3, 16, 20 + 3 * i, 10, 15, 6] for i in range(50)])
+    varied = from_rows([[2, 3, 16, 20 + 3 * i, 10, 15, 6] for i in range(50)])
     assert len(make_buckets([varied], language=True)) == 1  # a range is no reason to cut
 
 
 def test_an_example_without_a_bucket_is_an_error():
     with pytest.raises(UserError, match="1 examples fit no bucket, the first is 1"):
         assign(
-            Sizes.from_rows([[2, 3, 4, 5, 6, 7, 8], [3, 3, 4, 5, 6, 7, 8]]),
+            from_rows([[2, 3, 4, 5, 6, 7, 8], [3, 3, 4, 5, 6, 7, 8]]),
             [Bucket(2, 9, 9, 9, 9, 9)],
             True,
         )
@@ -155,7 +165,7 @@ def test_an_epoch_holds_every_example_once_and_fillers_weigh_nothing():
 
 def test_one_large_group_among_pairs_comes_once_an_epoch():
     rows = [[2, 3, 16, 20, 10, 15, 6]] * 31 + [[64, 65, 16, 20, 10, 15, 6]]
-    sizes = Sizes.from_rows(rows)
+    sizes = from_rows(rows)
     buckets = make_buckets([sizes], language=True)
     assert len(buckets) == 2
     plan = Plan([Source(sizes)], buckets, 16, 0)
@@ -165,7 +175,7 @@ def test_one_large_group_among_pairs_comes_once_an_epoch():
         assert sorted(flat(batches)) == list(range(32))  # 15 pairs stand beside the large group
     narrow = [Bucket(2, 3, 16, 99, 99, 8), Bucket(64, 65, 16, 24, 16, 8)]  # now nothing fits there
     rows = [[2, 3, 16, 50, 10, 15, 6]] * 31 + rows[31:]
-    plan = Plan([Source(Sizes.from_rows(rows))], narrow, 16, 0)
+    plan = Plan([Source(from_rows(rows))], narrow, 16, 0)
     ids = np.array(flat(epoch_of(plan, 0)))
     assert plan.steps_per_epoch == 3 and sorted(ids) == [-1] * 16 + list(range(32))
     # several epochs of different members, resumed anywhere
@@ -197,7 +207,7 @@ def test_plan_depends_on_seed_and_step_alone():
 
 def test_plan_is_the_same_on_every_machine():
     """A frozen sample: changes only where the plan itself is changed, never with NumPy."""
-    sizes = Sizes.from_rows([[2, 3, 4, 8, 8, 8, 8]] * 12)
+    sizes = from_rows([[2, 3, 4, 8, 8, 8, 8]] * 12)
     plan = Plan([Source(sizes)], [Bucket(2, 3, 4, 8, 8, 8)], 4, 1)
     assert flat(epoch_of(plan, 0)) == [7, 5, 8, 1, 4, 3, 0, 11, 9, 2, 10, 6]
 
@@ -254,7 +264,7 @@ def test_eval_plan_sees_each_example_once():
     assert (ids == -1).sum() == 8 * len(plan) - 53
     fillers = [(ids < 0).sum() for _, ids in batches]
     assert sum(f > 0 for f in fillers) <= len(buckets)
-    assert len(eval_plan(Sizes.from_rows([]), buckets, 8)) == 0
+    assert len(eval_plan(from_rows([]), buckets, 8)) == 0
 
 
 # Measuring
@@ -276,7 +286,7 @@ class Meter:
 
     def __call__(self, example):
         self.calls += 1
-        return (2, 0, 0, len(example.prompt[0].text), 3, 4, self.calls)
+        return (2, 0, 0, len(example.prompt[0].text), 3, 4, self.calls, 0, 6, 8)
 
 
 def test_measuring_is_cached_beside_the_data(tmp_path):
@@ -321,7 +331,7 @@ def test_measuring_names_the_broken_example():
     def size_of(example):
         if example.id == "e3":
             raise ValueError("not a readable image")
-        return (2, 0, 0, 1, 1, 1, 1)
+        return (2, 0, 0, 1, 1, 1, 1, 0, 2, 2)
 
     with pytest.raises(UserError, match=r"^train: example 3 \(e3\): not a readable image$"):
         measure(text_examples(5), size_of, "key", name="train")

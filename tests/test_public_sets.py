@@ -79,7 +79,7 @@ def test_prepared_sets_have_their_dimensions_and_mix(folders, tmp_path):
     config.backbone.path, config.backbone.random = str(tmp_path / "model"), True
     config.data.mixture = tuple((str(path), 1.0) for path in folders.values())
     config.data.dimensions = ("overall", "visual_quality", "text_rendering")
-    config.data.candidate_cuts = ()
+    config.data.programs = 1
     config.batch_size = len(folders)
     backbone = build.load_backbone_config(config)
     data = build_data.build_data(config, backbone, print)

@@ -44,7 +44,7 @@ LEARNING_RATE = 1e-3
 def make_config(args: argparse.Namespace) -> ConfigDict:
     config = joint.get_config()
     config.batch_size = args.batch_size
-    groups = (args.batches + len(config.data.candidate_cuts)) * args.batch_size  # a part is unused
+    groups = (args.batches + config.data.programs) * args.batch_size  # a part is unused
     config.data.world.update({"train": groups, "valid": 0, "test": 0, "hard": 0})
     settings = {"name": "adam", "learning_rate": LEARNING_RATE, "warmup_steps": 1}
     config.optimizer.update(settings)

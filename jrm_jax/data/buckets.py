@@ -31,9 +31,14 @@ class Bucket:
     critique: int
 
     @property
-    def cost(self) -> int:
-        """Slots per group that the decoder and the tower work on; orders buckets."""
-        return self.prompt + self.candidates * self.candidate + self.images * self.patches
+    def decoder_slots(self) -> int:
+        """Of a group."""
+        return self.prompt + self.candidates * self.candidate
+
+    @property
+    def tower_slots(self) -> int:
+        """Of a group."""
+        return self.images * self.patches
 
     @property
     def words(self) -> str:
@@ -99,7 +104,10 @@ def make_buckets(
     round_patches: int = 0,
     min_examples: int = 1,
 ) -> tuple[Bucket, ...]:
-    """Static sizes that hold every example of all given (kept) sizes.
+    """Static sizes that hold every example of all given (kept) sizes: by classes, not by cost.
+
+    For runs that must have the same batches whatever they feed (the study's arms), and for one
+    bucket that holds all; else see `choosing`.
 
     Examples fall into classes by the cuts: K <= 2, <= 4, more; largest image <= each visual cut (in
     visual tokens), more; what needs more than `OUTLIER` times the slots of its class's median is
@@ -123,7 +131,7 @@ def make_buckets(
     by_count = np.searchsorted(np.sort(candidate_cuts), table[:, 0])
     by_visual = np.searchsorted(np.sort(visual_cuts), table[:, 2] // merge**2)
     k, i, n, p, c, _ = table.astype(np.int64).T
-    slots_n = p + k * c + i * n  # as `Bucket.cost`
+    slots_n = p + k * c + i * n
     by_slots = np.zeros(len(table), np.int64)
     for one in np.unique(np.stack([by_count, by_visual], axis=1), axis=0):
         mine = (by_count == one[0]) & (by_visual == one[1])
@@ -148,18 +156,18 @@ def make_buckets(
         Bucket(int(k), int(i), up(n, unit), up(p, round_to), up(c, round_to), up(t, round_to))
         for (k, i, n, p, c, t), _ in merged
     }
-    return tuple(sorted(buckets, key=lambda bucket: (bucket.cost, bucket)))
+    return tuple(sorted(buckets, key=lambda b: (b.decoder_slots + b.tower_slots, b)))
 
 
 def assign(sizes: Sizes, buckets: Sequence[Bucket], language: bool) -> np.ndarray:
-    """[n] int32: the cheapest bucket that holds each example.
+    """[n] int32: the first bucket that holds each example; they come by growing cost.
 
     Raises:
         UserError: an example fits none.
     """
     table = needs(sizes, language)
     chosen = np.full(len(table), -1, np.int32)
-    for index in sorted(range(len(buckets)), key=lambda b: buckets[b].cost, reverse=True):
+    for index in reversed(range(len(buckets))):
         chosen[buckets[index].fits(table)] = index
     if (chosen < 0).any():
         raise UserError(

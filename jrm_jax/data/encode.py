@@ -119,6 +119,9 @@ class Encoder:
             max(lengths),
             max(own + more for own, more in zip(lengths, said, strict=True)),
             max(more + 1 if more else 0 for more in said),
+            sum(patches),
+            sum(lengths),
+            sum(lengths) + sum(said),
         )
 
     def encode_example(self, example: PreferenceExample) -> EncodedExample:

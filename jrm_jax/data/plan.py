@@ -158,14 +158,13 @@ class Plan(_Ids):
         """
         left = np.bincount(kinds, minlength=len(self._kinds))
         shares = np.zeros((len(self.buckets), len(self._kinds)), np.int64)
-        by_cost = sorted(range(len(self.buckets)), key=lambda b: self.buckets[b].cost)
-        home = [next((b for b in by_cost if kind[b]), -1) for kind in self._kinds]
-        for bucket in reversed(by_cost):
+        home = [int(np.argmax(kind)) if kind.any() else -1 for kind in self._kinds]
+        for bucket in reversed(range(len(self.buckets))):
             own = [kind for kind, place in enumerate(home) if place == bucket]
             shares[bucket, own], left[own] = left[own], 0
             room = -int(shares[bucket].sum()) % self.batch_size
             guests = [k for k in np.flatnonzero(left) if self._kinds[k, bucket]]
-            for kind in sorted(guests, key=lambda k: -by_cost.index(home[k])):  # the largest first
+            for kind in sorted(guests, key=lambda k: -home[k]):  # the largest first
                 shares[bucket, kind] = min(room, left[kind])
                 room -= int(shares[bucket, kind])
                 left[kind] -= shares[bucket, kind]

@@ -20,7 +20,7 @@ from jrm_jax.errors import UserError
 from jrm_jax.shell import user_cache
 from jrm_jax.shell.terminal import track
 
-SIZES_VERSION = 1  # raise it when what is measured changes
+SIZES_VERSION = 2  # raise it when what is measured changes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +29,8 @@ class Sizes:
 
     candidates K; images I; patches: of the largest image; prompt: tokens; candidate: tokens of the
     longest candidate up to <|reward|>; answer: the same with its critique; critique: targets of the
-    longest critique, its <|im_end|> included (0 = none).
+    longest critique, its <|im_end|> included (0 = none). What the group holds, all parts together:
+    all_patches, of its pictures; all_candidate and all_answer: tokens of its candidates.
     """
 
     candidates: np.ndarray
@@ -39,12 +40,15 @@ class Sizes:
     candidate: np.ndarray
     answer: np.ndarray
     critique: np.ndarray
+    all_patches: np.ndarray
+    all_candidate: np.ndarray
+    all_answer: np.ndarray
 
     def __len__(self) -> int:
         return len(self.candidates)
 
     def rows(self) -> np.ndarray:
-        """[n, 7], columns in the order of `SIZE_NAMES`."""
+        """[n, 10], columns in the order of `SIZE_NAMES`."""
         return np.stack([getattr(self, name) for name in SIZE_NAMES], axis=1)
 
     @classmethod

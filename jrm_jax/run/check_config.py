@@ -144,6 +144,7 @@ RULES = {
     "data.world.hard": EXAMPLES,
     "data.rubric": TEXT,
     "data.dimensions": _each(_is_name, "a list of one or more names, each once", 1),
+    "data.programs": COUNT,
     "data.candidate_cuts": _each(_is_count, "a list of whole numbers from 1"),
     "data.visual_cuts": _each(_is_count, "a list of whole numbers from 1"),
     "data.round_to": COUNT,
@@ -198,6 +199,10 @@ UNUSED: tuple[tuple[tuple[str, ...], Callable[[ConfigDict], bool], str], ...] = 
         ("data.cache", "data.world.kind", "data.world.seed", "data.world.train",
          "data.world.valid", "data.world.test", "data.world.hard"),
         lambda c: bool(c.data.path or c.data.mixture), "there are other data",
+    ),
+    (
+        ("data.programs",), lambda c: bool(c.data.candidate_cuts or c.data.visual_cuts),
+        "data.candidate_cuts or data.visual_cuts make the buckets",
     ),
     (("lora.alpha", "lora.targets"), lambda c: not c.lora.rank, "lora.rank is 0"),
     (

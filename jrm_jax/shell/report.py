@@ -50,6 +50,8 @@ def describe_run(data: Any, state: Any, mesh: Any) -> str:
         "every group is padded to the first of these buckets that holds it:",
     ]
     lines += [f"  bucket {n}: {bucket.words}" for n, bucket in enumerate(data.buckets, 1)]
+    shares = [f"{share:.0%} of the {part}'s" for part, share in data.real.items()]
+    lines.append(f"  of an epoch's slots {' and '.join(shares)} are real, the others are padding")
     return "\n".join(lines)
 
 

@@ -24,6 +24,7 @@ LATER = {
     "loss.language_end": 1.0, "loss.through_reward": False, "loss.words_weight": 0.0,
     "head.anew": False, "data.max_candidates": 0, "data.max_pictures": 0,
     "data.max_picture_tokens": 0, "data.max_prompt": 0, "data.max_candidate": 0,
+    "data.programs": 6,
 }  # fmt: skip
 
 

@@ -1,0 +1,140 @@
+"""The buckets of a run: chosen with its length in mind, kept, and how full they are."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from configs import joint
+from jrm_jax.data import sizes as sizes_module
+from jrm_jax.data.buckets import Bucket, needs
+from jrm_jax.data.plan import Plan, Source
+from jrm_jax.data.sizes import Sizes
+from jrm_jax.errors import UserError
+from jrm_jax.run import buckets
+
+SMALL, LARGE = [2, 3, 16, 20, 10, 15, 6, 40, 18, 26], [4, 5, 16, 40, 20, 30, 10, 60, 70, 100]
+
+
+def sources(*rows):
+    return {"train": [Source(Sizes.from_rows(rows))]}
+
+
+def slots(sizes_m6):
+    k, i, n, p, c, _ = sizes_m6.T
+    return p + k * c + i * n
+
+
+@pytest.fixture
+def config():
+    config = joint.get_config()
+    config.batch_size, config.total_steps = 4, 100_000
+    return config
+
+
+@pytest.fixture
+def choose(config, tmp_path, monkeypatch):
+    """`choose(sources, **fields of config)`; its folder starts empty."""
+    monkeypatch.setattr(sizes_module.user_cache, "folder", lambda name: tmp_path / "cache")
+
+    def call(found, language=True, **fields):
+        own = config.copy_and_resolve_references()
+        own.update_from_flattened_dict({k.replace("__", "."): v for k, v in fields.items()})
+        return buckets.choose(own, found, slots, language=language, merge=2, folder=tmp_path)
+
+    return call
+
+
+def test_a_short_run_compiles_less(choose):
+    found = sources(*[SMALL] * 40, *[LARGE] * 40)
+    assert len(choose(found)) == 2
+    assert len(choose(found, total_steps=40)) == 1
+    assert len(choose(found, data__programs=1)) == 1
+    # saved: about a third of the whole; a program costs COMPILE_STEPS steps
+    assert len(choose(found, total_steps=8 * buckets.COMPILE_STEPS)) == 2
+
+
+def test_what_is_seen_often_decides(choose):
+    """Three sizes, two buckets: what is seen more often of the two smaller ones has no padding."""
+    middle = [3, 4, *SMALL[2:]]
+    for of_small, of_middle, least in ((100.0, 1.0, 2), (1.0, 100.0, 3)):
+        parts = ((SMALL, of_small), (middle, of_middle), (LARGE, 50.0))
+        found = {"train": [Source(Sizes.from_rows([row] * 40), weight) for row, weight in parts]}
+        assert [bucket.candidates for bucket in choose(found, data__programs=2)] == [least, 4]
+    # a split that is only read counts less than one that is trained on
+    read = sources(*[SMALL] * 40) | {"test": [Source(Sizes.from_rows([LARGE] * 40))]}
+    assert len(choose(read, total_steps=200)) == 2
+
+
+def test_all_splits_and_only_what_is_kept_are_held(choose):
+    sizes = Sizes.from_rows([SMALL] * 20 + [LARGE])
+    found = {"train": [Source(sizes, kept=np.arange(20))]}
+    (one,) = choose(found)
+    assert one.candidates == 2
+    found["test"] = [Source(Sizes.from_rows([LARGE]))]
+    assert buckets.hold_all(choose(found), found, True)
+    assert not buckets.hold_all([one], found, True)
+
+
+def test_a_choice_is_kept_beside_the_data(choose, tmp_path, monkeypatch):
+    found = sources(*[SMALL] * 40, *[LARGE] * 40)
+    first = choose(found)
+    assert len(list(tmp_path.glob("buckets-*.json"))) == 1
+    calls, real = [], buckets.choose_buckets
+
+    def counted(*arguments, **fields):
+        calls.append(fields)
+        return real(*arguments, **fields)
+
+    monkeypatch.setattr(buckets, "choose_buckets", counted)
+    assert choose(found) == first and not calls
+    # all that it depends on
+    choose(found, data__round_to=16)
+    choose(found, total_steps=40)
+    choose(found, language=False)
+    choose(sources(*[SMALL] * 41, *[LARGE] * 40))
+    assert len(calls) == 4
+    for file in tmp_path.glob("buckets-*.json"):
+        file.write_text("half a fi")
+    assert choose(found) == first and len(calls) == 5
+
+
+def test_classes_where_the_config_asks_for_them(choose):
+    found = sources(*[SMALL] * 40, *[LARGE] * 40)
+    for language in (True, False):  # the study's arms: the same examples in a bucket
+        small, large = choose(found, language, data__candidate_cuts=(3, 4), total_steps=1)
+        assert small.candidates == 2 and large.candidates == 4
+        assert small.critique == (8 if language else 0)
+
+
+def test_a_run_keeps_its_buckets(tmp_path):
+    assert buckets.read_record(tmp_path) is None
+    chosen = (Bucket(2, 3, 16, 24, 16, 8), Bucket(4, 5, 16, 40, 32, 16))
+    (tmp_path / buckets.RECORD).write_text(buckets.as_text(chosen))
+    assert buckets.read_record(tmp_path) == chosen
+    for damaged in ("", "[", "[{}]", '[{"candidates": 2}]', "3", "null", "[]"):
+        (tmp_path / buckets.RECORD).write_text(damaged)
+        with pytest.raises(UserError, match=r"buckets.json is damaged: remove it") as raised:
+            buckets.read_record(tmp_path)
+        assert "\n" not in str(raised.value)
+
+
+def test_shares_by_hand():
+    found = sources(SMALL, SMALL, SMALL)["train"]
+    bucket = Bucket(2, 3, 16, 24, 16, 8)
+    plan = Plan(found, [bucket], 4, 0)  # one row in four is empty
+    shares = buckets.real_shares(plan, found, True)
+    assert shares == {"decoder": 3 * (20 + 26) / (4 * (24 + 2 * 16)), "tower": 3 * 40 / (4 * 48)}
+    assert buckets.real_shares(plan, found, False)["decoder"] == 3 * (20 + 18) / (4 * 56)
+    none = dict.fromkeys(("images", "patches", "all_patches"), np.zeros(3, np.int32))
+    bare = [Source(dataclasses.replace(found[0].sizes, **none))]
+    text = Plan(bare, [dataclasses.replace(bucket, images=0)], 4, 0)
+    assert buckets.real_shares(text, bare, True)["tower"] == 1
+
+
+def test_the_record_is_plain_json():
+    assert json.loads(buckets.as_text([Bucket(2, 3, 16, 24, 16, 8)])) == [
+        {"candidates": 2, "images": 3, "patches": 16, "prompt": 24, "candidate": 16, "critique": 8}
+    ]
+    assert needs(Sizes.from_rows([SMALL]), True).tolist() == [[2, 3, 16, 20, 15, 6]]
