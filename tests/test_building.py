@@ -169,7 +169,7 @@ def test_a_build_that_was_stopped_anywhere_ends_the_same(tmp_path, monkeypatch, 
 
 
 def test_kill_9_and_the_same_command_again(tmp_path, monkeypatch):
-    """As `benchmarks.build_scale` measures it with 50,000 records."""
+    """As `benchmarks.build_scale` measures it with 50,000 records, and with two workers."""
     monkeypatch.setattr(build_scale, "SHARD_EXAMPLES", 10)
     report = build_scale.run(tmp_path, records=2600, small=0, side=12)
     assert "equal those of the undisturbed build byte for byte" in report[-1]

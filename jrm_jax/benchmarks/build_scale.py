@@ -1,11 +1,13 @@
-"""Building a data set from many records: memory, a kill half-way, the same result.
+"""Building a data set from many records: memory, a kill half-way, the same result, all cores.
 
     python -m jrm_jax.benchmarks.build_scale [--records=50000] [--small=5000] [--out=docs/FILE.md]
+    python -m jrm_jax.benchmarks.build_scale --records=0 --large=3000
 
 Makes EditReward-Data's Hugging Face layout (parquet, pictures inside, seven edits of a source give
 21 rows, rows of neighbouring sources mixed), builds it undisturbed from `--small` and from all
-records, and all again with `kill -9` half-way. Exit 1 unless the resumed data set equals the
-undisturbed one byte for byte.
+records, and all again with `kill -9` half-way. `--large` rows name pictures of a megabyte in a
+folder, as EditReward-Data's JSON does: they are built with one process, with one for each core, and
+again with a kill. Exit 1 unless all data sets of the same rows are equal byte for byte.
 """
 
 from __future__ import annotations
@@ -13,13 +15,16 @@ from __future__ import annotations
 import hashlib
 import io
 import itertools
+import json
 import os
 import platform
+import resource
 import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -33,6 +38,7 @@ EDITS = 7
 WINDOW = 420  # rows that are mixed: those of twenty sources
 SHARD_EXAMPLES = 100
 TRIES = 5
+WORKERS = max(2, len(os.sched_getaffinity(0)))
 
 
 def picture(seed: int, side: int) -> bytes:
@@ -90,23 +96,78 @@ def write_source(path: Path, count: int, side: int) -> None:
     writer.close()
 
 
-def start(source: Path, out: Path) -> subprocess.Popen:
+def photo(seed: int) -> bytes:
+    """A JPEG of about a megabyte: smooth, with some noise."""
+    rng = np.random.default_rng(seed)
+    coarse = PIL.Image.fromarray(rng.integers(0, 256, (12, 16, 3), np.uint8))
+    pixels = np.asarray(coarse.resize((1600, 1200), PIL.Image.Resampling.BICUBIC), np.int16)
+    noisy = np.clip(pixels + rng.integers(-14, 15, pixels.shape, np.int16), 0, 255)
+    file = io.BytesIO()
+    PIL.Image.fromarray(noisy.astype(np.uint8)).save(file, "JPEG", quality=95)
+    return file.getvalue()
+
+
+def write_named(folder: Path, count: int) -> Path:
+    """The rows of `rows` as JSON, their pictures as files: a photo for each place of a picture."""
+    folder.mkdir()
+    names: dict[bytes, str] = {}
+    found = []
+    for row in rows(count, 12):
+        for field, value in row.items():
+            if isinstance(value, bytes):
+                if value not in names:
+                    names[value] = f"{len(names)}.jpg"
+                    (folder / names[value]).write_bytes(photo(len(names)))
+                row[field] = names[value]
+        found.append(row)
+    (folder / "rows.json").write_text(json.dumps(found))
+    return folder / "rows.json"
+
+
+def start(source: Path, out: Path, workers: int = 1) -> subprocess.Popen:
+    """A build, with its processes in a group of their own."""
     command = [
         sys.executable, "-m", "jrm_jax.data.builders", "editreward", f"--data={source}",
-        f"--out={out}", "--skip_bad", f"--shard_examples={SHARD_EXAMPLES}",
+        f"--out={out}", "--skip_bad", f"--shard_examples={SHARD_EXAMPLES}", f"--workers={workers}",
     ]  # fmt: skip
     root = Path(__file__).resolve().parents[2]
-    return subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, cwd=root, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
 
 
 def finish(process: subprocess.Popen) -> tuple[float, list[str]]:
-    """(peak resident memory in MB, what was printed)."""
+    """(peak resident memory of all its processes together in MB, what was printed)."""
+    peak, over = 0.0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not over.wait(0.2):
+            peak = max(peak, memory_of(process.pid))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
     said = process.stdout.read().splitlines()
     _, status, usage = os.wait4(process.pid, 0)
+    over.set()
+    watcher.join()
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         sys.exit(f"the build ended with {process.returncode}: {said}")
-    return usage.ru_maxrss / 1024, said
+    return max(peak, usage.ru_maxrss / 1024), said
+
+
+def memory_of(group: int) -> float:
+    """Resident MB of the processes of a group; what they share counts for each."""
+    total = 0
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = status.read_text().rpartition(")")[2].split()  # from the state on
+        except OSError:  # it has just ended
+            continue
+        if int(fields[2]) == group:
+            total += int(fields[21]) * resource.getpagesize()
+    return total / 2**20
 
 
 def position(out: Path) -> int:
@@ -120,10 +181,10 @@ def position(out: Path) -> int:
     return int(found[0]) if found else -1
 
 
-def kill_half_way(source: Path, out: Path, half: int) -> int:
+def kill_half_way(source: Path, out: Path, half: int, workers: int) -> int:
     """Kill -9 soon after half of the rows; returns the rows that were safe by then."""
     for _ in range(TRIES):
-        process = start(source, out)
+        process = start(source, out, workers)
         while position(out) < half and process.poll() is None:
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
@@ -141,37 +202,77 @@ def digests(folder: Path) -> dict[str, str]:
     }
 
 
-def run(folder: Path, records: int, small: int, side: int) -> list[str]:
+def build(source: Path, out: Path, workers: int = 1) -> tuple[float, float, list[str]]:
+    """(seconds, peak memory in MB, what was printed) of an undisturbed build."""
+    began = time.monotonic()
+    memory, said = finish(start(source, out, workers))
+    return time.monotonic() - began, memory, said
+
+
+def check_equal(one: Path, two: Path) -> int:
+    """The number of files; ends the program where a file differs."""
+    first, second = digests(one), digests(two)
+    differing = [name for name in first | second if first.get(name) != second.get(name)]
+    if differing:
+        sys.exit(f"these files differ: {differing}")
+    return len(first)
+
+
+def kill_and_compare(source: Path, whole: Path, records: int, workers: int) -> str:
+    """Killed half-way and gone on with, against an undisturbed build; a line for the report."""
+    out = whole.with_name(f"resumed-{whole.name}")
+    safe = kill_half_way(source, out, records // 2, workers)
+    half_written = len(list(out.with_name(f"{out.name}.building").glob("*array_record*")))
+    memory, _ = finish(start(source, out, workers))
+    files = check_equal(whole, out)
+    return (
+        f"Killed (`kill -9`, {workers} workers) with {safe:,} of {records:,} rows behind complete"
+        f" shards and {half_written} shard files on the disk; the same command went on from there"
+        f" (peak memory {memory:,.0f} MB). All {files} files (shards, descriptions, card, list of"
+        " problems) equal those of the undisturbed build byte for byte."
+    )
+
+
+def run(folder: Path, records: int, small: int, side: int, large: int = 0) -> list[str]:
     """The report; ends the program where something is not as it must be."""
     lines = ["| records | source | seconds | peak memory | printed |", "|---|---|---|---|---|"]
     for count in filter(None, (small, records)):
         source = folder / f"source{count}.parquet"
         write_source(source, count, side)
-        began = time.monotonic()
-        memory, said = finish(start(source, folder / f"whole{count}"))
+        seconds, memory, said = build(source, folder / f"whole{count}")
         size = source.stat().st_size / 2**20
         words = "; ".join(line.strip() for line in said[:3]).replace(str(folder), "DIR")
-        lines.append(
-            f"| {count:,} | {size:,.0f} MB | {time.monotonic() - began:.0f} | {memory:,.0f} MB |"
-            f" {words} |"
-        )
+        lines.append(f"| {count:,} | {size:,.0f} MB | {seconds:.0f} | {memory:,.0f} MB | {words} |")
         print(lines[-1], flush=True)
-    out = folder / f"resumed{records}"
-    safe = kill_half_way(source, out, records // 2)
-    half_written = len(list(out.with_name(f"{out.name}.building").glob("*array_record*")))
-    memory, _ = finish(start(source, out))
-    first, second = digests(folder / f"whole{records}"), digests(out)
-    differing = [name for name in first | second if first.get(name) != second.get(name)]
-    if differing:
-        sys.exit(f"these files differ: {differing}")
-    lines += [
+    if records:
+        lines += ["", kill_and_compare(source, folder / f"whole{records}", records, WORKERS)]
+        print(lines[-1], flush=True)
+    return lines + (compare_workers(folder, large) if large else [])
+
+
+def compare_workers(folder: Path, count: int) -> list[str]:
+    """Pictures of a megabyte as files, with one process and with a worker for each core."""
+    source = write_named(folder / "large", count)
+    pictures = [path.stat().st_size for path in source.parent.glob("*.jpg")]
+    lines = [
         "",
-        f"Killed (`kill -9`) with {safe:,} of {records:,} rows behind complete shards and"
-        f" {half_written} shard files on the disk; the same command went on from there (peak memory"
-        f" {memory:,.0f} MB). All {len(first)} files (shards, descriptions, card, list of problems)"
-        " equal those of the undisturbed build byte for byte.",
+        f"{count:,} rows that name {len(pictures):,} pictures, {sum(pictures) / 2**20:,.0f} MB"
+        f" together, {min(pictures) / 2**20:.2f} MB or more each:",
+        "",
+        "| workers | seconds | peak memory of all processes |",
+        "|---|---|---|",
     ]
-    print(lines[-1])
+    build(source, folder / "warm", WORKERS)  # the files are in memory afterwards
+    found = {}
+    for workers in (1, WORKERS):
+        found[workers], memory, _ = build(source, folder / f"workers{workers}", workers)
+        lines.append(f"| {workers} | {found[workers]:.1f} | {memory:,.0f} MB |")
+        print(lines[-1], flush=True)
+    check_equal(folder / "workers1", folder / f"workers{WORKERS}")
+    lines += ["", f"{found[1] / found[WORKERS]:.2f} times as fast, and equal byte for byte.", ""]
+    print(lines[-2], flush=True)
+    lines.append(kill_and_compare(source, folder / "workers1", count, WORKERS))
+    print(lines[-1], flush=True)
     return lines
 
 
@@ -182,6 +283,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--records", type=int, default=50_000)
     parser.add_argument("--small", type=int, default=5_000)
     parser.add_argument("--side", type=int, default=64, help="pixels of a picture's side")
+    parser.add_argument("--large", type=int, default=0, help="rows with pictures of a megabyte")
     machine = f"{os.cpu_count()} cores, {platform.machine()}"
     run_command(parser, argv, run, "Building from many records", machine)
 

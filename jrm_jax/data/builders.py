@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jrm_jax.data.ingest import building, regions
+from jrm_jax.data.ingest import building, making, regions
 from jrm_jax.data.ingest.judged import Judged
 from jrm_jax.data.ingest.judgements import EDITREWARD
 from jrm_jax.data.ingest.pairs import Pairs
@@ -33,6 +34,7 @@ from jrm_jax.shell.arguments import Parser
 from jrm_jax.shell.stop import GRACE, Stopped, StopRequest
 from jrm_jax.shell.terminal import Bar, say
 
+FEW = 2**16  # bytes: a file of fewer has hardly rows enough for worker processes
 SHOWN = 20  # problems that are printed; all are listed in the data set's problems.txt
 
 
@@ -122,6 +124,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         command.add_argument(
             "--shard_examples", type=int, default=SHARD_EXAMPLES, help="groups per file, at most"
         )
+        command.add_argument(
+            "--workers", type=int, default=_cores(), help="processes that check pictures"
+        )
         command.add_argument("--split", default="train", choices=("train", "valid", "test", "hard"))
         command.add_argument(
             "--skip_bad", action="store_true", help="leave bad records out, count and list them"
@@ -136,6 +141,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for split, count in (("train", 16384), ("valid", 512), ("test", 1024), ("hard", 1024)):
         world.add_argument(f"--{split}", type=int, default=count)
     return parser.parse_args(argv)
+
+
+def _cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def make_layout(args: argparse.Namespace) -> building.Layout:
@@ -163,6 +173,10 @@ def build(args: argparse.Namespace) -> None:
     """
     if not 0 <= args.valid_fraction < 1:
         raise UserError(f"--valid_fraction={args.valid_fraction} must be at least 0 and below 1")
+    if args.workers < 1:
+        raise UserError(f"--workers={args.workers} must be at least 1")
+    if args.workers > 1 and not (args.data.is_file() and args.data.stat().st_size < FEW):
+        making.start_server()
     # Before the bar's thread starts: while this import runs, rich cannot import its own parts.
     import tensorflow_datasets  # noqa: F401
 
@@ -171,7 +185,7 @@ def build(args: argparse.Namespace) -> None:
     )
     with _build_progress() as progress:
         result = building.build(
-            make_layout(args), args.command, args.data, args.out, options, progress
+            make_layout(args), args.command, args.data, args.out, options, progress, args.workers
         )
     left = sum(result.left.values())
     print(

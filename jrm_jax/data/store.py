@@ -9,6 +9,7 @@ folder that exists is whole.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -27,6 +28,7 @@ _FORMAT = "array_record"
 _SHARD_NAME = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_INDEX}"
 
 
+@functools.cache
 def _features():
     import tensorflow_datasets as tfds
 
@@ -39,11 +41,14 @@ def _features():
     )
 
 
-def _serialize(features, record: Mapping[str, Any]) -> bytes:
-    """The same bytes every time: protobuf's maps come in an order of their own otherwise."""
+def serialize(record: Mapping[str, Any]) -> bytes:
+    """A row of a shard.
+
+    The same bytes every time: protobuf's maps come in an order of their own otherwise.
+    """
     from tensorflow_datasets.proto import tf_example_pb2
 
-    message = tf_example_pb2.Example.FromString(features.serialize_example(record))
+    message = tf_example_pb2.Example.FromString(_features().serialize_example(record))
     return message.SerializeToString(deterministic=True)
 
 
@@ -73,9 +78,9 @@ class Shards:
         self.folder, self.name, self.examples = folder, name, examples
         self.done = {split: [tuple(s) for s in shards] for split, shards in (done or {}).items()}
         self._open: dict[str, list] = {}  # split: [writer, examples, bytes]
-        self._features = _features()
 
-    def add(self, split: str, record: Mapping[str, Any]) -> None:
+    def add(self, split: str, data: bytes) -> None:
+        """A row, see `serialize`."""
         from array_record.python.array_record_module import ArrayRecordWriter
 
         if split not in self._open:
@@ -83,7 +88,6 @@ class Shards:
             path = self.folder / f"{self.name}-{split}.{_FORMAT}-{number:05d}"
             path.unlink(missing_ok=True)
             self._open[split] = [ArrayRecordWriter(str(path), "group_size:1"), 0, 0]
-        data = _serialize(self._features, record)
         entry = self._open[split]
         with _writer_errors():
             entry[0].write(data)
@@ -254,7 +258,8 @@ def write_dataset(
             temporary.mkdir(parents=True)
             for split, examples in splits.items():
                 for example in examples:
-                    shards.add(split, example if isinstance(example, dict) else to_record(example))
+                    record = example if isinstance(example, dict) else to_record(example)
+                    shards.add(split, serialize(record))
                     if shards.full:
                         shards.close_files()
                 shards.close_files()

@@ -25,24 +25,18 @@ from pathlib import Path
 from typing import Any
 
 from jrm_jax.data import store
-from jrm_jax.data.images import has_deep_channels
 from jrm_jax.data.ingest import card
-from jrm_jax.data.ingest.layout import Layout, Member, Options, Problems, Result
+from jrm_jax.data.ingest.layout import Found, Layout, Options, Problems, Result
+from jrm_jax.data.ingest.making import Item, Maker, Queue
 from jrm_jax.data.ingest.rows import NoRows, find, read_rows
 from jrm_jax.data.ingest.texts import printable
 from jrm_jax.data.ingest.waiting import Waiting
-from jrm_jax.data.schema import (
-    DEFAULT_DIMENSIONS,
-    Image,
-    PreferenceExample,
-    in_dimensions,
-    to_record,
-)
+from jrm_jax.data.schema import DEFAULT_DIMENSIONS
 from jrm_jax.errors import RecordError, UserError
 
 VERSION = 2  # raise it when the same files give other data sets
 STATE, LOCK = "state.sqlite", "lock"
-DEEP = "picture with more than 8 bits a channel (scaled to 8)"
+PARALLEL = 256  # rows from which on worker processes are worth their start, some seconds
 CARD, PROBLEMS = "README.md", "problems.txt"
 _TABLES = """
 CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value TEXT);
@@ -58,12 +52,14 @@ def build(
     out: Path,
     options: Options,
     progress: Callable[[str, int, int, Counter], None] = lambda *_: None,
+    workers: int = 1,
 ) -> Result:
     """Write the data set `out`, or add splits to it; goes on where an earlier call with the same
     arguments was stopped.
 
     Args:
         name: of the layout, for the card and for messages.
+        workers: processes that make groups; the result is the same, byte for byte.
         progress: called now and then with (what is done, rows done, rows there are, counts).
 
     Raises:
@@ -81,7 +77,7 @@ def build(
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 raise UserError(f"{folder} is being written by another process") from error
-            work = _Work(layout, name, files, folder, options, progress, base)
+            work = _Work(layout, name, files, folder, options, progress, base, workers)
             try:
                 result = work.run(source)
             except BaseException as error:
@@ -111,9 +107,9 @@ def build(
 class _Work:
     """One build: its state on the disk, and the rows that wait in memory."""
 
-    def __init__(self, layout, name, files, folder, options, progress, base):
+    def __init__(self, layout, name, files, folder, options, progress, base, workers):
         self.layout, self.name, self.files, self.folder = layout, name, files, folder
-        self.options, self.progress, self.base = options, progress, base
+        self.options, self.progress, self.base, self.workers = options, progress, base, workers
         self.state = sqlite3.connect(folder / STATE, isolation_level=None)
         self.state.executescript(_TABLES)
         self._check_fingerprint()
@@ -123,7 +119,6 @@ class _Work:
         )  # fmt: skip
         self.counts = Counter(self._get("counts", {}))
         self.dimensions = tuple(self._get("dimensions", ()))
-        self.problems = Problems(self.state, options.skip_bad, self.counts)
         self.waiting = Waiting(self.state)
 
     def close(self) -> None:
@@ -154,15 +149,22 @@ class _Work:
         if self._get("rows of files", None) is None:
             self._index()
         total = self._get("rows of files", [])
+        position = self._get("position", 0)
         self.state.execute("BEGIN")
-        for number, where, row in self._rows(total, self._get("position", 0)):
-            self._take(number, where, row)
-            if self.shards.full:
-                self._commit(number + 1)
-            if number % 64 == 0:
-                self.progress("writing", number, sum(total), self.counts)
-        for key in self.waiting.keys():  # of groups one of whose rows could not be read
-            self._emit(self.waiting.take(key))
+        self.waiting.forget_from(position)
+        workers = self.workers if sum(total) - position >= PARALLEL else 1
+        maker = Maker(self.layout, tuple(self.dimensions), self.options)
+        with Queue(maker, workers) as self.queue:
+            for number, where, row in self._rows(total, position):
+                self._take(number, where, row)
+                self._write(self.queue.take())
+                if number % 64 == 0:
+                    self.progress("writing", number, sum(total), self.counts)
+            self._write(self.queue.take(every=True))
+            for key in self.waiting.keys():  # of groups one of whose rows could not be read
+                self.queue.put(None, self.waiting.take(key), key)
+                self._write(self.queue.take())
+            self._write(self.queue.take(every=True))
         self._commit(sum(total))
         return self._finish(source, sum(total))
 
@@ -229,61 +231,57 @@ class _Work:
         except NoRows as error:
             if len(self.files) == 1:
                 raise
-            self.problems.note("JSON file that holds no list of rows (passed over)", str(error))
+            words = "JSON file that holds no list of rows (passed over)"
+            self._tell([Found(True, words, str(error))])
         except UserError as error:
             yield printable(file), RecordError(str(error), "file that cannot be read on")
 
     def _take(self, number: int, where: str, row: dict[str, Any] | UserError) -> None:
-        self.problems.left.clear()
+        problems = Problems(self.options.skip_bad)
         try:
-            if isinstance(row, UserError):
-                raise row
-            key = self.layout.key(row, where)
-        except UserError as error:
-            self.problems.leave(where, error)
+            try:
+                if isinstance(row, UserError):
+                    raise row
+                key = self.layout.key(row, where)
+            except UserError as error:
+                problems.leave(where, error)
+                self.queue.put(number, [], found=problems.found)
+                return
+        except UserError as error:  # told when all before it is written
+            self.queue.put(number, [], error=error)
             return
         if key is None:
-            self._emit([(where, row)])
+            self.queue.put(number, [(where, row)])
             return
         wanted, differs = self.state.execute(
             "SELECT rows, differs FROM groups WHERE key = ?", (key,)
         ).fetchone()
         if not self.layout.gathers:
             if wanted > 1:
-                self.problems.note("id that occurs more than once", f"{where}: {key}")
+                problems.note("id that occurs more than once", f"{where}: {key}")
             if differs:
-                self.problems.note("id with contradicting labels", f"{where}: {key}")
-            self._emit([(where, row)])
-            return
-        if self.waiting.add(key, number, (where, row)) == wanted:
-            self._emit(self.waiting.take(key))
+                problems.note("id with contradicting labels", f"{where}: {key}")
+            self.queue.put(number, [(where, row)], found=problems.found)
+        elif self.waiting.add(key, number, (where, row)) == wanted:
+            self.queue.put(number, self.waiting.take(key), key)
 
-    def _emit(self, members: list[Member]) -> None:
-        try:
-            examples = self.layout.make(members, self.problems)
-        except RecordError as error:
-            for where, _ in members:
-                self.problems.leave(where, error)
-            return
-        for example in examples:
-            assert set(example.dimensions) <= set(self.dimensions)  # `layout.dimensions` named all
-            example = in_dimensions(example, self.dimensions)
-            record, split = to_record(example), self._split(example)
-            for data in filter(has_deep_channels, record["images"]):
-                self.problems.note(DEEP, f"{members[0][0]}: {len(data):,} bytes")
-            self.shards.add(split, record)
-            card.count(self.counts, split, example, record)
+    def _write(self, items: Iterator[Item]) -> None:
+        """What became of groups, in their order, and whatever became complete by it."""
+        for item in items:
+            self._tell(item.found + item.made.found)
+            if item.made.error is not None:
+                raise item.made.error
+            for split, data in item.made.rows:
+                self.shards.add(split, data)
+            self.counts.update(item.made.counts)
+            if item.key is not None:
+                self.waiting.done(item.key)
+            if item.number is not None and self.shards.full:
+                self._commit(item.number + 1)
 
-    def _split(self, example: PreferenceExample) -> str:
-        """By the prompt's pictures (its text where it has none): a source is in one split only."""
-        fraction = self.options.valid_fraction
-        if not fraction:
-            return self.options.split
-        pictures = [part.data for part in example.prompt if isinstance(part, Image)]
-        texts = [part.text.encode() for part in example.prompt if not isinstance(part, Image)]
-        digest = hashlib.sha256(b"\0".join(pictures or texts)).digest()
-        chosen = int.from_bytes(digest[:8], "big") < fraction * 2**64
-        return "valid" if chosen else self.options.split
+    def _tell(self, found: Sequence[Found]) -> None:
+        self.counts["rows left out"] += sum(not each.kept for each in found)
+        self.state.executemany("INSERT INTO problems VALUES (?, ?, ?)", found)
 
     def _commit(self, position: int) -> None:
         self.waiting.spill()

@@ -3,8 +3,6 @@ here."""
 
 from __future__ import annotations
 
-import sqlite3
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -13,7 +11,7 @@ from jrm_jax.data import store
 from jrm_jax.data.schema import PreferenceExample
 from jrm_jax.errors import RecordError, UserError
 
-Found = TypeVar("Found")
+Read = TypeVar("Read")
 Member = tuple[str, dict[str, Any]]  # where a row stands, and the row
 
 
@@ -39,8 +37,8 @@ class Layout(Protocol):
 
 
 def read_each(
-    members: list[Member], problems: Problems, read: Callable[[dict[str, Any], str], Found]
-) -> Iterator[tuple[str, Found]]:
+    members: list[Member], problems: Problems, read: Callable[[dict[str, Any], str], Read]
+) -> Iterator[tuple[str, Read]]:
     """(where, read(row, where)) of the rows of a group; a row that cannot be read is left out."""
     for where, row in members:
         try:
@@ -49,6 +47,14 @@ def read_each(
             problems.leave(where, error)
             continue
         yield where, found
+
+
+class Found(NamedTuple):
+    """kept: of a row that is kept; else it is left out."""
+
+    kept: bool
+    kind: str
+    detail: str
 
 
 class Options(NamedTuple):
@@ -65,11 +71,14 @@ class Options(NamedTuple):
 
 
 class Problems:
-    """Rows that are left out, and oddities of rows that are kept, each with its kind."""
+    """Rows that are left out, and oddities of rows that are kept, each with its kind.
 
-    def __init__(self, connection: sqlite3.Connection, skip_bad: bool, counts: Counter):
-        self._connection, self._skip_bad, self._counts = connection, skip_bad, counts
-        self.left: set[str] = set()  # of the group at hand
+    found: them, in order.
+    """
+
+    def __init__(self, skip_bad: bool):
+        self._skip_bad, self._left = skip_bad, set[str]()
+        self.found: list[Found] = []
 
     def leave(self, where: str, error: UserError) -> None:
         """
@@ -78,16 +87,13 @@ class Problems:
         """
         if not self._skip_bad:
             raise error
-        if where not in self.left:
-            self.left.add(where)
-            self._counts["rows left out"] += 1
-            self._add(0, getattr(error, "kind", "row that cannot be read"), str(error))
+        if where not in self._left:
+            self._left.add(where)
+            kind = getattr(error, "kind", "row that cannot be read")
+            self.found.append(Found(False, kind, str(error)))
 
     def note(self, kind: str, detail: str) -> None:
-        self._add(1, kind, detail)
-
-    def _add(self, kept: int, kind: str, detail: str) -> None:
-        self._connection.execute("INSERT INTO problems VALUES (?, ?, ?)", (kept, kind, detail))
+        self.found.append(Found(True, kind, detail))
 
 
 class Result(NamedTuple):

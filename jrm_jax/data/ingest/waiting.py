@@ -22,35 +22,51 @@ class Waiting:
         self._state = state
         state.executescript(_TABLES)
         self._held: dict[str, list[tuple[int, Member]]] = {}  # with the rows' numbers
+        self._taken: dict[str, list[tuple[int, Member]]] = {}  # and not on the disk
         self._bytes = 0
+
+    def forget_from(self, number: int) -> None:
+        """Of a build that goes on: rows from there on were read ahead, and will be read again."""
+        self._state.execute("DELETE FROM waiting WHERE number >= ?", (number,))
 
     def add(self, key: str, number: int, member: Member) -> int:
         """Keep a row; how many wait for this group now."""
         self._held.setdefault(key, []).append((number, member))
-        self._bytes += _size(member[1])
+        self._bytes += size_of(member[1])
         if self._bytes > MEMORY:
-            self.spill()
+            self._store(self._held)
+            self._held, self._bytes = {}, 0
         query = "SELECT count(*) FROM waiting WHERE key = ?"
         stored = self._state.execute(query, (key,)).fetchone()[0]
         return stored + len(self._held.get(key, ()))
 
     def take(self, key: str) -> list[Member]:
-        """The rows of a group in the order of the files; they wait no longer."""
+        """The rows of a group in the order of the files; they are kept until it is `done`."""
         members = self._held.pop(key, [])
-        self._bytes -= sum(_size(row) for _, (_, row) in members)
+        self._bytes -= sum(size_of(row) for _, (_, row) in members)
+        self._taken[key] = members
         stored = self._state.execute("SELECT content FROM waiting WHERE key = ?", (key,))
-        members += [pickle.loads(content) for (content,) in stored]
-        self._state.execute("DELETE FROM waiting WHERE key = ?", (key,))
+        members = members + [pickle.loads(content) for (content,) in stored]
         return [member for _, member in sorted(members, key=lambda item: item[0])]
 
+    def done(self, key: str) -> None:
+        """What became of a group is written: nobody needs its rows any more."""
+        del self._taken[key]
+        self._state.execute("DELETE FROM waiting WHERE key = ?", (key,))
+
     def spill(self) -> None:
-        """All of them go to the disk."""
-        for key, members in self._held.items():
+        """All rows go to the disk, those too that are taken and not done."""
+        self._store(self._held)
+        self._store(self._taken)
+        self._held, self._bytes = {}, 0
+        self._taken = {key: [] for key in self._taken}
+
+    def _store(self, rows: dict[str, list[tuple[int, Member]]]) -> None:
+        for key, members in rows.items():
             self._state.executemany(
                 "INSERT INTO waiting VALUES (?, ?, ?)",
                 [(key, member[0], pickle.dumps(member, 5)) for member in members],
             )
-        self._held, self._bytes = {}, 0
 
     def keys(self) -> list[str]:
         """Of all groups that wait, in the order of their first rows."""
@@ -59,14 +75,14 @@ class Waiting:
         return [key for (key,) in found]
 
 
-def _size(row: dict[str, Any]) -> int:
+def size_of(row: dict[str, Any]) -> int:
     """Bytes of a row, about."""
     total = 0
     for value in row.values():
         if isinstance(value, dict):
-            total += _size(value)
+            total += size_of(value)
         elif isinstance(value, list):
-            total += sum(_size(v) if isinstance(v, dict) else len(str(v)) for v in value)
+            total += sum(size_of(v) if isinstance(v, dict) else len(str(v)) for v in value)
         else:
             total += len(value) if isinstance(value, bytes | str) else 50
     return total + 200

@@ -1,0 +1,185 @@
+"""Groups of rows become serialised examples, in worker processes, and come back in order.
+
+What is long in a build is done here: pictures are read and decoded, examples made and serialised.
+Nothing of it depends on other groups, so it may be done anywhere; who takes the groups from the
+queue gets them in the order in which they were put, as one process would have made them.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import hashlib
+import multiprocessing
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import forkserver
+from typing import NamedTuple
+
+from jrm_jax.data import store
+from jrm_jax.data.images import has_deep_channels
+from jrm_jax.data.ingest import card
+from jrm_jax.data.ingest.layout import Found, Layout, Member, Options, Problems
+from jrm_jax.data.ingest.waiting import size_of
+from jrm_jax.data.schema import Image, PreferenceExample, in_dimensions, to_record
+from jrm_jax.data.workers import init_worker
+from jrm_jax.errors import RecordError, UserError
+
+AHEAD = 4  # groups for each worker that are made or wait to be taken
+AHEAD_BYTES = 64 * 2**20  # of their rows, as they are sent to the workers
+DEEP = "picture with more than 8 bits a channel (scaled to 8)"
+
+
+class Made(NamedTuple):
+    """What became of a group. rows: (split, serialised example). counts: for the card. found: what
+    is to be told. error: it ends the build."""
+
+    rows: list[tuple[str, bytes]] = []
+    counts: Counter = Counter()
+    found: list[Found] = []
+    error: UserError | None = None
+
+
+class Maker(NamedTuple):
+    """make(members) -> `Made`; picklable."""
+
+    layout: Layout
+    dimensions: tuple[str, ...]
+    options: Options
+
+    def make(self, members: list[Member]) -> Made:
+        problems = Problems(self.options.skip_bad)
+        made = Made([], Counter(), problems.found)
+        try:
+            for example in self._examples(members, problems):
+                assert set(example.dimensions) <= set(self.dimensions)  # `layout.dimensions`
+                example = in_dimensions(example, self.dimensions)
+                record, split = to_record(example), self._split(example)
+                for data in filter(has_deep_channels, record["images"]):
+                    problems.note(DEEP, f"{members[0][0]}: {len(data):,} bytes")
+                made.rows.append((split, store.serialize(record)))
+                card.count(made.counts, split, example, record)
+        except UserError as error:
+            return made._replace(error=error)
+        return made
+
+    def _examples(self, members: list[Member], problems: Problems) -> list[PreferenceExample]:
+        try:
+            return self.layout.make(members, problems)
+        except RecordError as error:
+            for where, _ in members:
+                problems.leave(where, error)
+            return []
+
+    def _split(self, example: PreferenceExample) -> str:
+        """By the prompt's pictures (its text where it has none): a source is in one split only."""
+        fraction = self.options.valid_fraction
+        if not fraction:
+            return self.options.split
+        pictures = [part.data for part in example.prompt if isinstance(part, Image)]
+        texts = [part.text.encode() for part in example.prompt if not isinstance(part, Image)]
+        digest = hashlib.sha256(b"\0".join(pictures or texts)).digest()
+        chosen = int.from_bytes(digest[:8], "big") < fraction * 2**64
+        return "valid" if chosen else self.options.split
+
+
+def start_server() -> None:
+    """Begin to start what starts workers: a process without threads, which ends with this one,
+    whatever ends it. It imports for seconds, while this process goes on."""
+    multiprocessing.set_forkserver_preload([__name__, "tensorflow_datasets"])
+    forkserver.ensure_running()
+
+
+class Item(NamedTuple):
+    """number: of the row after which the group was complete; None: after all rows. key: of the
+    group, where its rows were gathered. found: what is to be told before it."""
+
+    number: int | None
+    key: str | None
+    found: list[Found]
+    made: Made
+
+
+class Queue:
+    """Close it, or use it in a `with`, to end its processes. With one worker there are none."""
+
+    def __init__(self, maker: Maker, workers: int = 1):
+        self._maker, self._workers = maker, workers
+        self._items: collections.deque[tuple[Item, Future | None, int]] = collections.deque()
+        self._bytes, self._pool = 0, None
+        if workers > 1:
+            start_server()
+            context = multiprocessing.get_context("forkserver")
+            self._pool = ProcessPoolExecutor(workers, context, init_worker, (0, workers))
+            # All at once: the library waits forever where one ends while it starts another.
+            for _ in range(workers):
+                self._pool.submit(int)
+
+    def put(
+        self,
+        number: int | None,
+        members: list[Member],
+        key: str | None = None,
+        found: list[Found] | None = None,
+        error: UserError | None = None,
+    ) -> None:
+        """A group, or no members where something is to be told alone."""
+        item = Item(number, key, found or [], Made(error=error))
+        future, size = None, 0
+        if members and self._pool is None:
+            item = item._replace(made=self._maker.make(members))
+        elif members:
+            size = sum(size_of(row) for _, row in members)
+            with self._watched():
+                future = self._pool.submit(_make, self._maker, _shared(members))
+        self._bytes += size
+        self._items.append((item, future, size))
+
+    def take(self, every: bool = False) -> Iterator[Item]:
+        """What is ready, in order; waits while too much is under way, or until there is nothing."""
+        while self._items:
+            item, future, size = self._items[0]
+            much = len(self._items) > AHEAD * self._workers or self._bytes > AHEAD_BYTES
+            if not (every or much or future is None or future.done()):
+                return
+            if future is not None:
+                with self._watched():
+                    item = item._replace(made=future.result())
+            self._items.popleft()
+            self._bytes -= size
+            yield item
+
+    @contextlib.contextmanager
+    def _watched(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenProcessPool as error:
+            raise UserError(
+                "a process that checks pictures was ended, perhaps because the memory is full: give"
+                " the command fewer --workers"
+            ) from error
+
+    def __enter__(self) -> Queue:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+
+def _make(maker: Maker, members: list[Member]) -> Made:
+    return maker.make(members)
+
+
+def _shared(members: list[Member]) -> list[Member]:
+    """Equal pictures of a group's rows as one object, which is sent once."""
+    known: dict[bytes, bytes] = {}
+
+    def one(value):
+        if isinstance(value, bytes):
+            return known.setdefault(value, value)
+        return {k: one(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+    return [(where, one(row)) for where, row in members]

@@ -1,0 +1,225 @@
+"""Groups made in worker processes: the same bytes in the same order, whatever happens."""
+
+import argparse
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import Future
+
+import pytest
+from test_building import ROOT, build, contents, png, write_pairs
+
+from jrm_jax.data import builders
+from jrm_jax.data.ingest import building, making, waiting
+from jrm_jax.data.ingest.layout import Options
+from jrm_jax.data.ingest.pairs import Pairs
+from jrm_jax.errors import UserError
+
+
+class Late(Future):
+    """Made only when it is waited for: as much is under way as there may be."""
+
+    def __init__(self, call, *arguments):
+        super().__init__()
+        self._call, self._arguments = call, arguments
+
+    def done(self):
+        return False
+
+    def result(self, timeout=None):
+        return pickle.loads(pickle.dumps(self._call(*pickle.loads(self._arguments[0]))))
+
+
+class LatePool:
+    def __init__(self, *_):
+        pass
+
+    def submit(self, call, *arguments):
+        return Late(call, pickle.dumps(arguments))
+
+    def shutdown(self, **_):
+        pass
+
+
+@pytest.fixture
+def late(monkeypatch):
+    """Two workers that are as late as may be, for any number of rows."""
+    monkeypatch.setattr(making, "ProcessPoolExecutor", LatePool)
+    monkeypatch.setattr(building, "PARALLEL", 0)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return write_pairs(tmp_path_factory.mktemp("rows") / "pairs.parquet")
+
+
+@pytest.fixture(scope="module")
+def whole(source, tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole") / "out"
+    build(source, out, valid_fraction=0.3)
+    return contents(out)
+
+
+def build_with(workers, source, out, skip_bad=True, **options):
+    options = Options(skip_bad, shard_examples=2, **options)
+    layout = Pairs("editreward", source.parent)
+    return building.build(layout, "editreward", source, out, options, workers=workers)
+
+
+def test_real_processes_give_the_same_bytes(source, whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(building, "PARALLEL", 0)
+    build_with(2, source, tmp_path / "out", valid_fraction=0.3)
+    assert contents(tmp_path / "out") == whole
+
+
+@pytest.mark.parametrize("memory", [0, waiting.MEMORY])
+@pytest.mark.parametrize("ahead", [1, 4, 100])
+def test_however_far_the_rows_are_ahead(source, whole, tmp_path, monkeypatch, late, memory, ahead):
+    monkeypatch.setattr(waiting, "MEMORY", memory)
+    monkeypatch.setattr(making, "AHEAD", ahead)
+    build_with(2, source, tmp_path / "out", valid_fraction=0.3)
+    assert contents(tmp_path / "out") == whole
+
+
+@pytest.mark.parametrize("before", [1, 2])
+@pytest.mark.parametrize("stop", [1, 20, 33, 50, 60, 71])
+def test_stopped_anywhere_and_gone_on_with_other_workers(
+    source, whole, tmp_path, monkeypatch, late, stop, before
+):
+    """Rows are read ahead of the last complete shard; none is lost, none comes twice."""
+    take, calls = building._Work._take, []
+
+    def stopping(work, *args):
+        calls.append(args[0])
+        if len(calls) == stop:
+            raise KeyboardInterrupt
+        take(work, *args)
+
+    monkeypatch.setattr(building._Work, "_take", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        build_with(before, source, tmp_path / "out", valid_fraction=0.3)
+    build_with(3 - before, source, tmp_path / "out", valid_fraction=0.3)
+    assert contents(tmp_path / "out") == whole
+
+
+@pytest.mark.parametrize("commits", [1, 2, 4])
+def test_stopped_right_after_a_shard(source, whole, tmp_path, monkeypatch, late, commits):
+    commit, calls = building._Work._commit, []
+
+    def stopping(work, position):
+        commit(work, position)
+        calls.append(position)
+        if len(calls) == commits:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(building._Work, "_commit", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        build_with(2, source, tmp_path / "out", valid_fraction=0.3)
+    build_with(2, source, tmp_path / "out", valid_fraction=0.3)
+    assert contents(tmp_path / "out") == whole
+    assert calls[commits] > calls[commits - 1]  # it went on
+
+
+def test_a_bad_row_stops_where_one_process_stops(source, tmp_path, late):
+    """Not before what stands before it is written, though the rows are read ahead."""
+    found = []
+    for workers in (1, 2):
+        out = tmp_path / f"out{workers}"
+        with pytest.raises(UserError, match="left_output_image.*keeps what is done") as raised:
+            build_with(workers, source, out, skip_bad=False)
+        shards = sorted(p.name for p in out.with_name(f"{out.name}.building").glob("*-0000*"))
+        found.append((str(raised.value).replace(str(out), "OUT"), len(shards) > 1))
+    assert found[0] == found[1]
+
+
+def test_rows_that_are_none_are_told_in_their_place(tmp_path, late):
+    """Bad rows, ids that come again, and groups that are made: one list, in the rows' order."""
+    lines = []
+    for number in range(12):
+        name = f"p{number}.png"
+        (tmp_path / name).write_bytes(png(number) if number != 4 else b"none")
+        lines.append(
+            f'{{"id": "r{number % 7}", "prompt": [{{"text": "Edit {number}"}}], "candidates":'
+            f' [{{"parts": [{{"image": "{name}"}}]}}, {{"parts": [{{"image": "p0.png"}}]}}],'
+            ' "ranks": [1, 2]}'
+        )
+        if number in (2, 9):
+            lines.append("{broken")
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(lines))
+    args = argparse.Namespace(command="jsonl", data=path, images=None)
+    for workers in (1, 2):
+        options = Options(True, shard_examples=3)
+        layout, out = builders.make_layout(args), tmp_path / f"out{workers}"
+        building.build(layout, "jsonl", path, out, options, workers=workers)
+    assert contents(tmp_path / "out1") == contents(tmp_path / "out2")
+    told = (tmp_path / "out2" / building.PROBLEMS).read_text()
+    assert told.count("not JSON") == 2 and told.count("id that occurs more than once") == 10
+
+
+def test_every_layout_can_be_sent_to_a_worker(tmp_path):
+    for name, kind in builders.LAYOUTS.items():
+        flags = {flag.name.lstrip("-"): flag.options.get("default", False) for flag in kind.flags}
+        args = argparse.Namespace(command=name, data=tmp_path, images=None, **flags)
+        maker = making.Maker(builders.make_layout(args), ("overall",), Options())
+        assert pickle.loads(pickle.dumps(maker)) == maker
+
+
+def test_a_picture_that_several_rows_hold_is_sent_once():
+    rows = [(f"w{i}", {"a": {"bytes": bytes(100_000)}, "b": bytes(100_000)}) for i in range(9)]
+    shared = making._shared(rows)
+    assert shared == rows and len(pickle.dumps(shared, 5)) < 110_000
+
+
+def test_a_killed_worker_is_one_line_and_the_same_command_goes_on(source, whole, tmp_path):
+    """The worker is killed as the kernel does it where the memory is full."""
+    code = (
+        "import sys\n"
+        "from jrm_jax.data import builders\n"
+        "from jrm_jax.data.ingest import building\n"
+        "building.PARALLEL = 0\n"
+        "if __name__ == '__main__':\n"
+        "    sys.exit(builders.main(sys.argv[1:]))\n"
+    )
+    script = tmp_path / "command.py"
+    script.write_text(code)
+    command = [sys.executable, str(script), "editreward", f"--data={source}", "--skip_bad",
+               f"--out={tmp_path / 'out'}", "--shard_examples=2", "--valid_fraction=0.3",
+               "--workers=2"]  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    for file in ("first", "second"):
+        process = subprocess.Popen(command, env=environment, cwd=ROOT, text=True,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+        if file == "first":
+            killer = threading.Thread(target=kill_a_worker, args=(process,))
+            killer.start()
+        out, error = process.communicate(timeout=120)
+        if file == "first":
+            killer.join()
+            assert process.returncode == 1 and error.strip().count("\n") == 0, error
+            assert "a process that checks pictures was ended" in error and "--workers" in error
+    assert process.returncode == 0, error
+    assert contents(tmp_path / "out") == whole
+
+
+def kill_a_worker(process) -> None:
+    """One of the fork server's, when all are there."""
+    deadline = time.monotonic() + 100
+    while time.monotonic() < deadline and process.poll() is None:
+        for child in children(process.pid):
+            if len(workers := children(child)) == 2:
+                os.kill(workers[0], signal.SIGKILL)
+                return
+        time.sleep(0.005)
+
+
+def children(pid: int) -> list[int]:
+    try:
+        with open(f"/proc/{pid}/task/{pid}/children") as file:
+            return list(map(int, file.read().split()))
+    except OSError:
+        return []
