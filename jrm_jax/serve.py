@@ -97,8 +97,8 @@ def _load(args: argparse.Namespace, service) -> Scorer:
         "step": model.card.get("step"),
         "template": model.card["stamp"]["template"],
     }
-    sizes = ", ".join(bucket.words for bucket in warm)
-    terminal.say(f"ready: {len(warm)} programs of {args.batch_size} groups ({sizes})")
+    sizes = ", ".join(f"{b.candidates} candidates of {b.patches} patches" for b in warm)
+    terminal.say(f"ready: {len(warm)} programs, {args.batch_size} groups each; up to {sizes}")
     return Scorer(model, service.limits, service.metrics, warm)
 
 
