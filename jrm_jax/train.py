@@ -231,7 +231,7 @@ class _Run:
     def _prepare(self) -> bool:
         """What is compiled before the first step: on the CPU everything, elsewhere the largest
         train step, which must fit. False: given up."""
-        if self.mesh.devices.flat[0].platform == "cpu":
+        if self.mesh.devices.flat[0].platform == "cpu" and self.fitting.limit is None:
             return self.programs.prepare_ahead(self.config, self.data, self.mesh, self.state)
 
         def keep(step: Any) -> None:

@@ -7,11 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from aot_case import one_device, small_case
+from entry_point import small_backbone  # noqa: F401  a fixture
 from flax import linen as nn
 from jax.extend.core import jaxprs_in_params
 
+from configs import joint
+from jrm_jax import train
 from jrm_jax.errors import UserError
-from jrm_jax.model.layers import REMAT, Linear, stack
+from jrm_jax.model import cudnn
+from jrm_jax.model.layers import CUDNN, REMAT, Linear, stack
 from jrm_jax.planning import compiling
 from jrm_jax.run import fit
 
@@ -47,32 +51,40 @@ def test_what_is_computed_again_changes_no_gradient_and_fewer_products_the_more_
 
 
 def kernels(jaxpr) -> int:
-    """Calls of Pallas kernels, loops counted as often as they run."""
+    """Calls of attention kernels whose results are read (XLA drops the others), loops counted as
+    often as they run."""
+    read = {id(x) for equation in jaxpr.eqns for x in equation.invars} | set(map(id, jaxpr.outvars))
     total = 0
     for equation in jaxpr.eqns:
-        total += equation.primitive.name == "pallas_call"
+        if equation.primitive.name in (CUDNN, "pallas_call"):
+            total += any(id(x) in read for x in equation.outvars)
+            continue
         times = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
-        if equation.primitive.name != "pallas_call":
-            total += times * sum(map(kernels, jaxprs_in_params(equation.params)))
+        total += times * sum(map(kernels, jaxprs_in_params(equation.params)))
     return total
 
 
-def test_attention_kernels_run_once_unless_everything_is_computed_again():
-    """Splash, traced: forward and backward kernels of a train step."""
+@pytest.mark.parametrize(("backend", "calls"), [("tpu", 3), ("gpu", 1)])
+def test_attention_kernels_run_once_unless_everything_is_computed_again(
+    monkeypatch, backend, calls
+):
+    """Traced. Splash has kernels for gradients, too: of queries, and of keys and values."""
     config, backbone, _ = small_case()
-    config.backbone.scan_unroll, config.backbone.attention = 1, "splash"
+    config.backbone.scan_unroll, config.backbone.compute_dtype = 1, "bfloat16"
     bucket = compiling.make_bucket(backbone, 32, 64, 64, 2, 3, 128)
 
     def count(remat):
         config.remat = remat
         _, state, step = compiling.train_parts(config, backbone, one_device())
         batch = compiling.abstract_batch(config, backbone, bucket, one_device())
-        return kernels(step.trace(state, batch).jaxpr.jaxpr)
+        with monkeypatch.context() as patch:
+            patch.setattr(jax, "default_backend", lambda: backend)
+            patch.setattr(cudnn.fused, "check_cudnn_version", lambda: 91000)
+            return kernels(step.trace(state, batch).jaxpr.jaxpr)
 
     once = count("none")
-    forward = once // 3  # the gradients of queries, and of keys and values, are kernels, too
-    assert forward > 0 and count("dots") == count("narrow") == once
-    assert count("full") == once + forward
+    assert once > 0 and count("dots") == count("narrow") == once
+    assert count("full") == once + once // calls
 
 
 @pytest.fixture(scope="module")
@@ -208,3 +220,45 @@ def test_a_program_that_plans_with_too_much_is_refused():
     with pytest.raises(fit.OutOfMemory) as refused:
         fit.compile_within(lowered, 7999)
     assert (refused.value.needed, refused.value.available) == (8000, 7999)
+
+
+# ---- a run
+
+
+@pytest.fixture(scope="module")
+def start(small_backbone, tmp_path_factory):  # noqa: F811
+    """start(has, workdir): a run of two steps on 8 devices of so many bytes."""
+    world = tmp_path_factory.mktemp("world")
+
+    def run(has, workdir):
+        config = joint.get_config()
+        config.backbone.path, config.data.cache = str(small_backbone), str(world)
+        config.data.world.train = 16
+        config.data.world.valid = config.data.world.test = config.data.world.hard = 0
+        config.data.candidate_cuts = (4,)
+        config.batch_size, config.total_steps, config.remat = 8, 2, "auto"
+        config.backbone.scan_unroll = 1
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(fit, "memory_limit", lambda device: has)
+            return train.run(config, workdir)
+
+    return run
+
+
+def test_a_run_trains_with_the_program_that_was_found_to_fit(start, tmp_path, capsys, caplog):
+    jax.config.update("jax_log_compiles", True)
+    try:
+        assert start(2**40, tmp_path / "run") == 0
+    finally:
+        jax.config.update("jax_log_compiles", False)
+    said = capsys.readouterr().out
+    assert "remat none, the least that fits\n" in said
+    assert said.index("remat none") < said.index("is finished" if "is finished" in said else "2/2")
+    done = "Finished XLA compilation of jit(train_step)"
+    assert sum(record.getMessage().startswith(done) for record in caplog.records) == 1
+
+
+def test_a_run_that_cannot_fit_ends_before_its_first_step(start, tmp_path):
+    with pytest.raises(UserError, match="does not fit on 8 x cpu: .* too much; try --config.lora"):
+        start(1000, tmp_path / "run")
+    assert not [*(tmp_path / "run").rglob("metrics.jsonl")][0].read_text()

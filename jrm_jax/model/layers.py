@@ -17,8 +17,8 @@ from jax.ad_checkpoint import checkpoint_name
 # What the backward pass computes again, the least first; see `stack`.
 REMAT = ("none", "dots", "narrow", "full")
 NARROW = "narrow"  # a result that is about as wide as the hidden state
-# Primitives of attention kernels' forward passes: cuDNN's, and Pallas' (splash).
-KERNELS = ("dot_product_attention_fwd_wrapper", "pallas_call")
+ATTENTION = "attention"  # what an attention kernel leaves for its backward pass ...
+CUDNN = "dot_product_attention_fwd_wrapper"  # ... which of cuDNN's has no such name
 
 
 def precision(dtype: jnp.dtype) -> jax.lax.Precision | None:
@@ -104,17 +104,19 @@ class Linear(nn.Module):
         return checkpoint_name(out, NARROW) if self.narrow else out
 
 
-def _keep_kernels(primitive, *_, **__) -> bool:
-    return primitive.name in KERNELS
+def _keep_cudnn(primitive, *_, **__) -> bool:
+    return primitive.name == CUDNN
 
 
-_policies = jax.checkpoint_policies
-_keep_narrow = _policies.save_from_both_policies(
-    _policies.save_only_these_names(NARROW), _keep_kernels
+_keep = jax.checkpoint_policies
+_keep_attention = _keep.save_from_both_policies(
+    _keep.save_only_these_names(ATTENTION), _keep_cudnn
 )
-_keep_dots = _policies.save_from_both_policies(
-    _policies.dots_with_no_batch_dims_saveable, _keep_kernels
-)
+_KEPT = {
+    "dots": _keep.save_from_both_policies(_keep.dots_with_no_batch_dims_saveable, _keep_attention),
+    "narrow": _keep.save_from_both_policies(_keep.save_only_these_names(NARROW), _keep_attention),
+    "full": None,
+}
 
 
 def stack(
@@ -130,9 +132,8 @@ def stack(
     if remat not in REMAT:
         raise ValueError(f"remat {remat!r}: use one of {', '.join(REMAT)}")
     if remat != "none":
-        policy = {"full": None, "narrow": _keep_narrow, "dots": _keep_dots}[remat]
         # inside a rolled loop nothing can be merged with the forward pass anyway
-        layer = nn.remat(layer, policy=policy, prevent_cse=unroll is True)
+        layer = nn.remat(layer, policy=_KEPT[remat], prevent_cse=unroll is True)
     return nn.scan(
         layer,
         variable_axes={"params": 0},

@@ -20,6 +20,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_mask,
 )
 
+from jrm_jax.model.layers import ATTENTION
+
 BLOCKS = (512, 384, 256, 128)
 
 
@@ -91,6 +93,7 @@ def _kernel(mask: splash_attention_mask.Mask, heads: int, interpret: bool):
     make = functools.partial(
         splash_attention_kernel.make_splash_mha,
         block_sizes=splash_attention_kernel.BlockSizes(**sizes, **dict.fromkeys(names, kv_block)),
+        residual_checkpoint_name=ATTENTION,
         head_shards=1,
         q_seq_shards=1,
         interpret=interpret,

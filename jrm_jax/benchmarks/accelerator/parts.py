@@ -39,7 +39,7 @@ def _table() -> dict[str, Part]:
         "start": Part("start of the default run", "commands", "start", {}, 200),
         "score_2b": Part("scoring, 2B", "ours", "score", big, 90),
         "score_2b_torch": Part("the same in PyTorch", "theirs", "score", big, 60),
-        "losses": Part("equal first losses", "theirs", "losses", big, 90),
+        "losses": Part("equal first losses", "theirs", "losses", big, 150),
         "parity": Part("parity tests", "commands", "parity", {}, 150),
         "step_8b": Part("joint step, 8B with adapters", "ours", "train", adapters, 200),
         "score_8b": Part("scoring, 8B", "ours", "score", large, 120),
