@@ -37,7 +37,9 @@ class FakeModel:
 
     def __init__(self, seconds: float = 0.0):
         self.seconds, self.broken, self.batches = seconds, "", []
-        self.card, self.work = {"step": 7}, Work()
+        self.card, self.work, self.critique_programs = {"step": 7}, Work(), set()
+        tokenizer = SimpleNamespace(decode=lambda ids: "".join(map(chr, ids)))
+        self.encoder = SimpleNamespace(tokenizer=tokenizer)
 
     def encode(self, group):
         """Raises UserError for broken pictures, as RewardModel does."""
@@ -84,11 +86,14 @@ class FakeModel:
             return str(error)
         return None
 
-    def critique(self, instruction, source, candidates, *, max_tokens, temperature, seed):
+    def critique_tokens(self, instruction, source, candidates, *, max_tokens, temperature, seed):
+        """A token is a letter."""
         if self.broken:
             raise RuntimeError(self.broken)
-        said = f"{instruction} {max_tokens} {temperature} {seed}"
-        return [f"{said} {decode(picture).mean():.0f}" for picture in candidates]
+        self.critique_programs.add((max_tokens, temperature > 0))
+        said = f"{instruction} {temperature} {seed}"
+        texts = [f"{said} {decode(picture).mean():.0f}" for picture in candidates]
+        return [list(map(ord, text))[:max_tokens] for text in texts]
 
     def expected(self, instruction, sources, candidates):
         """float32 [K, R]: what score_rows gives."""

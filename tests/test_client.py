@@ -53,7 +53,7 @@ def test_scores_are_the_models(client, tmp_path):
         np.testing.assert_array_equal(one.reward_KR, MODEL.expected(text, source, candidates))
         np.testing.assert_array_equal(one.normalised_KR[:, 0], one.reward_KR[:, 0] / 2)
         assert np.isnan(one.normalised_KR[:, 1]).all() and not any(one.errors)
-    assert client.critique("Red.", None, [png(9)], seed=4) == ["Red. 128 0.0 4 9"]
+    assert client.critique("Red.", None, [png(9)], seed=4) == ["Red. 0.0 4 9"]
 
 
 def test_asyncio(url):
@@ -66,7 +66,7 @@ def test_asyncio(url):
                 await client.score("Red.", None, [BROKEN])
             return [one[0] for one in scores], await client.critique("Red.", None, [png(9)])
 
-    assert asyncio.run(ask()) == ([v + 4 for v in range(20)], ["Red. 128 0.0 0 9"])
+    assert asyncio.run(ask()) == ([v + 4 for v in range(20)], ["Red. 0.0 0 9"])
 
 
 def test_a_candidate_without_a_score_raises(client, url, monkeypatch):

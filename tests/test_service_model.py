@@ -1,7 +1,11 @@
 """The service around a real model: the same numbers as `RewardModel`, whoever else asks."""
 
 import random
+import signal
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,12 +13,15 @@ from export_case import family_run, make_groups
 from service_case import BROKEN, serving
 
 from jrm_jax import RewardModel, serve
+from jrm_jax.benchmarks.load import wait_ready
 from jrm_jax.client import RewardClient
 from jrm_jax.service.app import Service
 from jrm_jax.service.limits import Limits
 from jrm_jax.service.scorer import Scorer
 from jrm_jax.service.server import listen
 from jrm_jax.serving.groups import Group, read_picture
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +79,29 @@ def test_scores_are_those_of_the_model_to_the_bit(model, groups):
         assert numbers.batch_rows._value.get() < 4 * len(order)  # requests shared batches
         text = client.critique(group.instruction, group.source, group.candidates[:1])[0]
         assert text == model.critique(group.instruction, group.source, group.candidates[:1])[0]
+
+
+def test_the_command_serves_and_ends_when_asked_to(model, groups, free_port, tmp_path):
+    (tmp_path / "token").write_text("a-token-of-some-length\n")
+    command = [
+        sys.executable, "-m", "jrm_jax.serve", f"--model={family_run('qwen3_vl')}",
+        f"--port={free_port}", f"--token_file={tmp_path / 'token'}", "--batch_size=4", "--warm=2",
+    ]  # fmt: skip
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    try:
+        wait_ready(free_port, process)
+        row = model.encode(groups[0])
+        (wanted,) = model.score_rows(model.bucket_of(row), [row])
+        with RewardClient(f"http://127.0.0.1:{free_port}", "a-token-of-some-length") as client:
+            (found,) = client.score_groups(groups[:1])
+        np.testing.assert_array_equal(found.reward_KR, wanted.reward_KR)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+    said = process.stderr.read()
+    assert "ready: 2 programs" in said and "stopping: 0 requests" in said
+    assert "a-token" not in said
 
 
 @pytest.mark.parametrize("arguments, words", [

@@ -142,17 +142,21 @@ def test_other_bodies_are_refused(http):
 
 
 def test_critique(http):
-    asked = {"groups": [group()], "max_tokens": 7, "temperature": 0.5, "seed": 3}
+    asked = {"groups": [group()], "temperature": 0.5, "seed": 3}
     (found,) = http.post("/v1/critique", json=asked).json()["groups"]
     texts = [c["text"] for c in found["candidates"]]
-    assert texts == ["Make it red. 7 0.5 3 20", "Make it red. 7 0.5 3 30"]
+    assert texts == ["Make it red. 0.5 3 20", "Make it red. 0.5 3 30"]
+    for most in (1, 2, 3, 128):  # one program for any number of tokens
+        (found,) = http.post("/v1/critique", json={**asked, "max_tokens": most}).json()["groups"]
+        assert [c["text"] for c in found["candidates"]] == [text[:most] for text in texts]
+    assert MODEL.critique_programs == {(128, True)}
     asked["groups"][0]["candidates"][0] = b64(BROKEN)
     first, last = http.post("/v1/critique", json=asked).json()["groups"][0]["candidates"]
     assert first["error"]["code"] == "picture" and last["text"].endswith("30")
     plain = [("instruction", (None, "Red.")), ("temperature", (None, "0.25")),
              ("candidate", ("a.png", png(20)))]  # fmt: skip
     (found,) = http.post("/v1/critique", files=plain).json()["groups"]
-    assert found["candidates"] == [{"text": "Red. 128 0.25 0 20"}]
+    assert found["candidates"] == [{"text": "Red. 0.25 0 20"}]
     for change in ({"max_tokens": 129}, {"temperature": -1}, {"temperature": 1e999}, {"seed": -1},
                    {"groups": [group()] * 2}, {"beams": 3}):  # fmt: skip
         body = json.dumps({**asked, **change})

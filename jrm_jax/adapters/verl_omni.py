@@ -1,8 +1,8 @@
 """verl-omni: a `compute_score` that finds the source picture by its name.
 
-In its config, with the folder of the data set's pictures:
+In its config, with the path of this file and the folder of the data set's pictures:
 
-    reward.custom_reward_function.path=pkg://jrm_jax.adapters.verl_omni
+    reward.custom_reward_function.path=.../jrm_jax/adapters/verl_omni.py
     reward.custom_reward_function.name=compute_score
     +reward.custom_reward_function.reward_kwargs.servers=http://rewards:8080
     +reward.custom_reward_function.reward_kwargs.images=/data/edits/images

@@ -124,6 +124,12 @@ def memory_mib(pid: int) -> float:
     return int(text.partition("VmRSS:")[2].split()[0]) / 1024
 
 
+def cpu_seconds(pid: int) -> float:
+    """Of all threads of a process, since it started."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def open_files(pid: int) -> int:
     """Handles of a process."""
     return len(os.listdir(f"/proc/{pid}/fd"))

@@ -12,7 +12,8 @@ candidates, pictures of the default model's size):
 - `alone`: the same server, one client;
 - `one_row`: another server with `--batch_size=1`, so that nothing is ever joined, one client.
 
-Each score is compared with `score_batch`'s.
+Each score is compared with `score_batch`'s. Seconds of CPU for a group are given for both sides:
+where other work runs on the machine they say more than rates.
 """
 
 from __future__ import annotations
@@ -75,11 +76,15 @@ def measure(args) -> dict:
         work()
         return time.perf_counter() - start
 
+    spent = time.process_time()
     batch = min(timed(lambda: model.score_batch(groups)) for _ in range(args.repeats))
+    spent = (time.process_time() - spent) / args.repeats / len(groups)
     calls = [timed(lambda r=r: model.score_rows(model.bucket_of(r), [r])) for r in rows[:20]]
-    with load.server_process(args.model, f"--batch_size={args.batch_size}") as (port, _):
+    with load.server_process(args.model, f"--batch_size={args.batch_size}") as (port, pid):
         asyncio.run(drive(port, requests, 8, 2.0))
+        before = load.cpu_seconds(pid), time.process_time()
         rate, many, found = asyncio.run(drive(port, requests, args.clients, args.seconds))
+        server, clients = load.cpu_seconds(pid) - before[0], time.process_time() - before[1]
         alone_rate, alone, _ = asyncio.run(drive(port, requests, 1, args.seconds / 3))
     with load.server_process(args.model, "--batch_size=1") as (port, _):
         asyncio.run(drive(port, requests, 1, 1.0))
@@ -102,6 +107,9 @@ def measure(args) -> dict:
             "service_p50": percentile(many, 0.5), "service_p99": percentile(many, 0.99),
             "alone_p50": percentile(alone, 0.5), "alone_p99": percentile(alone, 0.99),
             "one_row_p50": percentile(row, 0.5),
+        },
+        "cpu_seconds_of_a_group": {
+            "score_batch": spent, "server": server / len(many), "clients": clients / len(many),
         },
         "ratios": {
             "service/score_batch": rate * batch / len(groups),

@@ -120,14 +120,11 @@ def _add_scoring(app: FastAPI, service: Service) -> None:
     async def critique(request: Request) -> Response:
         """What the model says of each candidate of one group, greedy or sampled."""
         body, (ask,) = await forms.read(request, wire.CritiqueIn, service.scorer, limits)
-        if (body.max_tokens or 1) > limits.critique_tokens:
+        most = body.max_tokens or limits.critique_tokens
+        if most > limits.critique_tokens:
             raise Refused("too_many", f"max_tokens: at most {limits.critique_tokens}")
-        how = {
-            "max_tokens": body.max_tokens or limits.critique_tokens,
-            "temperature": body.temperature,
-            "seed": body.seed,
-        }
-        said = await _work(request, limits, service.scorer.critique(ask, how))
+        writing = service.scorer.critique(ask, most, body.temperature, body.seed)
+        said = await _work(request, limits, writing)
         rows = [wire.fault_json(one) if isinstance(one, Fault) else {"text": one} for one in said]
         return _json({"model": service.model, "groups": [{"candidates": rows}]})
 
@@ -199,6 +196,7 @@ def _add_state(app: FastAPI, service: Service) -> None:
             numbers.pending.set(scorer.batcher.pending)
             numbers.cost.set(scorer.model.work.slots)
             numbers.cost_used.set(scorer.model.work.used)
+            numbers.padded.set(scorer.model.work.padded)
         return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
 

@@ -39,6 +39,7 @@ class Metrics:
         )  # fmt: skip
         self.cost = make(Gauge, "cost_flops", "FLOPs of everything that was run, padding included")
         self.cost_used = make(Gauge, "cost_used_flops", "Those that were not padding")
+        self.padded = make(Gauge, "padded_share", "Share of them that was padding, since the start")
         self.device_errors = make(Counter, "device_errors", "Calls of the device that failed")
         self.waiting = make(Gauge, "waiting_groups", "Groups in the queue")
         self.pending = make(Gauge, "pending_groups", "Groups accepted and not answered")

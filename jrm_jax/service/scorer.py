@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from jrm_jax.data.buckets import Bucket
-from jrm_jax.data.encode import EncodedExample
+from jrm_jax.data.encode import EncodedExample, Encoder
 from jrm_jax.errors import UserError
 from jrm_jax.service import pictures
 from jrm_jax.service.batcher import Batcher, Job, Ticket
@@ -38,13 +38,16 @@ class Model(Protocol):
 
     batch_size: int
     dimensions: tuple[str, ...]
+    encoder: Encoder
     work: Work
 
     def encode(self, group: Group) -> EncodedExample: ...
     def bucket_of(self, encoded: EncodedExample) -> Bucket: ...
     def score_rows(self, bucket: Bucket, groups: Sequence[EncodedExample]) -> list[Scores]: ...
     def problem(self, picture: bytes) -> str | None: ...
-    def critique(self, instruction: str, source: Any, candidates: Sequence, **how: Any) -> list: ...
+    def critique_tokens(
+        self, instruction: str, source: Any, candidates: Sequence, **how: Any
+    ) -> list[list[int]]: ...
 
 
 class Scorer:
@@ -83,8 +86,10 @@ class Scorer:
 
             return await _together([one(index) for index in range(len(asks))])
 
-    async def critique(self, ask: Ask, how: dict[str, Any]) -> list[str | Fault]:
-        """A text for each candidate.
+    async def critique(
+        self, ask: Ask, max_tokens: int, temperature: float, seed: int
+    ) -> list[str | Fault]:
+        """A text for each candidate, cut after `max_tokens`.
 
         Raises:
             Refused: too many wait, or the device failed.
@@ -94,7 +99,8 @@ class Scorer:
         self._writing += 1
         try:
             loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._writer, self._write, ask, how)
+            how = max_tokens, temperature, seed
+            return await loop.run_in_executor(self._writer, self._write, ask, *how)
         finally:
             self._writing -= 1
 
@@ -155,19 +161,26 @@ class Scorer:
         words = self.model.problem(picture)
         return Fault("picture", words) if words else None
 
-    def _write(self, ask: Ask, how: dict[str, Any]) -> list[str | Fault]:
+    def _write(
+        self, ask: Ask, max_tokens: int, temperature: float, seed: int
+    ) -> list[str | Fault]:
         faults, encoded = self._encode(ask)
         if encoded is None:
             return faults
         good = [p for p, fault in zip(ask.candidates, faults, strict=True) if not fault]
         try:
-            said = self.model.critique(ask.instruction, list(ask.sources) or None, good, **how)
+            # always as many tokens as may be: another number would be another program
+            ids_KT = self.model.critique_tokens(
+                ask.instruction, list(ask.sources) or None, good,
+                max_tokens=self.limits.critique_tokens, temperature=temperature, seed=seed,
+            )  # fmt: skip
         except UserError as error:
             raise Refused("invalid", str(error)) from error
         except Exception as error:
             log.exception("a critique failed")
             raise _device_failed() from error
-        texts = iter(said)
+        decode = self.model.encoder.tokenizer.decode
+        texts = iter([decode(ids[:max_tokens]) for ids in ids_KT])
         return [fault or next(texts) for fault in faults]
 
     def _observe(

@@ -149,7 +149,8 @@ class _Run:
 
     async def _finish(self) -> None:
         limit = self._service.limits.drain_s
-        self._say(f"stopping: {self._gate.working} requests are answered first, in {limit:g} s")
+        left = self._gate.working
+        self._say(f"stopping: {left} requests are answered first, in {limit:g} s")
         end = time.monotonic() + limit
         while self._gate.working and time.monotonic() < end:
             await asyncio.sleep(TICK)

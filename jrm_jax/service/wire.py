@@ -118,11 +118,7 @@ def from_json(groups: Sequence[GroupIn], limits: Limits) -> list[Ask]:
     Raises:
         Refused: more than the limits allow.
     """
-    check_counts([(g.instruction, len(g.sources), len(g.candidates)) for g in groups], limits)
-    return [
-        Ask(g.instruction, tuple(map(from_text, g.sources)), tuple(map(from_text, g.candidates)))
-        for g in groups
-    ]
+    return _asks(groups, limits, from_text)
 
 
 def from_form(groups: Sequence[GroupIn], files: Mapping[str, bytes], limits: Limits) -> list[Ask]:
@@ -131,15 +127,21 @@ def from_form(groups: Sequence[GroupIn], files: Mapping[str, bytes], limits: Lim
     Raises:
         Refused: more than the limits allow, or a name that no part has.
     """
-    check_counts([(g.instruction, len(g.sources), len(g.candidates)) for g in groups], limits)
 
     def find(name: str) -> bytes:
         if name not in files:
             raise Refused("invalid", f"no part of the form has the name {name[:80]!a}")
         return files[name]
 
+    return _asks(groups, limits, find)
+
+
+def _asks(
+    groups: Sequence[GroupIn], limits: Limits, read: Callable[[str], bytes | Fault]
+) -> list[Ask]:
+    check_counts([(g.instruction, len(g.sources), len(g.candidates)) for g in groups], limits)
     return [
-        Ask(g.instruction, tuple(map(find, g.sources)), tuple(map(find, g.candidates)))
+        Ask(g.instruction, tuple(map(read, g.sources)), tuple(map(read, g.candidates)))
         for g in groups
     ]
 
