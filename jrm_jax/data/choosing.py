@@ -24,8 +24,10 @@ from jrm_jax.errors import UserError
 
 CELLS = 384  # more are hardly better and take longer
 CUTS = 24  # places to cut at that are tried in one field
+NEAR = 6  # boxes that a part may go to
 PARTS = 6  # of a box, in one field, that may go to another box
-RESTARTS = 3  # in a row without gain
+FRUITLESS, RESTARTS = 3, 10  # restarts in a row without gain, and all
+GAIN = 1.1  # the search makes boxes that were merged cheaper by less than this
 LARGEST = 2**62
 ROOM = 2**56  # for the cost of a whole set; sums and differences of several stay below LARGEST
 
@@ -73,6 +75,8 @@ def choose_buckets(
     limit = max(1, min(programs, len(cells_m6)))
     boxes, chosen, least = search.merge(cells_m6, count_m, limit), None, math.inf
     while limit:  # what a box saves grows as they become fewer: the first loss is the end
+        if least < search.settle(boxes, cells_m6, count_m).total * (1 + worth * limit) / GAIN:
+            break
         now = search.improve(boxes, limit, cells_m6, count_m)
         whole = now.total * (1 + worth * len(now.boxes))
         if whole >= least:
@@ -222,9 +226,9 @@ class _Search:
         """At most `limit` boxes that neither handing over a part makes cheaper nor beginning again
         from two of them made one."""
         now, tried = self._descend(boxes, limit, sizes_m6, count_m), 0
-        while tried < RESTARTS and len(now.boxes) > 1:
+        for _ in range(RESTARTS):
             pairs = np.array([*itertools.combinations(range(len(now.boxes)), 2)])
-            if tried == len(pairs):
+            if tried == min(FRUITLESS, len(pairs)):
                 break
             joined = now.boxes[pairs].max(axis=1)
             extra = self.charge(now.count_b[pairs].sum(axis=1), self.cost(joined))
@@ -260,7 +264,9 @@ class _Search:
             return np.zeros((0, limit, sizes_m6.shape[1]), np.int64)
         boxes = np.zeros((limit, sizes_m6.shape[1]), np.int64)
         boxes[: len(now.boxes)] = now.boxes
-        takers = [taker for taker in range(min(limit, len(now.boxes) + 1)) if taker != giver]
+        near = np.argsort(self.cost(np.maximum(boxes, boxes[giver])), kind="stable")
+        there = [taker for taker in near if taker != giver and taker <= len(now.boxes)]
+        takers = [int(taker) for taker in there[:NEAR]]
         values, found = np.unique(own[:, field]), []
         for value in values[_spread(len(values) - 1, PARTS)]:
             above = own[:, field] > value
