@@ -6,6 +6,9 @@
 A checkpoint holds `trainable`, `opt_state` and `meta` (step, metrics, protocol stamp). Frozen
 parameters are not in it: they come from the backbone's folder. The two latest and the best by the
 chosen metric are kept; a metric that is not finite ranks last.
+
+A checkpoint is written by threads while training goes on. It has its final name, and counts, once
+all of it is on the disk; only then is an older one removed.
 """
 
 from __future__ import annotations
@@ -41,14 +44,25 @@ LATE = ("Event loop is closed", "Encountered error while reading array")
 TRIES, PAUSE = 5, 0.2  # a reader's, at a checkpoint that may be about to be removed; seconds
 
 
+class _Manager(ocp.CheckpointManager):
+    """Orbax's, which does not ask JAX whether the run is to stop. `StopRequest` does, and JAX takes
+    the number of the last question, by whatever thread, for the place where the process is."""
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
+
+
 class Checkpoints:
     """A run's checkpoints. Close it before the program ends."""
 
     def __init__(self, folder: Path, manager: ocp.CheckpointManager, say: Callable[[str], None]):
         self.folder, self._manager, self._say = folder, manager, say
+        self._writing: int | None = None  # the step of a save that is not known to be complete
 
     def steps(self) -> list[int]:
-        """Steps of the complete checkpoints, ascending."""
+        """Steps of the complete checkpoints, ascending. Waits for one that is being written; so do
+        the methods below that read."""
+        self.wait()
         return sorted(self._manager.all_steps())
 
     def best_step(self) -> int | None:
@@ -58,15 +72,18 @@ class Checkpoints:
     def save(
         self, step: int, trainable: Any, opt_state: Any, meta: Mapping[str, Any], metric: float
     ) -> None:
-        """Write one checkpoint and wait until it is complete.
+        """Begin to write one checkpoint. What the arrays hold now is written, even where their
+        memory is given (donated) to the next step. Waits for the save before this one.
 
         Args:
             metric: larger is better; NaN where nothing was measured.
 
         Raises:
-            UserError: it could not be written; earlier ones are untouched.
+            UserError: this one or the one before could not be written; earlier ones are untouched.
         """
-        try:
+        self.wait()
+        self._writing = step
+        with self._explained():
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -77,9 +94,36 @@ class Checkpoints:
                 metrics={RANK: _finite(metric)},
                 force=True,
             )
-            self._manager.wait_until_finished()
-            self._manager.check_for_errors()
+
+    def check(self) -> bool:
+        """Whether all that was to be saved is on the disk; does not wait for it.
+
+        Raises:
+            UserError: the last save has failed.
+        """
+        if self._writing is not None and not self._manager.is_saving_in_progress():
+            self.wait()
+        return self._writing is None
+
+    def wait(self) -> None:
+        """Until the last save is complete.
+
+        Raises:
+            UserError: it could not be written; earlier ones are untouched.
+        """
+        if self._writing is not None:
+            with self._explained():
+                self._manager.wait_until_finished()
+                self._manager.check_for_errors()
+            self._writing = None
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """An error of the save under way, in words."""
+        try:
+            yield
         except Exception as error:  # tensorstore and Orbax raise many kinds for a full disk
+            step, self._writing = self._writing, None
             # What Orbax leaves unfinished would be reported a second time when the program ends.
             warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
             left = complete_steps(self.folder)
@@ -96,6 +140,7 @@ class Checkpoints:
     def rate(self, step: int, meta: Mapping[str, Any], metric: float) -> None:
         """Write down the evaluation of a checkpoint that was saved without: its rank, then its meta
         (each whole, or not at all). Parameters are not touched, so that nothing can be lost."""
+        self.wait()
         with distributed.leader_first("rate"):
             if distributed.is_leader():
                 folder = self.folder / str(step)
@@ -117,8 +162,8 @@ class Checkpoints:
         Raises:
             UserError: none can be read.
         """
-        failures = []
-        for candidate in reversed(self.steps()) if step is None else (step,):
+        failures, steps = [], self.steps()
+        for candidate in reversed(steps) if step is None else (step,):
             items = {
                 "trainable": ocp.args.StandardRestore(trainable),
                 "meta": ocp.args.JsonRestore(),
@@ -142,6 +187,7 @@ class Checkpoints:
         )
 
     def read_meta(self, step: int) -> dict:
+        self.wait()
         return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))[
             "meta"
         ]
@@ -181,18 +227,22 @@ def open_checkpoints(
         ),
     )
     try:
-        manager = ocp.CheckpointManager(folder.resolve(), options=options)
+        manager = _Manager(folder.resolve(), options=options)
     except OSError as error:
         raise UserError(f"{folder} cannot be used for checkpoints ({error})") from error
+    checkpoints = Checkpoints(folder, manager, say)
     try:
-        yield Checkpoints(folder, manager, say)
-    finally:
-        # A failed save has been reported already; closing must not hide that report.
-        if sys.exc_info()[0] is None:
+        yield checkpoints
+        checkpoints.wait()
+    except BaseException:
+        try:  # what ends the run must not cost a checkpoint, nor be hidden by one that fails
+            checkpoints.wait()
+        except UserError as error:
+            say(f"WARNING: {error}")
+        with contextlib.suppress(Exception):  # a failed save has been reported already
             manager.close()
-        else:
-            with contextlib.suppress(Exception):
-                manager.close()
+        raise
+    manager.close()
 
 
 def complete_steps(folder: Path) -> list[int]:

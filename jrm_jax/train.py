@@ -4,7 +4,8 @@ The order of one turn is a contract:
 
     1. read the metrics of the step before and stop if anything is not finite
     2. evaluate (when due), so that a save can be ranked
-    3. save (when due): only a state whose metrics and parameters were seen to be finite
+    3. save (when due): only a state whose metrics and parameters were seen to be finite. It is
+       written while the next steps run; an error of it ends the run at the next turn
     4. next batch: the data position is the step, so nothing else need be saved
     5. step; its metrics are read one turn later, so that the device never waits for the host
 """
@@ -186,6 +187,7 @@ class _Run:
                 self.window.begin()
                 for step in range(self.start, total + 1):
                     self.watchdog.beat(step)
+                    self.checkpoints.check()
                     stopping = self.stop.now()
                     due_eval = step == total or _is_due(step, config.eval_interval)
                     due_save = step == total or _is_due(step, config.save_interval)
@@ -240,7 +242,8 @@ class _Run:
         return self.fitting.search(self.programs, TRAIN, keep)
 
     def _stopped(self, step: int) -> int:
-        """The exit status; says that nothing of it is lost."""
+        """The exit status; says that nothing of it is lost, once that is so."""
+        self.checkpoints.wait()
         where = f"after step {step}, which is saved" if step else "before the first step"
         self.writer.say(_last_words(self.stop.asked, where))
         return 128 + self.stop.asked
@@ -304,7 +307,7 @@ class _Run:
         return sign * values.get(name.lstrip("-"), math.nan)
 
     def _save(self, step: int, valid: dict[str, float]) -> int:
-        """Returns the step."""
+        """Begin to save; returns the step."""
         if self.held is not None:
             self.held.check()
         with self.window.timed("checkpoint"):

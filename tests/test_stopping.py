@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+import threading
 import time
 
 import jax
@@ -15,10 +16,13 @@ from entry_point import (  # noqa: F401  fixtures among them
     small_backbone,
     steps,
 )
+from save_case import gate  # noqa: F401
+from test_saving import FULL
 
 from configs import joint
 from jrm_jax import sharding, train
-from jrm_jax.checkpoint import METRICS, open_checkpoints
+from jrm_jax.checkpoint import METRICS, complete_steps, open_checkpoints
+from jrm_jax.errors import UserError
 from jrm_jax.shell.stop import StopRequest
 
 TOTAL, INTERVAL, HELD_OUT = 4, 2, 8  # two batches a split
@@ -40,9 +44,7 @@ class Asked(StopRequest):
 def one_device():
     make = sharding.make_mesh
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            sharding, "make_mesh", lambda *sizes: make(*sizes, devices=jax.devices()[:1])
-        )
+        patch.setattr(sharding, "make_mesh", lambda *sizes: make(*sizes, devices=jax.devices()[:1]))
         patch.setattr(train, "StopRequest", Asked)
         yield
 
@@ -164,3 +166,56 @@ def test_an_evaluation_that_is_owed_changes_nothing_else(config, whole, tmp_path
         if path.is_file() and path.name not in ("metadata", "metrics"):
             assert (folder / path.relative_to(kept)).read_bytes() == path.read_bytes()
     assert json.loads((folder / METRICS).read_text())["rank"] > -1
+
+
+# Saves beside steps
+
+
+def trained(workdir) -> list[int]:
+    path = workdir / "metrics.jsonl"
+    rows = metrics(workdir) if path.exists() and path.read_text().endswith("\n") else []
+    return [row["step"] for row in rows if row["split"] == "train"]
+
+
+def test_steps_go_on_while_a_checkpoint_is_written(config, whole, tmp_path, gate):
+    """It is written once the next step has been seen, and the run ends with the same numbers."""
+    workdir, seen = tmp_path / "run", []
+
+    def watch():
+        while gate.reached.wait() and trained(workdir)[-1:] != [INTERVAL + 1]:
+            time.sleep(0.01)
+        seen.append(complete_steps(workdir / "checkpoints"))
+        gate.open()
+
+    gate.shut()
+    watching = threading.Thread(target=watch, daemon=True)
+    watching.start()
+    assert run(config, workdir) == 0
+    watching.join()
+    assert seen == [[]]
+    assert numbers(workdir) == numbers(whole[0])
+
+
+def test_a_full_disk_ends_the_run_at_the_next_turn(config, whole, tmp_path, gate):
+    workdir = tmp_path / "run"
+    gate.open(FULL)
+    with pytest.raises(UserError, match="^checkpoint 2 could not be written .*free some space"):
+        run(config, workdir)
+    assert trained(workdir)[-1] in (INTERVAL, INTERVAL + 1) and steps(workdir) == []
+    gate.open()
+    assert run(config, workdir) == 0
+    assert numbers(workdir) == numbers(whole[0])
+
+
+def test_a_stop_waits_for_what_is_being_written(config, tmp_path, gate, monkeypatch):
+    workdir, there, say = tmp_path / "run", [], train._last_words
+
+    def last_words(*said):
+        there.append(complete_steps(workdir / "checkpoints"))
+        return say(*said)
+
+    monkeypatch.setattr(train, "_last_words", last_words)
+    gate.shut()
+    threading.Timer(2.0, gate.open).start()
+    assert run(config, workdir, at=6) == 143  # in the turn of step 3; step 2 is being written
+    assert there == [[2, 3]] == [steps(workdir)]
