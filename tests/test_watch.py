@@ -96,5 +96,7 @@ def test_two_kills_change_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(kill_test, "QUICK", QUICK)
     monkeypatch.setattr(kill_test, "START_UP", 0.0)
     monkeypatch.setattr(kill_test, "SPAN", 0.5)
+    monkeypatch.setattr(kill_test, "WRITING", 1.0)
+    monkeypatch.setattr(kill_test, "BEGUN", 0.02)
     report = kill_test.run(tmp_path, kills=2, steps=30, seed=1)
     assert report[-1].startswith("2 kills") and "bit for bit" in report[-1]

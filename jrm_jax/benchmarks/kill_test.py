@@ -2,9 +2,10 @@
 
     python -m jrm_jax.benchmarks.kill_test [--kills=20] [--reader] [--out=docs/kill_test.md]
 
-Every start but the last is killed: in its start-up, between steps, or while it saves (it saves
-after every other step). Exit 1 unless every start resumed from the latest complete checkpoint and
-the final parameters, optimizer state and losses equal the undisturbed run's bit for bit.
+Every start but the last is killed: in its start-up, at any moment of its steps, or as soon as a
+checkpoint has begun to be written (there is one after every other step, beside the next steps).
+Exit 1 unless kills fell into such writing, every start resumed from the latest complete checkpoint,
+and the final parameters, optimizer state and losses equal the undisturbed run's bit for bit.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ SMALL = (
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 SAVE_EVERY = 2
 START_UP = 0.15  # share of kills before the first step
-SPAN = 5.0  # seconds after the first step in which the other kills fall
+WRITING = 0.5  # share of the others that wait for a checkpoint to be begun ...
+BEGUN = 0.05  # ... and fall within so many seconds after that
+SPAN = 5.0  # seconds after the first step in which the others begin to wait, or fall
 
 
 def make_command(folder: Path, workdir: Path, steps: int, fields: tuple[str, ...]) -> list[str]:
@@ -84,13 +87,17 @@ class Start:
         self._reader.join()
         return status
 
-    def kill(self, rng: random.Random, start_up: float) -> float:
+    def kill(self, rng: random.Random, start_up: float, workdir: Path) -> float:
         """Kill it at a random moment; returns the seconds it lived."""
         if rng.random() < START_UP:
             self.stepped.wait(rng.uniform(0.0, start_up))
         else:
             self.stepped.wait()
             time.sleep(rng.uniform(0.0, SPAN))
+            if rng.random() < WRITING:
+                while self.process.poll() is None and not on_disk(workdir)[1]:
+                    time.sleep(0.001)
+                time.sleep(rng.uniform(0.0, BEGUN))
         self.process.kill()
         self.end()
         return time.monotonic() - self.began
@@ -109,11 +116,11 @@ class Start:
                    default=0)  # fmt: skip
 
 
-def on_disk(workdir: Path) -> tuple[list[int], int]:
-    """(steps of complete checkpoints, number of half-written ones)."""
+def on_disk(workdir: Path) -> tuple[list[int], list[int]]:
+    """Steps of complete checkpoints, and of half-written ones."""
     names = [path.name for path in (workdir / "checkpoints").glob("*")]
     complete = sorted(int(name) for name in names if name.isdecimal())
-    return complete, sum("tmp" in name for name in names)
+    return complete, sorted(int(name.split(".")[0]) for name in names if "tmp" in name)
 
 
 def losses(workdir: Path) -> list[tuple[int, float]]:
@@ -172,13 +179,13 @@ def run(
         "| start | resumed from | lived, s | last step seen | complete after | half-written |",
         "|---|---|---|---|---|---|",
     ]
-    during_saves, wrong = 0, []
+    during_saves, beside_steps, wrong = 0, 0, []
     reading = Start([sys.executable, "-c", READ.format(str(workdir))], folder) if reader else None
     for number in range(kills + 1):
         before, _ = on_disk(workdir)
         start = Start(command, folder)
         if number < kills:
-            lived = start.kill(rng, start_up)
+            lived = start.kill(rng, start_up, workdir)
         else:
             status = start.end()
             lived = time.monotonic() - start.began
@@ -187,6 +194,7 @@ def run(
         start_up = min(start_up, start.start_up)  # nothing is compiled anew
         resumed, (after, half) = start.resumed(), on_disk(workdir)
         during_saves += bool(half)
+        beside_steps += bool(half) and start.steps() > half[-1]
         if resumed is not None and resumed != (before[-1] if before else 0):
             wrong.append(f"start {number}: resumed from {resumed}, there were {before}")
         if before and start.steps() and resumed is None:
@@ -194,7 +202,7 @@ def run(
         if number < kills and start.process.returncode != -9:
             wrong.append(f"start {number} ended by itself: {start.process.returncode}")
         shown = "killed before" if resumed is None and number else resumed or 0
-        row = (number + 1, shown, f"{lived:.1f}", start.steps(), after[-2:], half)
+        row = (number + 1, shown, f"{lived:.1f}", start.steps(), after[-2:], half or "")
         report.append("| " + " | ".join(map(str, row)) + " |")
         print(report[-1], flush=True)
     read = ""
@@ -215,11 +223,14 @@ def run(
         wrong.append("final parameters differ")
     if losses(folder / "whole") != losses(workdir):
         wrong.append("losses differ")
+    if not during_saves:
+        wrong.append("no kill fell into the writing of a checkpoint")
     if wrong:
         sys.exit("\n".join(wrong))
     verdict = (
-        f"{kills} kills, {during_saves} of them during a save; {len(wanted)} arrays (parameters and"
-        f" optimizer state) and {steps} losses equal the undisturbed run's bit for bit.{read}"
+        f"{kills} kills, {during_saves} of them while a checkpoint was written ({beside_steps} after"
+        f" a later step); {len(wanted)} arrays (parameters and optimizer state) and {steps} losses "
+        f"equal the undisturbed run's bit for bit.{read}"
     )
     print(verdict)
     return [*report, "", verdict]
