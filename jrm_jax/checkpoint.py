@@ -21,7 +21,7 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +32,11 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
 from jrm_jax import distributed
 from jrm_jax.errors import UserError, one_line
+from jrm_jax.run.saved import META, METRICS, RANK, WORST, best_of, complete_steps, pick, rank_of
 from jrm_jax.run.workdir import write_whole
 from jrm_jax.shell import disk
 
-RANK = "rank"  # the number by which Orbax ranks; always finite
-WORST = -1e30
 UNFINISHED = "*.orbax-checkpoint-tmp*"
-METRICS, META = "metrics/metrics", "meta/metadata"  # Orbax's files in a checkpoint
 # What comes late: writes of a save that was given up, reads of what was removed meanwhile
 LATE = ("Event loop is closed", "Encountered error while reading array")
 TRIES, PAUSE = 5, 0.2  # a reader's, at a checkpoint that may be about to be removed; seconds
@@ -245,45 +243,6 @@ def open_checkpoints(
     manager.close()
 
 
-def complete_steps(folder: Path) -> list[int]:
-    """Steps of the complete checkpoints, ascending: those that have their final name."""
-    return sorted(int(p.name) for p in folder.glob("*") if p.name.isdecimal())
-
-
-def best_of(folder: Path, steps: Sequence[int]) -> int | None:
-    """The step with the best finite metric, else None. (Orbax's own falls back to the latest.)"""
-    ranks = {step: _rank(folder / str(step)) for step in steps}
-    ranked = {step: rank for step, rank in ranks.items() if rank is not None and rank > WORST}
-    return max(ranked, key=lambda step: (ranked[step], -step)) if ranked else None
-
-
-def _rank(checkpoint: Path) -> float | None:
-    """None where it cannot be read."""
-    try:
-        return float(json.loads((checkpoint / METRICS).read_text())[RANK])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def pick(folder: Path, which: int | str) -> int:
-    """The step meant by a number, 'best' (without ranks: the latest) or 'latest'.
-
-    Raises:
-        UserError: there is no such checkpoint.
-    """
-    steps = complete_steps(folder)
-    if not steps:
-        raise UserError(f"{folder}: there is no checkpoint yet")
-    if which == "latest":
-        return steps[-1]
-    if which == "best":
-        best = best_of(folder, steps)
-        return steps[-1] if best is None else best
-    if which not in steps:
-        raise UserError(f"{folder}: no step {which}; there are {', '.join(map(str, steps))}")
-    return int(which)
-
-
 def read_checkpoint(
     folder: Path, trainable: Any, which: int | str = "best"
 ) -> tuple[int, Any, dict]:
@@ -369,6 +328,6 @@ def _clean(folder: Path, say: Callable[[str], None]) -> None:
         shutil.rmtree(path, ignore_errors=True)
     for step in complete_steps(folder):
         path = folder / str(step) / METRICS
-        if path.exists() and _rank(folder / str(step)) is None:
+        if path.exists() and rank_of(folder / str(step)) is None:
             say(f"WARNING: {path} is damaged: that checkpoint ranks last")
             path.unlink()

@@ -22,9 +22,10 @@ from test_checkpoint import (  # noqa: F401  fixtures among them
 )
 
 from jrm_jax import checkpoint, cli
-from jrm_jax.checkpoint import complete_steps, open_checkpoints, read_checkpoint
+from jrm_jax.checkpoint import open_checkpoints, read_checkpoint
 from jrm_jax.data import store
 from jrm_jax.errors import UserError
+from jrm_jax.run.saved import complete_steps
 from jrm_jax.shell import disk
 
 ROOT = Path(__file__).resolve().parents[1]

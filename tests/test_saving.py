@@ -17,8 +17,9 @@ from jax.sharding import PartitionSpec as P
 from save_case import gate  # noqa: F401
 from test_checkpoint import abstract, assert_holds, copy, save, saved  # noqa: F401
 
-from jrm_jax.checkpoint import complete_steps, open_checkpoints, pick
+from jrm_jax.checkpoint import open_checkpoints
 from jrm_jax.errors import UserError
+from jrm_jax.run.saved import complete_steps, pick
 from jrm_jax.sharding import make_mesh
 
 ROOT = Path(__file__).resolve().parents[1]

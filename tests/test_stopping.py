@@ -21,8 +21,9 @@ from test_saving import FULL
 
 from configs import joint
 from jrm_jax import sharding, train
-from jrm_jax.checkpoint import METRICS, complete_steps, open_checkpoints
+from jrm_jax.checkpoint import open_checkpoints
 from jrm_jax.errors import UserError
+from jrm_jax.run.saved import METRICS, complete_steps
 from jrm_jax.shell.stop import StopRequest
 
 TOTAL, INTERVAL, HELD_OUT = 4, 2, 8  # two batches a split

@@ -228,9 +228,9 @@ def run(
     if wrong:
         sys.exit("\n".join(wrong))
     verdict = (
-        f"{kills} kills, {during_saves} of them while a checkpoint was written ({beside_steps} after"
-        f" a later step); {len(wanted)} arrays (parameters and optimizer state) and {steps} losses "
-        f"equal the undisturbed run's bit for bit.{read}"
+        f"{kills} kills, {during_saves} of them while a checkpoint was written ({beside_steps} "
+        f"after a later step); {len(wanted)} arrays (parameters and optimizer state) and {steps} "
+        f"losses equal the undisturbed run's bit for bit.{read}"
     )
     print(verdict)
     return [*report, "", verdict]

@@ -26,7 +26,6 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jrm_jax import cli, sharding
-from jrm_jax.checkpoint import complete_steps
 from jrm_jax.data import store
 from jrm_jax.data.buckets import make_buckets
 from jrm_jax.data.pipeline import assemble_batch, make_iterator
@@ -40,6 +39,7 @@ from jrm_jax.data.world.text import NUMBERS
 from jrm_jax.evaluation.statistics import effective_rank
 from jrm_jax.model.backbone import Backbone
 from jrm_jax.model.layers import unroll_all
+from jrm_jax.run.saved import complete_steps
 from jrm_jax.run.workdir import CHECKPOINTS
 from jrm_jax.serving.generate import make_generate
 from jrm_jax.serving.trained import Trained, load_trained
