@@ -142,7 +142,6 @@ class _Run:
             {TRAIN: self.train_step, EVALUATE: self.eval_step},
             buckets_met(self.data, self.start, config.total_steps),
             self.data.buckets,
-            limit=self.fitting.limit,
             say=self.writer.say,
             **watched,
         )

@@ -255,9 +255,10 @@ def test_find_takes_the_largest_batch_then_the_least_remat(monkeypatch):
         config, PUBLISHED["qwen3_vl_8b"], Topology("v5e:2x4", CHIPS["v5e"], (2, 4)),
         tuple(jax.devices()), 512, 256, 640, 2, 3,
     )  # fmt: skip
-    limit = [5]
+    limit, compiled = [5], []
 
     def compile_train(config, backbone, bucket, mesh):
+        compiled.append((config.batch_size, config.remat))
         times = {"full": 1, "narrow": 1.1, "dots": 1.2, "none": 3}[config.remat]
         need = config.batch_size / 8 * times
         if need > limit[0]:
@@ -270,6 +271,11 @@ def test_find_takes_the_largest_batch_then_the_least_remat(monkeypatch):
     found = fitting.find(case, said.append)
     assert (found.config.batch_size, found.config.remat) == (32, "dots")
     assert any("batch_size 64, remat full: does not fit: 8.00 GiB of 5.00" in w for w in said)
+    # `auto` at a given size, by the same search; what was compiled is not compiled again
+    compiled.clear()
+    found = fitting.settle(case.with_(16, "auto"), said.append)
+    assert found.config.remat == "dots" and found.compile("train").peak == 2.4 * 2**30
+    assert compiled == [(16, "none"), (16, "dots")]
     limit[0] = 0.5
     with pytest.raises(UserError, match=r"1.00 GiB of 0.50 GiB, 0.50 GiB too much.*--config.mesh"):
         fitting.find(case, said.append)

@@ -134,7 +134,7 @@ class Compiler:
     def use(self, kind, step):
         self.step = step
 
-    def prepare(self, inputs):
+    def prepare(self, inputs, limit):
         self.tried.append(self.step)
         remat, parts = self.step
         need = self.needs[remat] / parts
@@ -178,9 +178,11 @@ def test_what_cannot_fit_is_not_compiled(search, least):
     limit = (least("none")[0] + least("dots")[0]) // 2
     step, tried, said = search((1, 1, 1, 1), has=2, limit=limit)
     assert step == ("dots", 1) and tried == ["dots"]
-    assert said[0].startswith("remat none needs more than there is: ")
+    assert said[0].startswith("remat none does not fit: ") and said[0].endswith(", at least")
     # the last is compiled whatever the estimate says
     assert search((1, 1, 1, 1), has=2, limit=1)[1] == ["full"]
+    with pytest.raises(UserError, match="GiB too much; --config.remat=auto fits"):
+        search((1, 1, 1, 1), has=2, limit=1, remat="dots")
 
 
 @pytest.mark.parametrize(

@@ -192,13 +192,15 @@ class Fitting:
         failure = OutOfMemory(None, None)
 
         def may(way: tuple[str, int]) -> bool:
+            nonlocal failure
             if self.limit is None or way[0] == REMAT[-1]:
                 return True
             changed = self._with(*way)
             forward = build.make_run_forward(changed, self._module(changed), self._data)
             least = least_bytes(forward, self._state, batch, way[1])
             if least > self.limit:
-                self._say(f"{_words(*way)} needs more than there is: {gib(least)} at least")
+                failure = OutOfMemory(least, self.limit)
+                self._say(f"{_words(*way)} does not fit{failure.by_how_much}, at least")
             return distributed.all_agree(least <= self.limit)
 
         def fits(way: tuple[str, int]) -> bool:
@@ -207,7 +209,8 @@ class Fitting:
             keep(step)
             programs.use(kind, step)
             try:
-                given_up = not programs.prepare({largest: (self._state, batch)})
+                inputs = {largest: (self._state, batch)}
+                given_up = not programs.prepare(inputs, limit=self.limit)
             except OutOfMemory as error:
                 failure, fine = error, False
                 self._say(f"{_words(*way)} does not fit{error.by_how_much}")

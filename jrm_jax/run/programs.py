@@ -40,8 +40,7 @@ class Programs:
     Args:
         steps: {TRAIN: jitted step, EVALUATE: ...}.
         wanted: {TRAIN: buckets that will be met, ...}; for the count, others may come.
-        buckets: all of the run, in the order in which it numbers them.
-        limit: bytes of a device that one program may plan with; None: not known.
+        buckets: all of the run, by growing cost, as it numbers them.
         say: for lines; `show`: for a few words that change, '' when it is over.
     """
 
@@ -50,7 +49,6 @@ class Programs:
         steps: Mapping[str, Any],
         wanted: Mapping[str, Collection[Bucket]],
         buckets: Sequence[Bucket],
-        limit: int | None = None,
         *,
         stop: StopRequest,
         watchdog: Watchdog,
@@ -59,18 +57,21 @@ class Programs:
     ):
         # the largest first: it takes longest
         self.wanted = [(k, bucket) for k in steps for bucket in sorted(wanted[k], reverse=True)]
-        self._steps, self._buckets, self._limit = dict(steps), list(buckets), limit
+        self._steps, self._buckets = dict(steps), list(buckets)
         self._stop, self._watchdog, self._say, self._show = stop, watchdog, say, show
         self._ready: set[Key] = set()
         self._last = 0.0  # seconds that the last one took
         self._count = 0
 
-    def prepare(self, inputs: Mapping[Key, tuple], threads: int = 1) -> bool:
+    def prepare(
+        self, inputs: Mapping[Key, tuple], threads: int = 1, limit: int | None = None
+    ) -> bool:
         """Compile what is not compiled.
 
         Args:
             inputs: {(kind, bucket): what the step will be called with, or arrays like it}.
             threads: programs at a time.
+            limit: bytes of a device that a program may plan with.
 
         Returns:
             False if it was given up, because the run is to stop. The threads then go on by
@@ -83,7 +84,7 @@ class Programs:
         told: queue.SimpleQueue = queue.SimpleQueue()
         before = threading.stack_size(STACK)
         for _ in range(min(threads, left)):
-            arguments = (todo, inputs, told)
+            arguments = (todo, inputs, limit, told)
             threading.Thread(target=self._work, args=arguments, name=THREAD, daemon=True).start()
         threading.stack_size(before)
         with self._watchdog.aside("compiling"), self._stop.answering(
@@ -115,9 +116,9 @@ class Programs:
         self._ready -= {key for key in self._ready if key[0] == kind}
 
     def largest(self, kind: str) -> Key | None:
-        """Of those that will be wanted, the one that takes most memory."""
+        """Of those that will be wanted, the one of the dearest bucket."""
         keys = [key for key in self.wanted if key[0] == kind]
-        return max(keys, key=lambda key: key[1].cost, default=None)
+        return max(keys, key=lambda key: self._buckets.index(key[1]), default=None)
 
     def prepare_ahead(self, config: ConfigDict, data: Data, mesh: Mesh, state: TrainState) -> bool:
         """All that will be wanted, before the first step, where a program is compiled by one core:
@@ -132,7 +133,9 @@ class Programs:
             inputs[kind, bucket] = (*known, batch)
         return self.prepare(inputs, threads=os.cpu_count() or 1)
 
-    def _work(self, todo: collections.deque, inputs: Mapping[Key, tuple], told: Any) -> None:
+    def _work(
+        self, todo: collections.deque, inputs: Mapping[Key, tuple], limit: int | None, told: Any
+    ) -> None:
         while todo:
             try:
                 key = todo.popleft()
@@ -141,7 +144,7 @@ class Programs:
             told.put((key, None, None))
             began, error = time.monotonic(), None
             try:
-                compile_within(self._steps[key[0]].lower(*inputs[key]), self._limit)
+                compile_within(self._steps[key[0]].lower(*inputs[key]), limit)
             except BaseException as raised:  # the main thread's to report
                 error = raised
             told.put((key, time.monotonic() - began, error))
