@@ -44,6 +44,24 @@ class VisionConfig:
 
 
 @dataclass(frozen=True)
+class DeltaConfig:
+    """Gated DeltaNet layers: every `interval`-th layer of the decoder is attention, the others
+    are these. A key head serves value_heads / key_heads value heads."""
+
+    interval: int
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    taps: int  # of the causal convolution
+
+    @property
+    def channels(self) -> int:
+        """Width of queries, keys and values together, which the convolution reads."""
+        return 2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
+
+
+@dataclass(frozen=True)
 class TextConfig:
     """The decoder. `mrope_section` counts rotary frequencies for (time, height, width)."""
 
@@ -62,6 +80,10 @@ class TextConfig:
     qk_norm: bool
     tie_embeddings: bool
     headless: bool = False  # untied, and its files hold no language head: it can score, not speak
+    rotary: int = 0  # dimensions of a head that turn, the first ones; 0: all
+    gated: bool = False  # attention's output times the sigmoid of a gate, per head and dimension
+    zero_centred: bool = False  # norms multiply by 1 + scale
+    delta: DeltaConfig | None = None  # None: all layers are attention
 
     @property
     def separate_head(self) -> bool:

@@ -33,19 +33,43 @@ def unroll_all(layers: int, platform: str) -> bool:
     return platform == "cpu" and layers < 8
 
 
+def _by_rms(x: Array, eps: float) -> Array:
+    """x / rms(x) over the last axis, in float32."""
+    wide = x.astype(jnp.float32)
+    return wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+
+
 class RMSNorm(nn.Module):
-    """x / rms(x) * scale over the last axis (Zhang and Sennrich, 2019)."""
+    """x / rms(x) * scale over the last axis (Zhang and Sennrich, 2019).
+
+    `centred` multiplies by 1 + scale, in float32, before the result is rounded.
+    """
+
+    eps: float
+    dtype: jnp.dtype
+    centred: bool = False
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        init = nn.initializers.zeros if self.centred else nn.initializers.ones
+        scale = self.param("scale", init, (x.shape[-1],), jnp.float32)
+        normed = _by_rms(x, self.eps)
+        if self.centred:
+            return (normed * (1 + scale.astype(jnp.float32))).astype(self.dtype)
+        return normed.astype(self.dtype) * scale.astype(self.dtype)
+
+
+class GatedRMSNorm(nn.Module):
+    """x / rms(x) * scale * silu(gate) over the last axis; the gate acts in float32."""
 
     eps: float
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, gate: Array) -> Array:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
-        wide = x.astype(jnp.float32)
-        mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-        normed = (wide * jax.lax.rsqrt(mean_square + self.eps)).astype(self.dtype)
-        return normed * scale.astype(self.dtype)
+        normed = _by_rms(x, self.eps).astype(self.dtype) * scale.astype(self.dtype)
+        return (normed.astype(jnp.float32) * nn.silu(gate.astype(jnp.float32))).astype(self.dtype)
 
 
 @jax.custom_vjp
