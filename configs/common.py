@@ -16,7 +16,10 @@ TINY = "tiny_qwen3_vl"  # the backbone that comes with the code
 # Real backbones, and where training starts: EditReward's published settings (learning rate 2e-6,
 # 5 % warm-up then constant, clip 1.0, bfloat16, about 256 visual tokens a picture, 64 pairs a
 # step), here as 64 groups.
-REAL = ("qwen3_vl_8b", "qwen3_vl_4b", "qwen3_vl_2b", "qwen2_5_vl_7b", "qwen2_5_vl_3b")
+REAL = (
+    "qwen3_vl_8b", "qwen3_vl_4b", "qwen3_vl_2b", "qwen2_5_vl_7b", "qwen2_5_vl_3b",
+    "qwen3_5_27b", "qwen3_5_9b", "qwen3_5_4b", "qwen3_5_2b", "qwen3_5_0_8b",
+)  # fmt: skip
 
 
 def nearest(word: str, known: tuple[str, ...]) -> str:

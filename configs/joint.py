@@ -7,8 +7,9 @@ trains the packaged tiny backbone on the built-in world. README.md says what to 
     python -m jrm_jax.main --config=configs/joint.py:qwen3_vl_8b \\
         --config.backbone.path=FOLDER --config.data.path=DATA
 
-trains a real one (also qwen3_vl_4b, qwen3_vl_2b, qwen2_5_vl_7b, qwen2_5_vl_3b) from its Hugging
-Face folder, on a data set prepared by `python -m jrm_jax.data.builders`.
+trains a real one (also qwen3_vl_4b, qwen3_vl_2b, qwen2_5_vl_7b, qwen2_5_vl_3b, and of Qwen3.5
+qwen3_5_27b, qwen3_5_9b, qwen3_5_4b, qwen3_5_2b, qwen3_5_0_8b) from its Hugging Face folder, on a
+data set prepared by `python -m jrm_jax.data.builders`.
 """
 
 from configs.common import REAL, base, parse_arg, real_backbone

@@ -6,7 +6,7 @@ Its data are in `build_data.py`; the loop that uses these parts is in `train.py`
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,10 +18,12 @@ from jrm_jax import heads, lora, optim, sharding
 from jrm_jax.build_data import Data, backbone_folder
 from jrm_jax.data.encode import Encoder
 from jrm_jax.data.template import Tokenizer
+from jrm_jax.errors import UserError
 from jrm_jax.model import published, weights
 from jrm_jax.model.backbone import Backbone, init_backbone
 from jrm_jax.model.config import BackboneConfig, load_config
 from jrm_jax.model.layers import unroll_all
+from jrm_jax.model.tensors import stays_float32
 from jrm_jax.reward_head import HeadStart, read_head_start
 from jrm_jax.run.check_data import reads_critiques
 from jrm_jax.step import (
@@ -118,6 +120,12 @@ def make_optimizer(config: ConfigDict, trainable: dict):
     return optimizer, schedule
 
 
+def frozen_dtype(config: ConfigDict) -> Callable[[str], Any]:
+    """path -> dtype of a parameter that does not learn."""
+    dtype = DTYPES[config.backbone.compute_dtype]
+    return lambda path: jnp.float32 if stays_float32(path) else dtype
+
+
 def trainable_patterns(config: ConfigDict) -> tuple[str, ...]:
     """What learns. With adapters these and the score, and what `config.trainable` names besides."""
     patterns = tuple(config.trainable)
@@ -166,7 +174,7 @@ def init_state(
     compute dtype is.
     """
     folder = backbone_folder(config, weights=not config.backbone.random)
-    frozen_dtype = DTYPES[config.backbone.compute_dtype]
+    frozen = frozen_dtype(config)
     width, dimensions = backbone.text.hidden, len(encoder.dimensions)
     key = jax.random.key(config.seed)
     whole = abstract_params(config, backbone, dimensions, encoder.facts)
@@ -175,7 +183,7 @@ def init_state(
     shardings = sharding.param_shardings(whole, mesh)
 
     def dtype_of(path: str):
-        return jnp.float32 if path in trainable_paths else frozen_dtype
+        return jnp.float32 if path in trainable_paths else frozen(path)
 
     body = {name: shardings[name] for name in ("backbone", "language_head")}
     body["backbone"] = optim.unflatten(
@@ -248,8 +256,10 @@ def abstract_state(
     """What `init_state` returns, as shapes with shardings: nothing is read or allocated."""
     whole = abstract_params(config, backbone, len(config.data.dimensions))
     trainable, frozen = optim.split_params(whole, trainable_patterns(config))
-    frozen_dtype = DTYPES[config.backbone.compute_dtype]
-    frozen = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, frozen_dtype), frozen)
+    dtype = frozen_dtype(config)
+    frozen = optim.unflatten(
+        {p: jax.ShapeDtypeStruct(x.shape, dtype(p)) for p, x in optim.flatten(frozen).items()}
+    )
     optimizer, schedule = make_optimizer(config, trainable)
     opt_state = jax.eval_shape(optimizer.init, trainable)
     state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), trainable, frozen, opt_state)
@@ -284,12 +294,22 @@ def make_steps(config: ConfigDict, backbone: Backbone, data: Data, optimizer, st
     )
 
 
+def check_losses(config: ConfigDict, backbone: BackboneConfig) -> None:
+    """Raise UserError for a loss that this backbone cannot have."""
+    if config.loss.through_reward and backbone.text.delta is not None:
+        raise UserError(
+            "config.loss.through_reward is True, which this backbone cannot do: its layers hand on "
+            "a state, and critiques would see their candidate by it; set it to False"
+        )
+
+
 def load_backbone_config(config: ConfigDict) -> BackboneConfig:
     """The architecture of the run's folder, which must be the published one of its variant; without
     a language head where the folder has none and no loss reads it."""
     folder = backbone_folder(config)
     found = load_config(folder)
     published.check_variant(config.get("variant", ""), found, str(folder))
+    check_losses(config, found)
     has_files = any(folder.glob("*.safetensors"))  # a run of the Hub's is read without them
     if reads_critiques(config) or config.backbone.random or not has_files:
         return found

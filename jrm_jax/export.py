@@ -19,7 +19,7 @@ import numpy as np
 
 from jrm_jax import cli
 from jrm_jax.data.processor import read_config as read_processor_config
-from jrm_jax.data.template import Template, save_tokenizer
+from jrm_jax.data.template import NO_THOUGHTS, Template, save_tokenizer
 from jrm_jax.errors import UserError
 from jrm_jax.model import weights
 from jrm_jax.serving.rounding import Rounding, measure
@@ -33,8 +33,14 @@ CODE, PICTURES = "modeling_jrm", "image_processing_jrm"  # what an export carrie
 ARCHITECTURES = {
     "qwen2_5_vl": "Qwen2_5_VLForSequenceClassification",
     "qwen3_vl": "Qwen3VLForSequenceClassification",
+    "qwen3_5": "Qwen3_5ForSequenceClassification",
 }
-PROCESSORS = {"qwen2_5_vl": "Qwen2_5_VLProcessor", "qwen3_vl": "Qwen3VLProcessor"}
+# of pictures with text, and of videos
+PROCESSORS = {
+    "qwen2_5_vl": ("Qwen2_5_VLProcessor", "Qwen2VLVideoProcessor"),
+    "qwen3_vl": ("Qwen3VLProcessor", "Qwen3VLVideoProcessor"),
+    "qwen3_5": ("Qwen3VLProcessor", "Qwen3VLVideoProcessor"),
+}
 
 
 def export(
@@ -140,16 +146,15 @@ def _processor(trained: Trained) -> dict[str, Any]:
         "size": size,
         "image_processor_type": "JrmImageProcessor",
         "auto_map": {"AutoImageProcessor": f"{PICTURES}.JrmImageProcessor"},
-        "processor_class": PROCESSORS[trained.config.family],
+        "processor_class": PROCESSORS[trained.config.family][0],
     }
 
 
 def _videos(trained: Trained) -> dict[str, Any]:
     """There are none, but `AutoProcessor` wants to know; else it looks for one of our own."""
-    kind = {"qwen2_5_vl": "Qwen2VLVideoProcessor", "qwen3_vl": "Qwen3VLVideoProcessor"}
     processor = trained.encoder.processor
     sizes = {"patch_size": processor.patch, "merge_size": processor.merge, "temporal_patch_size": 2}
-    return {"video_processor_type": kind[trained.config.family]} | sizes
+    return {"video_processor_type": PROCESSORS[trained.config.family][1]} | sizes
 
 
 def _generation(trained: Trained) -> dict[str, Any]:
@@ -169,10 +174,12 @@ def chat_template(template: Template) -> str:
     Messages: one 'user' turn whose last picture is the candidate; or a 'user' turn with the prompt
     and a 'candidate' turn (any parts). Neighbouring texts are joined by a line break.
     """
-    rubric, result = (json.dumps(text, ensure_ascii=False) for text in
-                      (template.rubric, template.result))  # fmt: skip
+    thoughts = "".join(NO_THOUGHTS) if template.thinking else ""
+    words = {"RUBRIC": template.rubric, "RESULT": template.result, "THOUGHTS": thoughts}
     source = (ASSETS / "chat_template.jinja").read_text(encoding="utf-8")
-    return source.replace("__RUBRIC__", rubric).replace("__RESULT__", result)
+    for name, text in words.items():
+        source = source.replace(f"__{name}__", json.dumps(text, ensure_ascii=False))
+    return source
 
 
 def _model_card(trained: Trained, dtype: str, rounding: str) -> str:

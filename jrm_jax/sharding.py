@@ -30,13 +30,14 @@ TORUS = 4  # devices along a dimension from which on TPU slices are closed to a 
 CONSTANTS = 16  # elements of an optimizer state that is no moment, at most
 
 _BLOCK = r"backbone/vision/blocks_\d+"
-_LAYER = r"backbone/decoder/(taps|layers)"
+_LAYER = r"backbone/decoder/(taps|layers|blocks/(delta|full))"
 _MERGER = r"backbone/vision/(merger|deepstack_\d+)"
 
 # Path of a leaf (whole path) -> mesh axis of each of its dimensions. Stacks keep their layer axis
 # whole: a scan slices it. A matrix pair is split by `tensor` along its inner width (heads, MLP), by
-# `fsdp` along its outer one. The tower's fused query-key-value is not split by `tensor`: its thirds
-# would not line up with heads. Vectors stay whole unless the output of their matrix is split.
+# `fsdp` along its outer one. What is fused (the tower's query-key-value, Gated DeltaNet's) is not
+# split by `tensor`: its parts would not line up with heads. Every place of `tensor` then runs all
+# heads of a Gated DeltaNet's rule. Vectors stay whole unless the output of their matrix is split.
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"backbone/embed/embedding", ("tensor", "fsdp")),
     (r"backbone/vision/patch_embed/kernel", (None, None, "fsdp")),
@@ -50,6 +51,11 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (rf"{_LAYER}/attn/[qkv]/bias", (None, "tensor")),
     (rf"{_LAYER}/attn/[qk]_norm/scale", (None, None)),
     (rf"{_LAYER}/attn/o/kernel", (None, "tensor", "fsdp")),
+    (rf"{_LAYER}/mixer/(qkv|a|b)/kernel", (None, "fsdp", None)),
+    (rf"{_LAYER}/mixer/z/kernel", (None, "fsdp", "tensor")),
+    (rf"{_LAYER}/mixer/out/kernel", (None, "tensor", "fsdp")),
+    (rf"{_LAYER}/mixer/conv", (None, None, "fsdp")),
+    (rf"{_LAYER}/mixer/(A_log|dt_bias|norm/scale)", (None, None)),
     (rf"({_BLOCK}|{_LAYER})/mlp/(gate|up|fc1)/kernel", (None, "fsdp", "tensor")),
     (rf"({_BLOCK}|{_LAYER})/mlp/(gate|up|fc1)/bias", (None, "tensor")),
     (rf"({_BLOCK}|{_LAYER})/mlp/(down|fc2)/kernel", (None, "tensor", "fsdp")),

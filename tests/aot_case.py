@@ -24,11 +24,26 @@ SMALL = dataclasses.replace(
 )  # fmt: skip
 
 
-def small_case():
+_HYBRID = PUBLISHED["qwen3_5_2b"].text
+SMALL_HYBRID = dataclasses.replace(
+    SMALL,
+    family="qwen3_5",
+    text=dataclasses.replace(
+        _HYBRID, layers=6, hidden=32, heads=4, kv_heads=2, head_dim=16, mlp=64, vocab=512,
+        mrope_section=(2, 1, 1), rotary=8, tie_embeddings=False,
+        delta=dataclasses.replace(
+            _HYBRID.delta, interval=3, key_heads=2, value_heads=4, key_dim=8, value_dim=12
+        ),
+    ),
+    vision=dataclasses.replace(SMALL.vision, deepstack=()),
+)  # fmt: skip
+
+
+def small_case(backbone=SMALL):
     """(config, architecture, bucket) of a small backbone, unrolled, in float32."""
     config = joint.get_config()
     config.batch_size, config.mesh.data, config.mesh.fsdp = 1, 1, 1
-    return config, SMALL, compiling.make_bucket(SMALL, 16, 24, 24, 2, 3, 8)
+    return config, backbone, compiling.make_bucket(backbone, 16, 24, 24, 2, 3, 8)
 
 
 def one_device() -> jax.sharding.Mesh:

@@ -12,17 +12,24 @@ from shared_case import once
 
 from configs import joint
 from jrm_jax import export, train
+from jrm_jax.benchmarks import make_tiny_backbone
+from jrm_jax.benchmarks.kill_test import SMALL
 from jrm_jax.data.world import scenes
 from jrm_jax.model.backbone import init_backbone
 from jrm_jax.model.config import load_config
 from jrm_jax.model.weights import save_params
 
-FAMILIES = ("qwen3_vl", "qwen2_5_vl")
-INSTRUCTIONS = ("Make the <|reward|> red.", "Weiß & größer, bitte?", "Remove it.")
+FAMILIES = ("qwen3_vl", "qwen2_5_vl", "qwen3_5")
+INSTRUCTIONS = ("Make the <|reward|> <think> red.", "Weiß & größer, bitte?", "Remove it.")
 
 
 def make_folder(parent, family):
-    """A Hugging Face folder with random weights: Qwen3-VL tied, Qwen2.5-VL flat and untied."""
+    """A Hugging Face folder with random weights: Qwen3-VL tied, Qwen2.5-VL flat and untied, Qwen3.5
+    tied, two blocks of three layers."""
+    if family == "qwen3_5":
+        options = [*SMALL, "--layers=6", "--interval=3"]
+        make_tiny_backbone.main([f"--out={parent / family}", *options])
+        return give_head(parent / family)
     small = parent / "qwen3_vl"
     if not small.exists():
         give_head(make_small_backbone(small))

@@ -1,4 +1,4 @@
-"""Tiny random models of both families for tests: build, re-save in other layouts, compare."""
+"""Tiny random models of all families for tests: build, re-save in other layouts, compare."""
 
 import json
 import shutil
@@ -30,6 +30,15 @@ def build(family: str, tied: bool):
         rope |= dict(mrope_interleaved=True)
         text |= dict(head_dim=8)
         vision |= dict(num_position_embeddings=16, deepstack_visual_indexes=[1, 3])
+    if family == "qwen3_5":
+        make_config = transformers.Qwen3_5Config
+        make_model = transformers.Qwen3_5ForConditionalGeneration
+        rope |= dict(partial_rotary_factor=0.5)
+        kinds = [*["linear_attention"] * 2, "full_attention"]
+        text |= dict(head_dim=16, num_hidden_layers=6, layer_types=2 * kinds)
+        text |= dict(linear_num_key_heads=2, linear_key_head_dim=8, linear_conv_kernel_dim=4)
+        text |= dict(linear_num_value_heads=4, linear_value_head_dim=6)
+        vision |= dict(deepstack_visual_indexes=[])
     text |= dict(rope_parameters=rope)
     vision |= dict(out_hidden_size=32)
     torch.manual_seed(3)
@@ -61,34 +70,60 @@ def check_params(params, model, family, tied, atol=0.0):
     text, vision = "model.language_model.", "model.visual."
     same("backbone/embed/embedding", text + "embed_tokens.weight")
     same("backbone/decoder/norm/scale", text + "norm.weight")
+    qwen3 = family != "qwen2_5_vl"
     taps = 2 if family == "qwen3_vl" else 0
-    for layer in range(3):
-        stack, row = ("taps", layer) if layer < taps else ("layers", layer - taps)
-        at, name = f"backbone/decoder/{stack}/", f"{text}layers.{layer}."
+
+    def same_layer(layer, at, row, attention=True):
+        name = f"{text}layers.{layer}."
         same(at + "norm1/scale", name + "input_layernorm.weight", row=row)
         same(at + "norm2/scale", name + "post_attention_layernorm.weight", row=row)
-        for part in "qkvo":
+        for part in "qkvo" if attention else "":
             linear = name + f"self_attn.{part}_proj"
             same(at + f"attn/{part}/kernel", linear + ".weight", change=turned, row=row)
-            if taps == 0 and part != "o":
+            if not qwen3 and part != "o":
                 same(at + f"attn/{part}/bias", linear + ".bias", row=row)
-            if taps and part in "qk":
+            if qwen3 and part in "qk":
                 norm = name + f"self_attn.{part}_norm.weight"
                 same(at + f"attn/{part}_norm/scale", norm, row=row)
         for part in ("gate", "up", "down"):
             linear = name + f"mlp.{part}_proj.weight"
             same(at + f"mlp/{part}/kernel", linear, change=turned, row=row)
-    segments = [(0, 2), (2, 1), (3, 1), (4, 1)] if taps == 0 else [(0, 2), (2, 2), (4, 1)]
+
+    def same_delta(layer, at, row):
+        name = f"{text}layers.{layer}.linear_attn."
+        linears = {"qkv": "in_proj_qkv", "z": "in_proj_z", "a": "in_proj_a", "b": "in_proj_b"}
+        for part, linear in (linears | {"out": "out_proj"}).items():
+            same(at + f"mixer/{part}/kernel", f"{name}{linear}.weight", change=turned, row=row)
+        taps_first = lambda x: x[:, 0].T  # noqa: E731
+        same(at + "mixer/conv", name + "conv1d.weight", change=taps_first, row=row)
+        same(at + "mixer/norm/scale", name + "norm.weight", row=row)
+        for part in ("A_log", "dt_bias"):
+            same(at + f"mixer/{part}", name + part, row=row)
+
+    if family == "qwen3_5":
+        at = "backbone/decoder/blocks/"
+        for row, layer in enumerate((0, 1, 3, 4)):
+            same_layer(layer, at + "delta/", row, attention=False)
+            same_delta(layer, at + "delta/", row)
+        for row, layer in enumerate((2, 5)):
+            same_layer(layer, at + "full/", row)
+    else:
+        for layer in range(3):
+            stack, row = ("taps", layer) if layer < taps else ("layers", layer - taps)
+            same_layer(layer, f"backbone/decoder/{stack}/", row)
+    segments = [(0, 2), (2, 1), (3, 1), (4, 1)] if not qwen3 else [(0, 2), (2, 2), (4, 1)]
+    if family == "qwen3_5":
+        segments = [(0, 5)]
     for number, (first, length) in enumerate(segments):
         assert len(leaves[f"backbone/vision/blocks_{number}/norm1/scale"]) == length
         for row in range(length):
             at, name = f"backbone/vision/blocks_{number}/", f"{vision}blocks.{first + row}."
             for part in ("norm1", "norm2"):
                 same(at + f"{part}/scale", name + f"{part}.weight", row=row)
-                if taps:
+                if qwen3:
                     same(at + f"{part}/bias", name + f"{part}.bias", row=row)
             linears = {"attn/qkv": "attn.qkv", "attn/proj": "attn.proj"}
-            if taps:
+            if qwen3:
                 linears |= {"mlp/fc1": "mlp.linear_fc1", "mlp/fc2": "mlp.linear_fc2"}
             else:
                 linears |= {f"mlp/{p}": f"mlp.{p}_proj" for p in ("gate", "up", "down")}
@@ -99,14 +134,14 @@ def check_params(params, model, family, tied, atol=0.0):
     mergers |= {f"deepstack_{i}": f"deepstack_merger_list.{i}." for i in range(taps)}
     for path, name in mergers.items():
         at, name = f"backbone/vision/{path}/", vision + name
-        first, second = ("linear_fc1", "linear_fc2") if taps else ("mlp.0", "mlp.2")
-        same(at + "norm/scale", name + ("norm.weight" if taps else "ln_q.weight"))
+        first, second = ("linear_fc1", "linear_fc2") if qwen3 else ("mlp.0", "mlp.2")
+        same(at + "norm/scale", name + ("norm.weight" if qwen3 else "ln_q.weight"))
         for linear, stem in (("fc1", first), ("fc2", second)):
             same(at + linear + "/kernel", name + stem + ".weight", change=turned)
             same(at + linear + "/bias", name + stem + ".bias")
-        if taps:
+        if qwen3:
             same(at + "norm/bias", name + "norm.bias")
-    if taps:
+    if qwen3:
         same("backbone/vision/position/embedding", vision + "pos_embed.weight")
         same("backbone/vision/patch_embed/bias", vision + "patch_embed.proj.bias")
 

@@ -22,7 +22,7 @@ from jrm_jax.model.weights import load_params
 torch = pytest.importorskip("torch")
 
 IMAGE, START, END, REWARD, PAD, VOCAB = 90, 91, 92, 95, 0, 96
-FAMILIES = ("qwen2_5_vl", "qwen3_vl")
+FAMILIES = ("qwen2_5_vl", "qwen3_vl", "qwen3_5")
 # patch grids of the prompt's image and of the candidates'; windows of 4 x 4 patches are partial
 GRIDS = ((6, 10), (10, 6), (4, 14))
 PATCH, MERGE = 4, 2
@@ -35,11 +35,13 @@ def torch_model(family: str):
     from transformers import (
         Qwen2_5_VLConfig,
         Qwen2_5_VLForConditionalGeneration,
+        Qwen3_5Config,
+        Qwen3_5ForConditionalGeneration,
         Qwen3VLConfig,
         Qwen3VLForConditionalGeneration,
     )
 
-    qwen3 = family == "qwen3_vl"
+    qwen3 = family != "qwen2_5_vl"
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [3, 3, 2]}
     text = {
         "vocab_size": VOCAB,
@@ -69,6 +71,20 @@ def torch_model(family: str):
         text |= {"head_dim": 16}
         vision |= {"num_position_embeddings": 49, "deepstack_visual_indexes": [0, 2]}
         kinds = (Qwen3VLConfig, Qwen3VLForConditionalGeneration)
+        if family == "qwen3_5":  # half of a head turns; two blocks of three layers
+            text["head_dim"] = 32
+            text["rope_parameters"]["partial_rotary_factor"] = 0.5
+            text |= {
+                "num_hidden_layers": 6,
+                "layer_types": [*["linear_attention"] * 2, "full_attention"] * 2,
+                "linear_num_key_heads": 2,
+                "linear_num_value_heads": 4,
+                "linear_key_head_dim": 32,
+                "linear_value_head_dim": 40,
+                "linear_conv_kernel_dim": 4,
+            }
+            vision["deepstack_visual_indexes"] = []
+            kinds = (Qwen3_5Config, Qwen3_5ForConditionalGeneration)
     else:
         vision |= {"window_size": 4 * PATCH, "fullatt_block_indexes": [1, 3]}
         kinds = (Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration)
@@ -86,9 +102,12 @@ def torch_model(family: str):
     model = kinds[1](config).eval()
     with torch.no_grad():  # spreads that make every norm, bias and attention weight matter
         for name, parameter in model.named_parameters():
-            spread = 0.3 if parameter.ndim == 1 else 1.2 * parameter[0].numel() ** -0.5
+            gain = 0.8 if family == "qwen3_5" else 1.2
+            spread = 0.3 if parameter.ndim == 1 else gain * parameter[0].numel() ** -0.5
             noise = spread * torch.randn_like(parameter)
-            parameter.copy_(1 + noise if "norm" in name and "weight" in name else noise)
+            # norms start at one, or at zero where they are zero-centred
+            norm = "norm" in name and "weight" in name
+            parameter.copy_(parameter + noise if norm else noise)
     return model
 
 

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 from jrm_jax import export
 from jrm_jax.data.schema import Candidate, Image, Text
 from jrm_jax.errors import UserError
+from jrm_jax.optim import flatten
 from jrm_jax.serving.groups import read_picture
 from jrm_jax.serving.reward_model import RewardModel
 from jrm_jax.serving.trained import load_trained
@@ -177,7 +178,8 @@ def test_the_processor_of_serving_engines_makes_the_same_inputs(case, scored):
 @pytest.mark.parametrize("change, low, high", [(1e-5, 0.0, 0.05), (0.05, 0.99, 1.0)])
 def test_what_bfloat16_rounds_away_is_told(case, tmp_path, change, low, high):
     trained = load_trained(case[1])
-    kernel = trained.params["backbone"]["decoder"]["layers"]["attn"]["q"]["kernel"]
+    flat = flatten(trained.params["backbone"]["decoder"])
+    kernel = next(leaf for path, leaf in flat.items() if path.endswith("attn/q/kernel"))
     params = jax.tree.map(lambda leaf: leaf * (1 + change) if leaf is kernel else leaf,
                           trained.params)  # fmt: skip
     found = export.export(trained._replace(params=params), tmp_path / "out", "bfloat16", 10**9)
@@ -198,7 +200,7 @@ def test_bfloat16_is_close(case, scored):
 
 
 def test_both_classes_load_strictly(case):
-    tied = "qwen3_vl" in str(case[0])
+    tied = "qwen2_5_vl" not in str(case[0])
     _, info = classifier(case[2])
     assert not info["missing_keys"] and not info["mismatched_keys"] and not info["error_msgs"]
     assert set(info["unexpected_keys"]) == (set() if tied else {"lm_head.weight"})
@@ -210,6 +212,23 @@ def test_both_classes_load_strictly(case):
     assert len(list(case[2].glob("*.safetensors"))) > 1  # sharded, as asked
     config = json.loads((case[2] / "config.json").read_text())
     assert config["num_labels"] == 1 and config["problem_type"] == "regression"
+
+
+def test_stock_transformers_scores_a_qwen3_5_folder(case, scored):
+    """No remote code: the class of transformers itself takes the inputs that ours prepares."""
+    if "qwen3_5" not in str(case[0]):
+        pytest.skip("transformers has no such class of its own")
+    stock, info = transformers.AutoModelForSequenceClassification.from_pretrained(
+        case[2], trust_remote_code=False, output_loading_info=True
+    )
+    assert type(stock) is transformers.Qwen3_5ForSequenceClassification
+    assert not any(info[name] for name in ("missing_keys", "mismatched_keys", "unexpected_keys"))
+    loaded, _ = classifier(case[2])
+    for (text, source, candidates), ours in list(zip(*scored, strict=True))[:4]:
+        batch = loaded.prepare([([text, picture(source)], [picture(c)]) for c in candidates])
+        with torch.no_grad():
+            theirs = stock.eval()(**batch).logits[:, 0].numpy()
+        np.testing.assert_allclose(theirs, ours, rtol=0, atol=1e-4)
 
 
 def test_preprocessing_is_that_of_training(case, model, scored):

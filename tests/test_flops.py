@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from aot_case import one_device, small_case, traced
+from aot_case import SMALL, SMALL_HYBRID, one_device, small_case, traced
 from jax.extend.core import jaxprs_in_params
 
 from jrm_jax import build
@@ -36,8 +36,9 @@ def not_counted(backbone, bucket, head: int, table: int) -> int:
     return head * reward + table * positions
 
 
-def test_forward_flops_are_those_of_the_program():
-    config, backbone, bucket = small_case()
+@pytest.mark.parametrize("small", [SMALL, SMALL_HYBRID], ids=lambda small: small.family)
+def test_forward_flops_are_those_of_the_program(small):
+    config, backbone, bucket = small_case(small)
     _, evaluate, state, batch = traced(config, backbone, bucket)
     found = products(evaluate.trace(state.trainable, state.frozen, batch).jaxpr)
     ours = sum(sum(part) for part in flops.forward_flops(backbone, bucket, causal=False).values())
@@ -93,8 +94,9 @@ def test_train_flops_follow_what_is_trained_and_recomputed():
 
 
 @pytest.mark.parametrize("remat", REMAT)
-def test_train_flops_are_those_of_the_program(remat):
-    config, backbone, bucket = small_case()
+@pytest.mark.parametrize("small", [SMALL, SMALL_HYBRID], ids=lambda small: small.family)
+def test_train_flops_are_those_of_the_program(small, remat):
+    config, backbone, bucket = small_case(small)
     config.optimizer.name = "adam"
     step, _, state, batch = traced(config, backbone, bucket, remat)
     found = products(step.trace(state, batch).jaxpr)

@@ -1,4 +1,4 @@
-"""Both backbones against `transformers`: values, gradients, the packed prompt-sharing layout."""
+"""All backbones against `transformers`: values, gradients, the packed prompt-sharing layout."""
 
 from __future__ import annotations
 
@@ -28,11 +28,15 @@ from parity_case import (
 )
 
 from jrm_jax.model.backbone import init_backbone
-from jrm_jax.model.config import BackboneConfig, TextConfig, VisionConfig
+from jrm_jax.model.published import PARAMETERS, PUBLISHED
 from jrm_jax.model.rope import image_tables
-from jrm_jax.model.weights import load_params
+from jrm_jax.model.weights import abstract_params, load_params
 
 torch = pytest.importorskip("torch")
+
+HIDDEN_BARS = {"qwen2_5_vl": 1e-4, "qwen3_vl": 1e-4, "qwen3_5": 2e-5}
+GRADIENT_BARS = {"qwen2_5_vl": 1e-3, "qwen3_vl": 1e-3, "qwen3_5": 1e-4}
+SAME_BARS = {"qwen2_5_vl": 1e-6, "qwen3_vl": 1e-6, "qwen3_5": 1e-5}  # a state hands roundings on
 
 
 def test_every_layer_and_logit_matches_torch(case):
@@ -59,7 +63,7 @@ def test_every_layer_and_logit_matches_torch(case):
         compare_images(f"deepstack {tap}", feature, state, 4)
 
     layers = [ours["embedded"], *ours["decoder_layers"]]
-    assert len(layers) == len(theirs.states["decoder"]) == 5
+    assert len(layers) == len(theirs.states["decoder"]) == case.config.text.layers + 1
     logits = np.asarray(logits_of(case, case.params, ours["hidden"]))
     for row in range(2):
         slots = sequence_slots(case, row)
@@ -71,6 +75,8 @@ def test_every_layer_and_logit_matches_torch(case):
     worst = max(errors, key=errors.get)
     print(f"{case.family}: worst value {worst}: {errors[worst]:.1e}")
     assert errors[worst] < 1e-4, {k: v for k, v in errors.items() if v >= 1e-4}
+    final = [errors[f"hidden {row}"] for row in range(2)]
+    assert max(final) < HIDDEN_BARS[case.family], final
 
 
 def test_every_gradient_matches_torch(case, tmp_path):
@@ -93,6 +99,7 @@ def test_every_gradient_matches_torch(case, tmp_path):
     options = {
         "qwen2_5_vl": {"remat": "dots", "scan_unroll": True},
         "qwen3_vl": {"remat": "full", "scan_unroll": 2},
+        "qwen3_5": {"remat": "full"},
     }
     backbone = backbone_of(case, **options[case.family])
 
@@ -128,7 +135,8 @@ def test_every_gradient_matches_torch(case, tmp_path):
     errors = {k: v for k, v in errors.items() if "'k']['bias'" not in k}
     worst = max(errors, key=errors.get)
     print(f"{case.family}: worst gradient {worst}: {errors[worst]:.1e}")
-    assert errors[worst] < 1e-3, {k: v for k, v in errors.items() if v >= 1e-3}
+    bar = GRADIENT_BARS[case.family]
+    assert errors[worst] < bar, {k: v for k, v in errors.items() if v >= bar}
 
 
 def test_prompt_sharing_equals_repeating_the_prompt(case):
@@ -192,37 +200,12 @@ def test_random_parameters_have_the_loaded_tree(case):
     assert jax.tree.map(lambda x: x.shape, fresh) == shapes
 
 
-@pytest.mark.parametrize(
-    "total, text, vision",
-    [  # decoder: layers, width, heads, key/value heads, MLP, vocabulary, tied head
-        (3754622976, (36, 2048, 16, 2, 11008, 151936, True), None),
-        (8292166656, (28, 3584, 28, 4, 18944, 152064, False), None),
-        (2127532032, (28, 2048, 16, 8, 6144, 151936, True), (24, 1024, 4096, (5, 11, 17))),
-        (4437815808, (36, 2560, 32, 8, 9728, 151936, True), (24, 1024, 4096, (5, 11, 17))),
-        (8767123696, (36, 4096, 32, 8, 12288, 151936, False), (27, 1152, 4304, (8, 16, 24))),
-    ],
-)
-def test_released_sizes_have_their_parameter_counts(total, text, vision):
-    layers, width, heads, kv_heads, mlp, vocab, tied = text
-    common = {"patch": 14, "merge": 2, "temporal_patch": 2, "channels": 3, "out_hidden": width}
-    if vision is None:
-        family, section = "qwen2_5_vl", (16, 24, 24)
-        tower = VisionConfig(
-            family, 32, 1280, 3420, 16, **common, full_attention=(7, 15, 23, 31), window=112
-        )
-    else:
-        family, section = "qwen3_vl", (24, 20, 20)
-        *sizes, deepstack = vision
-        common["patch"] = 16
-        tower = VisionConfig(family, *sizes, 16, **common, deepstack=deepstack, num_positions=2304)
-    qwen3 = vision is not None
-    decoder = TextConfig(
-        layers, width, heads, kv_heads, 128, mlp, vocab, 1e6, section, qwen3, 1e-6,
-        qkv_bias=not qwen3, qk_norm=qwen3, tie_embeddings=tied,
-    )  # fmt: skip
-    config = BackboneConfig(family, tower, decoder, 1, 2, 3)
+@pytest.mark.parametrize("variant", PUBLISHED)
+def test_released_sizes_have_their_parameter_counts(variant):
+    config = PUBLISHED[variant]
     params = jax.eval_shape(lambda key: init_backbone(key, config), jax.random.key(0))
-    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == total
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == PARAMETERS[variant]
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, abstract_params(config))
 
 
 def test_without_images(case):
@@ -234,4 +217,4 @@ def test_without_images(case):
     for key, value in batch.items():
         if key.startswith(("patch", "window", "position_")):
             batch[key] = value[:, :0]
-    assert relative(run_hidden(case, batch), expected) < 1e-6
+    assert relative(run_hidden(case, batch), expected) < SAME_BARS[case.family]

@@ -364,6 +364,7 @@ def test_prompt_repeated(encoder):
                 assert not real.any() and apart["reward_index"][b, k] == 0
                 assert (apart["candidate_visual"][b, k] == -1).all()
                 continue
+            assert real[: real.sum()].all()  # no gap between a prompt and what follows it
             for name in ("tokens", "visual", "positions"):
                 whole = np.concatenate(
                     [
@@ -377,7 +378,7 @@ def test_prompt_repeated(encoder):
                 np.testing.assert_array_equal(apart[f"candidate_{name}"][b, k][..., real], whole)
             at = apart["reward_index"][b, k]
             assert apart["candidate_tokens"][b, k, at] == encoder.tokenizer.reward_id
-            assert apart["critique_index"][b, k, 0] in (at, P)
+            assert apart["critique_index"][b, k, 0] in (at, batch["prompt_segments"][b].sum())
     for key, array in apart.items():
         assert array.dtype == batch[key].dtype, key
 

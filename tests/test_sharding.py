@@ -1,5 +1,6 @@
 """Mesh, sharding rules, optimizer state and batch placement, on eight simulated devices."""
 
+import dataclasses
 import os
 import re
 import socket
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from aot_case import SMALL_HYBRID
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -36,6 +38,8 @@ from jrm_jax.sharding import (
     state_shardings,
 )
 
+FAMILIES = ("qwen2_5_vl", "qwen3_vl", "qwen3_5")
+
 
 class State(NamedTuple):
     step: object
@@ -45,6 +49,10 @@ class State(NamedTuple):
 
 
 def config_of(family: str) -> BackboneConfig:
+    if family == "qwen3_5":
+        return dataclasses.replace(
+            SMALL_HYBRID, text=dataclasses.replace(SMALL_HYBRID.text, hidden=64)
+        )
     qwen3 = family == "qwen3_vl"
     vision = VisionConfig(
         family=family,
@@ -158,7 +166,7 @@ def test_fit_spec_drops_only_what_does_not_divide():
 
 def test_every_leaf_has_one_rule_and_every_rule_a_leaf():
     used = set()
-    for family in ("qwen2_5_vl", "qwen3_vl"):
+    for family in FAMILIES:
         for path, leaf in flatten(abstract(family)):
             matching = [rule for rule in RULES if re.fullmatch(rule[0], path)]
             assert len(matching) == 1, (path, matching)
@@ -174,7 +182,7 @@ def test_large_leaves_are_split_by_fsdp_and_tensor():
     assert specs["backbone/embed/embedding"] == P("tensor", "fsdp")
     assert specs["language_head/kernel"] == P("fsdp", "tensor")
     assert specs["backbone/vision/blocks_0/attn/qkv/kernel"] == P(None, "fsdp", None)
-    for family in ("qwen2_5_vl", "qwen3_vl"):
+    for family in FAMILIES:
         mesh = make_mesh(1, 4, 2)
         shardings = dict(flatten(_shard(mesh, family)))
         for path, leaf in flatten(abstract(family)):
@@ -185,6 +193,14 @@ def test_large_leaves_are_split_by_fsdp_and_tensor():
     # 130 rows of vocabulary do not divide by 4: that dimension stays whole, the other is split
     specs = _shard(make_mesh(1, 2, 4), "qwen3_vl")
     assert specs["backbone"]["embed"]["embedding"].spec == P(None, "fsdp")
+
+
+    shardings = dict(flatten(_shard(make_mesh(1, 4, 2), "qwen3_5")))
+    specs = {path: sharding.spec for path, sharding in shardings.items()}
+    delta = "backbone/decoder/blocks/delta/mixer/"
+    assert specs[delta + "qkv/kernel"] == P(None, "fsdp", None)
+    assert specs[delta + "out/kernel"] == P(None, "tensor", "fsdp")
+    assert specs["backbone/decoder/blocks/full/attn/q/kernel"] == P(None, "fsdp", "tensor")
 
 
 def _shard(mesh, family):

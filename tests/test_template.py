@@ -1,5 +1,6 @@
 """Chat template and tokenizer; `make_model_folder` also serves the pipeline's tests."""
 
+import hashlib
 import json
 import os
 import pickle
@@ -242,6 +243,22 @@ def test_stamp_changes_with_what_it_stands_for(tokenizer):
         changed[place] = other
         assert protocol_stamp(*changed) != stamp
     assert template_hash(Template()) == template_hash(Template()) == stamp["template"]
+
+
+def test_an_empty_thinking_block_stands_before_the_reward_token(tokenizer):
+    plain, thinking = (Template().of_family(f) for f in ("qwen3_vl", "qwen3_5"))
+    assert plain == Template()  # other families' stamps and hashes stay as they were
+    content = json.dumps([1, Template().rubric, Template().result])
+    assert plain.hash == hashlib.sha256(content.encode()).hexdigest()[:16] != thinking.hash
+    (_, (before, _)), (_, (after, _)) = (t.split([A], [[B], [B]]) for t in (plain, thinking))
+    words = "<|im_start|>assistant\n{}<|reward|>"
+    assert render(before).endswith(words.format(""))
+    assert render(after).endswith(words.format("<think>\n\n</think>\n\n"))
+    assert after[-5:-1] == ["<think>", "\n\n", "</think>", "\n\n"]
+    assert [type(piece) for piece in after[-5:]] == [Token, str, Token, str, Token]
+    parts = (tokenizer, Processor(8, 2, 256, 4096), "mrope", ("overall",))
+    assert protocol_stamp(thinking, *parts)["thinking"] is True
+    assert "thinking" not in protocol_stamp(plain, *parts)
 
 
 QUIET = """

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import math
 import shutil
 
 import jax
@@ -13,7 +12,7 @@ import pytest
 from jrm_jax.errors import UserError
 from jrm_jax.model import weights
 from jrm_jax.model.backbone import init_backbone
-from jrm_jax.model.config import BackboneConfig, TextConfig, VisionConfig, load_config
+from jrm_jax.model.config import load_config
 from jrm_jax.model.tensors import flatten, tensor_table
 from jrm_jax.model.weights import abstract_params, load_params, load_reward_head, save_params
 from jrm_jax.sharding import make_mesh, param_shardings
@@ -23,7 +22,8 @@ pytest.importorskip("transformers")
 from hf_models import VOCAB, build, check_params, keep, legacy, native, relayout  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
-CASES = [(f, t) for f in ("qwen2_5_vl", "qwen3_vl") for t in (True, False)]
+FAMILIES = ("qwen2_5_vl", "qwen3_vl", "qwen3_5")
+CASES = [(f, t) for f in FAMILIES for t in (True, False)]
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def test_every_tensor_arrives(models, family, tied):
 
 
 @pytest.mark.parametrize("layout", [native, legacy])
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_both_layouts_and_shards(models, tmp_path, family, layout):
     model, folder = models[family, False]
     other = relayout(folder, tmp_path / "copy", layout, shards=3)
@@ -200,7 +200,7 @@ class Reads:
         monkeypatch.setattr(weights.TensorFiles, "read", read)
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_each_device_reads_only_its_part(models, family, monkeypatch):
     model, folder = models[family, False]
     config = load_config(folder)
@@ -224,9 +224,10 @@ def test_each_device_reads_only_its_part(models, family, monkeypatch):
     assert reads.largest["lm_head.weight"] == VOCAB * 32 // 4
 
 
-def test_slices_of_every_axis(models):
-    """Also layer stacks and the patch kernel, which the rules do not split that way."""
-    _, folder = models["qwen3_vl", False]
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen3_5"])
+def test_slices_of_every_axis(models, family):
+    """Also layer stacks, the patch kernel, the convolution: no rule splits them that way."""
+    _, folder = models[family, False]
     config = load_config(folder)
     whole = load_params(folder, config)
     mesh = make_mesh(2, 2, 2)
@@ -302,42 +303,24 @@ def test_save_names_every_leaf_that_does_not_fit(models, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-# parameters of the released checkpoints: layers, width, heads, key heads, MLP, vocabulary, tied;
-# tower depth, width, MLP, taps
-RELEASED = {
-    3_754_622_976: ("qwen2_5_vl", (36, 2048, 16, 2, 11008, 151936, True), (32, 1280, 3420, ())),
-    8_292_166_656: ("qwen2_5_vl", (28, 3584, 28, 4, 18944, 152064, False), (32, 1280, 3420, ())),
-    2_127_532_032: (
-        "qwen3_vl",
-        (28, 2048, 16, 8, 6144, 151936, True),
-        (24, 1024, 4096, (5, 11, 17)),
-    ),
-    4_437_815_808: (
-        "qwen3_vl",
-        (36, 2560, 32, 8, 9728, 151936, True),
-        (24, 1024, 4096, (5, 11, 17)),
-    ),
-    8_767_123_696: (
-        "qwen3_vl",
-        (36, 4096, 32, 8, 12288, 151936, False),
-        (27, 1152, 4304, (8, 16, 24)),
-    ),
-}
-
-
-@pytest.mark.parametrize("count", RELEASED)
-def test_table_counts_the_released_sizes(count):
-    family, decoder, tower = RELEASED[count]
-    layers, hidden, heads, kv_heads, mlp, vocab, tied = decoder
-    qwen3 = family == "qwen3_vl"
-    text = TextConfig(
-        layers, hidden, heads, kv_heads, 128, mlp, vocab, 1e6, (24, 20, 20), qwen3, 1e-6,
-        not qwen3, qwen3, tied,
-    )  # fmt: skip
-    depth, width, tower_mlp, taps = tower
-    vision = VisionConfig(
-        family, depth, width, tower_mlp, 16, 16 if qwen3 else 14, 2, 2, 3, hidden, taps,
-        () if qwen3 else (7, 15, 23, 31), 0 if qwen3 else 112, 2304 if qwen3 else 0,
-    )  # fmt: skip
-    table = tensor_table(BackboneConfig(family, vision, text, 0, 1, 2))
-    assert sum(math.prod(leaf.shape) for leaf in table.values()) == count
+def test_what_is_not_rounded_and_what_is_ignored(models, tmp_path):
+    model, folder = models["qwen3_5", False]
+    config = load_config(folder)
+    params = load_params(folder, config)
+    save_params(tmp_path / "half", params, config, dtype="bfloat16")
+    stored = load_file(tmp_path / "half" / "model.safetensors")
+    wide = {name for name, tensor in stored.items() if tensor.dtype == torch.float32}
+    assert wide == {
+        f"model.language_model.layers.{layer}.linear_attn.{part}"
+        for layer in (0, 1, 3, 4) for part in ("A_log", "norm.weight")
+    }  # fmt: skip
+    for name in wide:
+        assert torch.equal(stored[name], model.state_dict()[name])
+    other = relayout(folder, tmp_path / "mtp", keep)
+    tensors = load_file(other / "model.safetensors")
+    extra = {"mtp.fc.weight": torch.ones(2, 3), "mtp.layers.0.mlp.up_proj.weight": torch.ones(2)}
+    save_file(tensors | extra, other / "model.safetensors")
+    check_params(load_params(other, config), model, "qwen3_5", False)
+    save_file(tensors | {"mtpx.weight": torch.ones(2)}, other / "model.safetensors")
+    with pytest.raises(UserError, match="not read .1.: mtpx.weight"):
+        load_params(other, config)

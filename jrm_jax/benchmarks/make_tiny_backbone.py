@@ -21,7 +21,8 @@ The folder has the layout of a Qwen3-VL folder on the Hugging Face hub. The toke
 byte-level BPE trained on the words of the built-in world, so that each of its words is one token
 while any other text still encodes. The stages pretrain on descriptions of pictures, on single
 things in them, and on pairs of them; --run writes the weights of a run's best step into the folder.
-Without --no-weights or --run the weights are random.
+Without --no-weights or --run the weights are random. With --interval=N the folder is one of
+Qwen3.5: every N-th layer is attention, the others are Gated DeltaNets.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ SPECIAL_TOKENS = (
     "<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>",
     "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>",
 )  # fmt: skip
+THINKING_TOKENS = ("<think>", "</think>")  # of Qwen3.5; words, not special ones
 SPARE_ROWS = 16  # at least this many vocabulary rows stay unused, as in the real models
 # Chat roles, the rubric's words and what usually surrounds them, as they stand at a line's start
 # and inside a line; each becomes one token like the words of the world.
@@ -122,12 +124,16 @@ def train_tokenizer(count: int, seed: int):
     return tokenizer
 
 
-def save_tokenizer(folder: pathlib.Path, count: int, seed: int) -> dict[str, int]:
+def save_tokenizer(
+    folder: pathlib.Path, count: int, seed: int, thinking: bool = False
+) -> dict[str, int]:
     """Train and save; returns the ids of the special tokens and 'rows', the vocabulary rows."""
     from tokenizers import AddedToken
 
     base = train_tokenizer(count, seed)
     base.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS])
+    if thinking:
+        base.add_tokens([AddedToken(t, special=False, normalized=False) for t in THINKING_TOKENS])
     wrapped = import_transformers().PreTrainedTokenizerFast(
         tokenizer_object=base,
         eos_token="<|im_end|>",
@@ -142,11 +148,14 @@ def save_tokenizer(folder: pathlib.Path, count: int, seed: int) -> dict[str, int
     return ids | {"rows": -(-(len(wrapped) + SPARE_ROWS) // 64) * 64}
 
 
+def _sections(frequencies: int) -> list[int]:
+    """Rotary frequencies, shared out to time, rows and columns."""
+    side = frequencies * 5 // 16
+    return [frequencies - 2 * side, side, side]
+
+
 def backbone_config(args: argparse.Namespace, ids: dict[str, int]) -> dict:
     """config.json as Qwen3-VL folders on the hub write it."""
-    half = args.head_dim // 2  # rotary frequencies, shared out to time, rows and columns
-    side = half * 5 // 16
-    section = [half - 2 * side, side, side]
     return {
         "architectures": ["Qwen3VLForConditionalGeneration"],
         "model_type": "qwen3_vl",
@@ -174,7 +183,7 @@ def backbone_config(args: argparse.Namespace, ids: dict[str, int]) -> dict:
             "rms_norm_eps": 1e-6,
             "rope_scaling": {
                 "mrope_interleaved": True,
-                "mrope_section": section,
+                "mrope_section": _sections(args.head_dim // 2),
                 "rope_type": "default",
             },
             "rope_theta": args.rope_theta,
@@ -198,6 +207,36 @@ def backbone_config(args: argparse.Namespace, ids: dict[str, int]) -> dict:
             "spatial_merge_size": 2,
             "temporal_patch_size": 2,
         },
+    }
+
+
+def hybrid_config(args: argparse.Namespace, config: dict) -> dict:
+    """`backbone_config` as Qwen3.5 folders on the hub write it; half of a head turns."""
+    text, vision = dict(config["text_config"]), dict(config["vision_config"])
+    rope = text.pop("rope_scaling") | {
+        "rope_theta": text.pop("rope_theta"),
+        "partial_rotary_factor": 0.5,
+        "mrope_section": _sections(args.head_dim // 4),
+    }
+    kinds = ["linear_attention"] * (args.interval - 1) + ["full_attention"]
+    text |= {
+        "model_type": "qwen3_5_text",
+        "attn_output_gate": True,
+        "full_attention_interval": args.interval,
+        "layer_types": kinds * (args.layers // args.interval),
+        "linear_conv_kernel_dim": 4,
+        "linear_key_head_dim": args.head_dim,
+        "linear_num_key_heads": args.kv_heads,
+        "linear_num_value_heads": 2 * args.kv_heads,
+        "linear_value_head_dim": args.head_dim,
+        "rope_parameters": rope,
+    }
+    vision |= {"model_type": "qwen3_5", "deepstack_visual_indexes": []}
+    return config | {
+        "architectures": ["Qwen3_5ForConditionalGeneration"],
+        "model_type": "qwen3_5",
+        "text_config": text,
+        "vision_config": vision,
     }
 
 
@@ -280,7 +319,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, default=size)
     parser.add_argument("--rope-theta", type=float, default=10000.0)
     parser.add_argument("--deepstack", type=int, nargs="*", default=[0])
-    return parser.parse_args(argv)
+    parser.add_argument("--interval", type=int, default=0, help="of attention; 0: every layer")
+    args = parser.parse_args(argv)
+    if args.interval and args.layers % args.interval:
+        parser.error(f"--interval={args.interval} must divide --layers={args.layers}")
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -289,9 +332,10 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{args.out}: weights of step {save_run_weights(args.out, args.run)} of {args.run}")
         return
     args.out.mkdir(parents=True, exist_ok=True)
-    ids = save_tokenizer(args.out, args.corpus, args.seed)
+    ids = save_tokenizer(args.out, args.corpus, args.seed, bool(args.interval))
+    config = backbone_config(args, ids)
     files = {
-        "config.json": backbone_config(args, ids),
+        "config.json": hybrid_config(args, config) if args.interval else config,
         "preprocessor_config.json": processor_config(args),
     }
     for name, content in files.items():

@@ -24,7 +24,15 @@ from jrm_jax.data.schema import (
     PreferenceExample,
     in_dimensions,
 )
-from jrm_jax.data.template import Piece, Template, Token, Tokenizer, load_tokenizer
+from jrm_jax.data.template import (
+    END_THINK,
+    THINK,
+    Piece,
+    Template,
+    Token,
+    Tokenizer,
+    load_tokenizer,
+)
 from jrm_jax.errors import UserError
 from jrm_jax.model.config import BackboneConfig, VisionConfig
 from jrm_jax.model.rope import ImageTables, image_tables, mrope_positions
@@ -80,6 +88,8 @@ class Encoder:
                 f"the image processor makes patches of {mine.patch} (merge {mine.merge}), the"
                 f" vision tower takes {theirs.patch} (merge {theirs.merge}): fix the model folder"
             )
+        if self.template.thinking and None in (self.tokenizer.ids[t] for t in (THINK, END_THINK)):
+            raise UserError(f"the tokenizer has no {THINK} or {END_THINK}: fix the model folder")
 
     @property
     def key(self) -> str:
@@ -245,7 +255,7 @@ def make_encoder(
         tokenizer,
         load_processor(folder, max_visual_tokens),
         config.vision,
-        template or Template(),
+        (template or Template()).of_family(config.family),
         tuple(dimensions),
         language,
         score_line,

@@ -19,8 +19,8 @@ N, P, C, T are those of the batch's bucket.
     patch_segments       [B,I,N]    int32    1 real, 0 padding
     patch_positions      [B,I,N,2]  int32    (row, column) in the patch grid
     window_segments      [B,I,N]    int32    Qwen2.5-VL only: 1 + window, 0 padding
-    position_index       [B,I,N,4]  int32    Qwen3-VL only: taps in the learned position table
-    position_weight      [B,I,N,4]  float32  Qwen3-VL only: their weights
+    position_index       [B,I,N,4]  int32    Qwen3 towers only: taps in the learned position table
+    position_weight      [B,I,N,4]  float32  Qwen3 towers only: their weights
     critique_index       [B,K,T]    int32    slot in C that predicts the target; first: reward_index
     critique_targets     [B,K,T]    int32    the critique's tokens and <|im_end|>
     critique_weights     [B,K,T]    float32  0 = padding, masked or absent
@@ -177,10 +177,16 @@ def _check_fit(group: EncodedExample, bucket: Bucket, name: int) -> None:
 
 
 def repeat_prompt(batch: Mapping[str, np.ndarray]) -> Batch:
-    """The same groups without prompt sharing: P = 0, every candidate begins with the prompt."""
+    """The same groups without prompt sharing: P = 0, every candidate begins with the prompt.
+
+    The prompt's padding goes to the end, as a layer that hands on a state needs it.
+    """
     out = dict(batch)
     groups, count = batch["candidate_mask"].shape
-    shared = batch["prompt_tokens"].shape[-1]
+    padding = batch["prompt_segments"] == 0
+    length = np.sum(~padding, axis=-1, dtype=np.int32)
+    own_slots = np.zeros((groups, batch["candidate_tokens"].shape[-1]), bool)
+    order = np.argsort(np.concatenate([padding, own_slots], axis=-1), axis=-1, kind="stable")
     present = batch["candidate_mask"] > 0
     fills = {"tokens": 0, "positions": 0, "segments": 0, "visual": -1}
     for name, fill in fills.items():
@@ -189,10 +195,12 @@ def repeat_prompt(batch: Mapping[str, np.ndarray]) -> Batch:
         if name != "tokens":  # any token will do where the segment says padding
             absent = ~present.reshape(groups, count, *[1] * (own.ndim - 2))
             repeated = np.where(absent, np.asarray(fill, own.dtype), repeated)
-        out[f"candidate_{name}"] = np.concatenate([repeated, own], axis=-1)
+        joined = np.concatenate([repeated, own], axis=-1)
+        slots = order.reshape(groups, *[1] * (own.ndim - 2), -1)
+        out[f"candidate_{name}"] = np.take_along_axis(joined, slots, axis=-1)
         out[f"prompt_{name}"] = prompt[..., :0]
-    out["reward_index"] = np.where(present, batch["reward_index"] + shared, 0).astype(np.int32)
-    out["critique_index"] = batch["critique_index"] + np.int32(shared)
+    out["reward_index"] = np.where(present, batch["reward_index"] + length[:, None], 0)
+    out["critique_index"] = batch["critique_index"] + length[:, None, None]
     return out
 
 

@@ -4,6 +4,8 @@
     candidate  Result: candidate parts <|im_end|>  <|im_start|>assistant  <|reward|>
     critique   words <|im_end|>
 
+Qwen3.5 begins its answers with an empty thinking block: <think> </think> <|reward|>.
+
 The sequence is cut only behind a special token, so that tokenising the pieces equals tokenising
 the whole: where the prompt ends in text, its tail (what follows its last special token) moves into
 every candidate. Neighbouring texts are joined by a line break. User text never becomes a special
@@ -44,15 +46,24 @@ class Token(str):
 IM_START, IM_END = Token("<|im_start|>"), Token("<|im_end|>")
 VISION_START, VISION_END = Token("<|vision_start|>"), Token("<|vision_end|>")
 IMAGE_PAD, REWARD = Token("<|image_pad|>"), Token("<|reward|>")
+THINK, END_THINK = Token("<think>"), Token("</think>")
+NO_THOUGHTS = (THINK, "\n\n", END_THINK, "\n\n")
+THINKERS = ("qwen3_5",)  # families that begin their answers with these
 Piece = str | Image  # Token, text or picture
 
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-    """The words around an example. An empty `rubric` leaves the system turn out."""
+    """The words around an example. An empty `rubric` leaves the system turn out; `thinking` puts an
+    empty thinking block before <|reward|>."""
 
     rubric: str = RUBRIC
     result: str = "\nResult:"
+    thinking: bool = False
+
+    def of_family(self, family: str) -> Template:
+        """With a thinking block if the family's answers begin with one."""
+        return dataclasses.replace(self, thinking=family in THINKERS)
 
     def split(
         self, prompt: Sequence[Part], candidates: Sequence[Sequence[Part]]
@@ -65,7 +76,8 @@ class Template:
         head = _merge([*system, IM_START, "user\n", *_pieces(prompt)])
         last = max(i for i, piece in enumerate(head) if isinstance(piece, Token))
         head, tail = head[: last + 1], head[last + 1 :]
-        turn = [IM_END, "\n", IM_START, "assistant\n", REWARD]
+        thoughts = NO_THOUGHTS if self.thinking else ()
+        turn = [IM_END, "\n", IM_START, "assistant\n", *thoughts, REWARD]
         bodies = []
         for parts in candidates:
             body = _pieces(parts)
@@ -76,7 +88,8 @@ class Template:
     @property
     def hash(self) -> str:
         """Of everything that decides which tokens surround the user's parts."""
-        content = json.dumps([LAYOUT_VERSION, self.rubric, self.result])
+        words = [LAYOUT_VERSION, self.rubric, self.result]
+        content = json.dumps(words + [NO_THOUGHTS] * self.thinking)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
@@ -118,8 +131,8 @@ def render(pieces: Sequence[Piece], image_tokens: Sequence[int] | None = None) -
 class Tokenizer:
     """A folder's tokenizer with <|reward|>; picklable, results are cached per string.
 
-    Attributes: `ids` {special token: id}, `pad_id`, `reward_id`, `image_id`, `end_id` (<|im_end|>),
-    `digest` (hash of the vocabulary).
+    Attributes: `ids` {special token: id, None where there is no such token}, `pad_id`, `reward_id`,
+    `image_id`, `end_id` (<|im_end|>), `digest` (hash of the vocabulary).
     """
 
     CACHE_SIZE = 100_000
@@ -136,7 +149,7 @@ class Tokenizer:
         self._backend.no_padding()
         # Not part of the serialised form: must be set anew after every copy.
         self._backend.encode_special_tokens = True
-        names = (IM_START, IM_END, VISION_START, VISION_END, IMAGE_PAD, REWARD)
+        names = (IM_START, IM_END, VISION_START, VISION_END, IMAGE_PAD, REWARD, THINK, END_THINK)
         self.ids = {name: self._backend.token_to_id(name) for name in names}
         self.reward_id, self.image_id = self.ids[REWARD], self.ids[IMAGE_PAD]
         self.end_id = self.ids[IM_END]
@@ -303,6 +316,7 @@ def protocol_stamp(
         "template": template.hash,
         "rubric": template.rubric,
         "result": template.result,
+        **({"thinking": True} if template.thinking else {}),
         "tokenizer": tokenizer.digest,
         "reward_token_id": tokenizer.reward_id,
         "min_pixels": processor.min_pixels,

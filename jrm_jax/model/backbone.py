@@ -48,11 +48,11 @@ class Embed(nn.Module):
 
 
 class Backbone(nn.Module):
-    """A Qwen2.5-VL or Qwen3-VL model without its language head.
+    """A Qwen2.5-VL, Qwen3-VL or Qwen3.5 model without its language head.
 
     Fields:
         dtype: compute dtype.
-        remat: see `layers.stack`.
+        remat: see `layers.rematerialised`.
         attention: see `attention.IMPLEMENTATIONS`.
         scan_unroll: layers per loop iteration; True unrolls every stack.
         hidden_sharding: pins the hidden state [B, S, D] between layers; its mesh also tells
@@ -111,16 +111,12 @@ class Backbone(nn.Module):
     ) -> tuple[Array, Cache]:
         """(hidden [B, S, D], cache of all layers with `room` slots for tokens to come)."""
         states = self._forward(inputs, reward_embedding_D, patches_BINF, "keys")
-        prompt = inputs["prompt_tokens"].shape[1]
-        length = inputs["candidate_tokens"].shape[2]
-
-        def split(x_LBSGh: Array) -> tuple[Array, Array]:
-            before, own = jnp.split(x_LBSGh, [prompt], axis=2)
-            own = own.reshape(own.shape[0], -1, length, *own.shape[3:])
-            return before, jnp.pad(own, ((0, 0), (0, 0), (0, room), (0, 0), (0, 0)))
-
-        (prompt_k, own_k), (prompt_v, own_v) = map(split, states["collected"])
-        return states["hidden"], Cache(prompt_k, prompt_v, own_k, own_v)
+        cache = states["collected"]
+        own_k, own_v = (
+            jnp.pad(x_LXCGh, ((0, 0), (0, 0), (0, room), (0, 0), (0, 0)))
+            for x_LXCGh in (cache.own_k, cache.own_v)
+        )
+        return states["hidden"], cache._replace(own_k=own_k, own_v=own_v)
 
     def decode(
         self,
@@ -218,7 +214,7 @@ def empty_inputs(config: BackboneConfig) -> tuple[dict[str, Array], Array, Array
         "patch_segments": ones((1, 1, patches), jnp.int32),
         "patch_positions": ones((1, 1, patches, 2), jnp.int32),
     }
-    if config.family == "qwen2_5_vl":
+    if config.vision.family == "qwen2_5_vl":
         inputs["window_segments"] = ones((1, 1, patches), jnp.int32)
     else:
         inputs["position_index"] = ones((1, 1, patches, 4), jnp.int32)

@@ -1,9 +1,9 @@
 """Backbone shapes, read from the config.json of a Hugging Face folder.
 
-Covers the dense Qwen2.5-VL and Qwen3-VL sizes. Hub configs are flat (Qwen2.5-VL: text fields at
-the top level) or nested (`text_config`), with `rope_theta` + `rope_scaling` or `rope_parameters`;
-all of these are read. Class defaults of the reference code are never used: they describe no
-released checkpoint, so a field that is not in the file is an error.
+Covers the dense Qwen2.5-VL, Qwen3-VL and Qwen3.5 sizes. Hub configs are flat (Qwen2.5-VL: text
+fields at the top level) or nested (`text_config`), with `rope_theta` + `rope_scaling` or
+`rope_parameters`; all of these are read. Class defaults of the reference code are never used: they
+describe no released checkpoint, so a field that is not in the file is an error.
 """
 
 from __future__ import annotations
@@ -15,12 +15,15 @@ from typing import Any
 
 from jrm_jax.errors import UserError
 
-FAMILIES = ("qwen2_5_vl", "qwen3_vl")
+# family -> the family of its vision tower: Qwen3.5 has that of Qwen3-VL, without deepstack
+FAMILIES = {"qwen2_5_vl": "qwen2_5_vl", "qwen3_vl": "qwen3_vl", "qwen3_5": "qwen3_vl"}
+LINEAR, FULL = "linear_attention", "full_attention"  # words of `layer_types`
 
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """The vision tower. `deepstack` and `full_attention` are layer indices, `window` is pixels."""
+    """The vision tower. `family` is a value of FAMILIES, `deepstack` and `full_attention` are layer
+    indices, `window` is pixels."""
 
     family: str
     depth: int
@@ -89,6 +92,11 @@ class TextConfig:
     def separate_head(self) -> bool:
         """Whether the language head has parameters of its own."""
         return not (self.tie_embeddings or self.headless)
+
+    @property
+    def turning(self) -> int:
+        """Dimensions of a head that turn with the position."""
+        return self.rotary or self.head_dim
 
 
 @dataclass(frozen=True)
@@ -176,8 +184,12 @@ class _Fields:
             raise self.fail(f"field {name!r} is {value!r}; only {expected} is supported")
 
 
-def _vision_config(family: str, fields: _Fields) -> VisionConfig:
+def _vision_config(model: str, fields: _Fields) -> VisionConfig:
+    family = FAMILIES[model]
     qwen3 = family == "qwen3_vl"
+    deepstack = model == "qwen3_vl"
+    if qwen3 and not deepstack:
+        fields.require("deepstack_visual_indexes", [], default=[])
     fields.require("hidden_act", "gelu_pytorch_tanh" if qwen3 else "silu")
     vision = VisionConfig(
         family=family,
@@ -190,7 +202,7 @@ def _vision_config(family: str, fields: _Fields) -> VisionConfig:
         temporal_patch=fields.integer("temporal_patch_size"),
         channels=fields.get("in_channels", "in_chans", default=3),
         out_hidden=fields.integer("out_hidden_size"),
-        deepstack=fields.integers("deepstack_visual_indexes") if qwen3 else (),
+        deepstack=fields.integers("deepstack_visual_indexes") if deepstack else (),
         full_attention=() if qwen3 else fields.integers("fullatt_block_indexes"),
         window=0 if qwen3 else fields.integer("window_size"),
         num_positions=fields.integer("num_position_embeddings") if qwen3 else 0,
@@ -208,13 +220,43 @@ def _vision_config(family: str, fields: _Fields) -> VisionConfig:
     return vision
 
 
+def _delta_config(fields: _Fields, layers: int) -> DeltaConfig:
+    fields.require("attn_output_gate", True, default=True)
+    fields.require("output_gate_type", "swish", default="swish")
+    fields.require("num_experts", 0, default=0)
+    kinds = fields.get("layer_types")
+    if kinds is None:
+        interval = fields.integer("full_attention_interval")
+    else:
+        interval = kinds.index(FULL) + 1 if FULL in kinds else 0
+    regular = [LINEAR] * (interval - 1) + [FULL]
+    if interval < 2 or layers % interval or kinds not in (None, regular * (layers // interval)):
+        raise fields.fail(
+            f"layer_types (or full_attention_interval) must repeat some {LINEAR!r} and then one "
+            f"{FULL!r} evenly over the {layers} layers; no other order is supported"
+        )
+    delta = DeltaConfig(
+        interval=interval,
+        key_heads=fields.integer("linear_num_key_heads"),
+        value_heads=fields.integer("linear_num_value_heads"),
+        key_dim=fields.integer("linear_key_head_dim"),
+        value_dim=fields.integer("linear_value_head_dim"),
+        taps=fields.integer("linear_conv_kernel_dim"),
+    )
+    if delta.key_heads < 1 or delta.value_heads % delta.key_heads:
+        raise fields.fail("linear_num_key_heads must divide linear_num_value_heads")
+    if delta.taps < 2:
+        raise fields.fail("linear_conv_kernel_dim must be at least 2")
+    return delta
+
+
 def _text_config(family: str, fields: _Fields, tied: bool) -> TextConfig:
-    qwen3 = family == "qwen3_vl"
+    qwen3, hybrid = family != "qwen2_5_vl", family == "qwen3_5"
     fields.require("hidden_act", "silu", default="silu")
     if fields.get("use_sliding_window", default=False):
         raise fields.fail("use_sliding_window is true; only full attention is supported")
     if qwen3 and fields.get("attention_bias", default=False):
-        raise fields.fail("attention_bias is true; no Qwen3-VL checkpoint has it")
+        raise fields.fail("attention_bias is true; no checkpoint of this family has it")
     rope = fields.get("rope_parameters", "rope_scaling", default={})
     ropes = _Fields(fields.path, fields.where, rope, *fields.sections)
     if rope.get("rope_type", rope.get("type", "default")) not in ("default", "mrope"):
@@ -222,12 +264,14 @@ def _text_config(family: str, fields: _Fields, tied: bool) -> TextConfig:
             f"rotary type {rope.get('rope_type', rope.get('type'))!r} is not supported"
         )
     hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
+    layers = fields.integer("num_hidden_layers")
+    head_dim = fields.get("head_dim", default=hidden // heads) if qwen3 else hidden // heads
     text = TextConfig(
-        layers=fields.integer("num_hidden_layers"),
+        layers=layers,
         hidden=hidden,
         heads=heads,
         kv_heads=fields.get("num_key_value_heads", default=heads),
-        head_dim=fields.get("head_dim", default=hidden // heads) if qwen3 else hidden // heads,
+        head_dim=head_dim,
         mlp=fields.integer("intermediate_size"),
         vocab=fields.integer("vocab_size"),
         rope_theta=ropes.number("rope_theta"),
@@ -237,11 +281,15 @@ def _text_config(family: str, fields: _Fields, tied: bool) -> TextConfig:
         qkv_bias=not qwen3,
         qk_norm=qwen3,
         tie_embeddings=tied,
+        rotary=int(head_dim * ropes.number("partial_rotary_factor")) if hybrid else 0,
+        gated=hybrid,
+        zero_centred=hybrid,
+        delta=_delta_config(fields, layers) if hybrid else None,
     )
-    if len(text.mrope_section) != 3 or sum(text.mrope_section) != text.head_dim // 2:
+    if len(text.mrope_section) != 3 or 2 * sum(text.mrope_section) != text.turning:
         raise fields.fail(
             f"mrope_section {list(text.mrope_section)} must be three counts that sum to half of "
-            f"the head width {text.head_dim}"
+            f"the {text.turning} dimensions of a head that turn"
         )
     if heads % text.kv_heads:
         raise fields.fail("num_key_value_heads must divide num_attention_heads")

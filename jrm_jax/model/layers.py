@@ -14,7 +14,7 @@ from flax import linen as nn
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-# What the backward pass computes again, the least first; see `stack`.
+# What the backward pass computes again, the least first; see `rematerialised`.
 REMAT = ("none", "dots", "narrow", "full")
 NARROW = "narrow"  # a result that is about as wide as the hidden state
 ATTENTION = "attention"  # what an attention kernel leaves for its backward pass ...
@@ -103,7 +103,7 @@ matmul.defvjp(_matmul_forward, _matmul_backward)
 
 class Linear(nn.Module):
     """x @ kernel (+ bias) (+ x @ lora_a @ lora_b). `gain` scales the random initial kernel only;
-    `narrow` is for `stack`'s remat."""
+    `narrow` is for `rematerialised`."""
 
     width: int
     dtype: jnp.dtype
@@ -143,23 +143,28 @@ _KEPT = {
 }
 
 
+def rematerialised(layer: type[nn.Module], remat: str, unroll: int | bool) -> type[nn.Module]:
+    """`layer` with what its backward pass makes again: 'none' keeps everything, 'full' only its
+    input, 'narrow' also the results of `Linear`s that say so and of attention kernels, 'dots' those
+    of all unbatched matrix products and of attention kernels."""
+    if remat not in REMAT:
+        raise ValueError(f"remat {remat!r}: use one of {', '.join(REMAT)}")
+    if remat == "none":
+        return layer
+    # inside a rolled loop nothing can be merged with the forward pass anyway
+    return nn.remat(layer, policy=_KEPT[remat], prevent_cse=unroll is True)
+
+
 def stack(
     layer: type[nn.Module], length: int, remat: str, unroll: int | bool
 ) -> Callable[..., nn.Module]:
     """`length` copies of `layer` as one module whose parameters lead with the layer axis.
 
     The layer's call is (carry, scanned, shared) -> (carry, output): `scanned` leads with the layer
-    axis, `shared` is the same for all layers. `remat`: 'none' keeps everything for the backward
-    pass, 'full' only the carries, 'narrow' also the results of `Linear`s that say so and of
-    attention kernels, 'dots' those of all unbatched matrix products and of attention kernels.
+    axis, `shared` is the same for all layers. `remat`: see `rematerialised`.
     """
-    if remat not in REMAT:
-        raise ValueError(f"remat {remat!r}: use one of {', '.join(REMAT)}")
-    if remat != "none":
-        # inside a rolled loop nothing can be merged with the forward pass anyway
-        layer = nn.remat(layer, policy=_KEPT[remat], prevent_cse=unroll is True)
     return nn.scan(
-        layer,
+        rematerialised(layer, remat, unroll),
         variable_axes={"params": 0},
         split_rngs={"params": True},
         in_axes=(0, nn.broadcast),

@@ -152,7 +152,7 @@ def decoder_rotary(positions_B3S: Array, text: TextConfig) -> Rotary:
     `mrope_section` frequencies to time, height, width; Qwen3-VL interleaves them with stride 3 and
     leaves what remains to time.
     """
-    half = text.head_dim // 2
+    half = text.turning // 2
     frequencies_X = 1.0 / text.rope_theta ** (np.arange(half, dtype=np.float32) / half)
     if text.mrope_interleaved:
         axis_X = np.zeros(half, np.int32)
@@ -174,7 +174,12 @@ def vision_rotary(positions_Bn2: Array, head_dim: int) -> Rotary:
 
 
 def apply_rotary(x_BSHD: Array, rotary: Rotary) -> Array:
-    """Turn pairs (i, i + X) of every head; computed in float32, returned in x's dtype."""
+    """Turn pairs (i, i + X) of every head; computed in float32, returned in x's dtype. Dimensions
+    from 2 X on pass as they are."""
+    turning = 2 * rotary.cos.shape[-1]
+    if turning < x_BSHD.shape[-1]:
+        turned = apply_rotary(x_BSHD[..., :turning], rotary)
+        return jnp.concatenate([turned, x_BSHD[..., turning:]], axis=-1)
     # exchanging the halves by a reversal keeps this one branch-free loop; joining two halves does
     # not, and was several times slower on CPU
     pairs = x_BSHD.astype(jnp.float32).reshape(*x_BSHD.shape[:-1], 2, -1)

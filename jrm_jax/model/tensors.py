@@ -4,9 +4,11 @@ Files hold one tensor per layer, linears as [out, in] and the patch embedding as
 The tree holds stacks of layers, linears as [in, out] and the patch embedding as one matrix per
 frame. Reading and writing (weights.py) go through `tensor_table`: a name or a shape stands once.
 
-Sizes in the tables: D decoder width, Q and KV query and key widths, M decoder MLP, hd head width,
-vocab; d tower width, m tower MLP, 3d fused query-key-value, md merged group of tower tokens
-(merge^2 * d), out tower output, pos rows of the position table, t frames, F features of a patch.
+Sizes in the tables: D decoder width, Q and KV query and key widths, QG queries with their gates, M
+decoder MLP, hd head width, vocab; of a Gated DeltaNet layer qkv its channels, v its values, heads
+its value heads, ve the width of one, taps of its convolution; d tower width, m tower MLP, 3d fused
+query-key-value, md merged group of tower tokens (merge^2 * d), out tower output, pos rows of the
+position table, t frames, F features of a patch.
 """
 
 from __future__ import annotations
@@ -36,13 +38,26 @@ def _rows(text: str) -> list[tuple[str, str, tuple[str, ...]]]:
 DECODER_LAYER = _rows("""
     norm1/scale         input_layernorm.weight           D
     norm2/scale         post_attention_layernorm.weight  D
-    attn/q/kernel       self_attn.q_proj.weight          D Q
-    attn/k/kernel       self_attn.k_proj.weight          D KV
-    attn/v/kernel       self_attn.v_proj.weight          D KV
-    attn/o/kernel       self_attn.o_proj.weight          Q D
     mlp/gate/kernel     mlp.gate_proj.weight             D M
     mlp/up/kernel       mlp.up_proj.weight               D M
     mlp/down/kernel     mlp.down_proj.weight             M D
+""")
+ATTENTION = _rows("""
+    attn/q/kernel       self_attn.q_proj.weight          D QG
+    attn/k/kernel       self_attn.k_proj.weight          D KV
+    attn/v/kernel       self_attn.v_proj.weight          D KV
+    attn/o/kernel       self_attn.o_proj.weight          Q D
+""")
+DELTA = _rows("""
+    mixer/qkv/kernel    linear_attn.in_proj_qkv.weight   D qkv
+    mixer/z/kernel      linear_attn.in_proj_z.weight     D v
+    mixer/a/kernel      linear_attn.in_proj_a.weight     D heads
+    mixer/b/kernel      linear_attn.in_proj_b.weight     D heads
+    mixer/conv          linear_attn.conv1d.weight        taps qkv
+    mixer/A_log         linear_attn.A_log                heads
+    mixer/dt_bias       linear_attn.dt_bias              heads
+    mixer/norm/scale    linear_attn.norm.weight          ve
+    mixer/out/kernel    linear_attn.out_proj.weight      v D
 """)
 QKV_BIAS = _rows("""
     attn/q/bias         self_attn.q_proj.bias            Q
@@ -120,7 +135,8 @@ class Leaf:
 
     names: one tensor per layer if stacked, else exactly one (native names).
     shape: in the tree, with the layer axis first if stacked.
-    kind: 'same'; 'transpose' (a linear); 'patch' (disk [d, channels, t, p, p], tree [t, F, d]).
+    kind: 'same'; 'transpose' (a linear); 'patch' (disk [d, channels, t, p, p], tree [t, F, d]);
+        'conv' (disk [channels, 1, taps], tree [taps, channels]).
     disk_shape: of each tensor.
     """
 
@@ -129,6 +145,14 @@ class Leaf:
     kind: str
     stacked: bool
     disk_shape: tuple[int, ...]
+
+
+def stays_float32(path: str) -> bool:
+    """Whether the leaf is float32 where others are bfloat16, on the disk and frozen in memory.
+
+    The rate of a state's decay is an exponential of an exponential of it.
+    """
+    return path.endswith(("/mixer/A_log", "/mixer/norm/scale"))
 
 
 def tensor_table(config: BackboneConfig) -> dict[str, Leaf]:
@@ -141,6 +165,12 @@ def tensor_table(config: BackboneConfig) -> dict[str, Leaf]:
         "out": vision.out_hidden, "pos": vision.num_positions, "t": vision.temporal_patch,
         "F": vision.features,
     }  # fmt: skip
+    sizes["QG"] = sizes["Q"] * (2 if text.gated else 1)
+    if text.delta is not None:
+        sizes |= {
+            "qkv": text.delta.channels, "v": text.delta.value_heads * text.delta.value_dim,
+            "heads": text.delta.value_heads, "ve": text.delta.value_dim, "taps": text.delta.taps,
+        }  # fmt: skip
     table: dict[str, Leaf] = {}
 
     def add(where: str, prefixes: list[str], stacked: bool, rows: list) -> None:
@@ -152,24 +182,35 @@ def tensor_table(config: BackboneConfig) -> dict[str, Leaf]:
                 kind, disk_shape = "patch", (vision.hidden, *patch)
             elif path.rpartition("/")[2] == "kernel":
                 kind, disk_shape = "transpose", shape[::-1]
+            elif path.rpartition("/")[2] == "conv":
+                kind, disk_shape = "conv", (shape[1], 1, shape[0])
             names = tuple(prefix + name for prefix in prefixes)
             full_shape = (len(names), *shape) if stacked else shape
             table[where + path] = Leaf(names, full_shape, kind, stacked, disk_shape)
 
     add("backbone/", [TEXT], False, _rows("embed/embedding embed_tokens.weight vocab D"))
-    add("backbone/vision/", [VISION], False, VISION_ONCE[config.family])
+    add("backbone/vision/", [VISION], False, VISION_ONCE[vision.family])
     for tap in range(config.taps):
         prefix = f"{VISION}deepstack_merger_list.{tap}."
         add(f"backbone/vision/deepstack_{tap}/", [prefix], False, DEEPSTACK)
     for number, (first, length, _, _) in enumerate(vision_segments(vision)):
         prefixes = [f"{VISION}blocks.{layer}." for layer in range(first, first + length)]
         where = f"backbone/vision/blocks_{number}/"
-        add(where, prefixes, True, VISION_BLOCK[config.family])
-    layer_rows = DECODER_LAYER + QKV_BIAS * text.qkv_bias + QK_NORM * text.qk_norm
+        add(where, prefixes, True, VISION_BLOCK[vision.family])
+    attention = DECODER_LAYER + ATTENTION + QKV_BIAS * text.qkv_bias + QK_NORM * text.qk_norm
     prefixes = [f"{TEXT}layers.{layer}." for layer in range(text.layers)]
-    for stack, part in (("taps", prefixes[: config.taps]), ("layers", prefixes[config.taps :])):
+    if text.delta is None:
+        taps = config.taps
+        stacks = [("taps", prefixes[:taps], attention), ("layers", prefixes[taps:], attention)]
+    else:
+        full = prefixes[text.delta.interval - 1 :: text.delta.interval]
+        others = [prefix for prefix in prefixes if prefix not in full]
+        stacks = [
+            ("blocks/delta", others, DECODER_LAYER + DELTA), ("blocks/full", full, attention)
+        ]  # fmt: skip
+    for stack, part, rows in stacks:
         if part:
-            add(f"backbone/decoder/{stack}/", part, True, layer_rows)
+            add(f"backbone/decoder/{stack}/", part, True, rows)
     add("backbone/decoder/", [TEXT], False, _rows("norm/scale norm.weight D"))
     if text.separate_head:
         add("language_head/", [""], False, _rows(f"kernel {HEAD} D vocab"))

@@ -29,6 +29,7 @@ from jrm_jax.model.tensors import (
     flatten,
     leaf_dtype,
     nest,
+    stays_float32,
     tensor_table,
 )
 
@@ -39,6 +40,7 @@ __all__ = [
 
 STORED_AS = {"float32": ("F32", np.dtype("float32")), "bfloat16": ("BF16", np.dtype(jnp.bfloat16))}
 READABLE = ("F64", "F32", "F16", "BF16")
+UNUSED = ("mtp.",)  # beginnings of names: heads that guess several tokens ahead
 
 
 def as_stored(folder: Path, config: BackboneConfig) -> BackboneConfig:
@@ -59,7 +61,8 @@ def _check(files: TensorFiles, config: BackboneConfig, ignore: Collection[str]) 
     missing = [name for name in expected if name not in files.tensors]
     tied_head = config.text.tie_embeddings and HEAD in files.tensors
     known = {*expected, *ignore, *((HEAD,) if tied_head else ())}
-    unread = [files.key(name) for name in files.tensors if name not in known]
+    found = (name for name in files.tensors if not name.startswith(UNUSED))
+    unread = [files.key(name) for name in found if name not in known]
     shapes, types = [], []
     for name in (name for name in expected if name in files.tensors):
         shape, stored = files.describe(name)
@@ -118,6 +121,9 @@ def _read_tensor(files: TensorFiles, leaf: Leaf, name: str, slices: Slices) -> n
         return block[:, slice(*features)]
     if leaf.kind == "transpose":
         return files.read(name, slices[::-1]).T
+    if leaf.kind == "conv":
+        taps, channels = slices
+        return files.read(name, (channels, (0, 1), taps))[:, 0].T
     return files.read(name, slices)
 
 
@@ -211,7 +217,7 @@ def save_params(
 
     Args:
         folder: created if needed; must not hold weights yet.
-        dtype: 'float32' or 'bfloat16', of the stored tensors.
+        dtype: 'float32' or 'bfloat16', of the stored tensors; see `tensors.stays_float32`.
         max_shard_bytes: tensors are split over several files plus an index beyond this.
         extra: further tensors by name, such as 'score.weight' [R, D]; kept in float32.
 
@@ -246,7 +252,8 @@ def save_params(
     for path, leaf in table.items():
         for row, name in enumerate(leaf.names):
             fetch = lambda x=leaves[path], leaf=leaf, row=row: _disk_tensor(x, leaf, row)  # noqa: E731
-            tensors.append((name, dtype, leaf.disk_shape, fetch))
+            stored = "float32" if stays_float32(path) else dtype
+            tensors.append((name, stored, leaf.disk_shape, fetch))
     try:
         _write_shards(folder, list(_shards(tensors, max_shard_bytes)))
     except OSError as error:
@@ -279,6 +286,8 @@ def _disk_tensor(stack: Any, leaf: Leaf, row: int) -> np.ndarray:
     if leaf.kind == "patch":
         width, channels, frames, height, side = leaf.disk_shape
         return tensor.reshape(frames, channels, height, side, width).transpose(4, 1, 0, 2, 3)
+    if leaf.kind == "conv":
+        return tensor.T[:, None]
     return tensor.T if leaf.kind == "transpose" else tensor
 
 

@@ -88,6 +88,7 @@ def architecture(config: ConfigDict) -> BackboneConfig:
             f"config variant {variant!r} has no published architecture: name one of "
             f"{', '.join(PUBLISHED)}, or give --config.backbone.path=FOLDER"
         )
+    build.check_losses(config, PUBLISHED[variant])
     return PUBLISHED[variant]
 
 
@@ -132,7 +133,9 @@ def stand_in_encoder(config: ConfigDict, backbone: BackboneConfig) -> Any:
         processor=SimpleNamespace(
             mean=mean, std=std, features=backbone.vision.features, merge=backbone.vision.merge
         ),
-        tokenizer=SimpleNamespace(pad_id=0, reward_id=min(UNUSED_TOKEN, backbone.text.vocab - 1)),
+        tokenizer=SimpleNamespace(
+            pad_id=0, reward_id=min(UNUSED_TOKEN[backbone.family], backbone.text.vocab - 1)
+        ),
         vision=backbone.vision,
         dimensions=tuple(config.data.dimensions),
         facts=0,

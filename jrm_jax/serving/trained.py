@@ -131,7 +131,7 @@ def _load_frozen(
     if not paths:
         return {}
     table, random = "backbone/embed/embedding", config.backbone.random
-    dtype = build.DTYPES[config.backbone.compute_dtype]
+    dtype = build.frozen_dtype(config)
     read = build.random_backbone(config, architecture) if random else weights.load_params(
         folder, architecture, dtype=dtype, ignore=("score.weight",), only=paths | {table}
     )  # fmt: skip

@@ -25,10 +25,15 @@ from transformers.utils import cached_file
 
 from .image_processing_jrm import JrmImageProcessor
 
+try:
+    from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5PreTrainedModel
+except ImportError:  # an older transformers 5, which loads the other families
+    Qwen3_5PreTrainedModel = None
+
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 # Without this the names of Qwen2.5-VL's files match nothing, and its decoder stays random.
-for _family in ("Qwen2_5_VL", "Qwen3VL"):
+for _family in ("Qwen2_5_VL", "Qwen3VL", "Qwen3_5"):
     _mapping = get_checkpoint_conversion_mapping(f"{_family}ForConditionalGeneration")
     if _mapping is not None:
         register_checkpoint_conversion_mapping(
@@ -170,6 +175,11 @@ def _encode(tokenizer, processor, stamp, prompt, candidate):
     ids.append(special("<|im_start|>"))
     text = "assistant\n"
     flush()
+    if stamp.get("thinking"):
+        for token in ("<think>", "</think>"):
+            ids.append(special(token))
+            text = "\n\n"
+            flush()
     ids.append(stamp["reward_token_id"])
     return ids, pictures
 
@@ -180,3 +190,9 @@ class Qwen2_5_VLForSequenceClassification(_RewardModel, Qwen2_5_VLPreTrainedMode
 
 class Qwen3VLForSequenceClassification(_RewardModel, Qwen3VLPreTrainedModel):
     pass
+
+
+if Qwen3_5PreTrainedModel is not None:
+
+    class Qwen3_5ForSequenceClassification(_RewardModel, Qwen3_5PreTrainedModel):
+        pass
