@@ -137,7 +137,7 @@ def test_scores_are_not_rounded_to_bfloat16(case):
     near = []
     for row in range(64):  # one row of pixels a little brighter: nearly equal
         other = pixels.copy()
-        other[row] = np.minimum(other[row], 235) + 20
+        other[row] = np.minimum(other[row], 249) + 6
         near.append(PIL.Image.fromarray(other))
     scores = loaded.score_edits("Remove it.", near[0], near)[:, 0]
     assert loaded.dtype == torch.bfloat16 and scores.dtype == torch.float32
