@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from aot_case import SMALL_HYBRID
+from jax.lax import Precision
 
 from jrm_jax.model import delta
 
@@ -143,18 +145,16 @@ def test_a_chunk_is_inverted_by_products_alone():
     rng = np.random.default_rng(0)
     lower = np.tril(rng.normal(size=(3, 64, 64)), -1).astype(np.float32) * 0.2
     full = np.eye(64) + lower.astype(np.float64)
-    ours = np.asarray(delta.invert(lower, "highest"))
+    ours = np.asarray(delta.invert(lower, Precision.HIGHEST))
     assert error(ours, np.linalg.inv(full)) < 1e-6
-    assert (
-        "triangular_solve"
-        not in jax.jit(delta.invert, static_argnums=1).lower(lower, "highest").as_text()
-    )
+    program = jax.jit(delta.invert, static_argnums=1).lower(lower, Precision.HIGHEST)
+    assert "triangular_solve" not in program.as_text()
 
 
 def test_training_asks_for_three_passes_and_float32_for_all():
     """JAX's default would be one bfloat16 pass on TPU: no product of the rule may be left to it."""
     arguments = tuple(make_inputs(70).values())
-    for name, dots in (("high", "HIGH"), ("highest", "HIGHEST")):
+    for name, dots in ((Precision.HIGH, "HIGH"), (Precision.HIGHEST, "HIGHEST")):
         rule = functools.partial(delta.gated_delta, precision=name)
         step = functools.partial(delta.gated_delta_step, precision=name)
         one = (*(x[:, :1] for x in arguments[:5]), arguments[5])
@@ -166,7 +166,13 @@ def test_training_asks_for_three_passes_and_float32_for_all():
             text = jax.jit(jax.grad(functools.partial(total, run), argnums=range(6))).lower(*given)
             products = [x for x in text.as_text().splitlines() if "dot_general" in x]
             assert products and all(f"precision = [{dots}, {dots}]" in x for x in products)
-    assert delta.PRECISIONS == {jnp.dtype("float32"): "highest"} and delta.FAST == "high"
+    segments = (np.ones((1, 3), np.int32), np.ones((1, 2, 4), np.int32))
+    for dtype, dots in ((jnp.bfloat16, "HIGH"), (jnp.float32, "HIGHEST")):
+        mixer, x = delta.DeltaMixer(SMALL_HYBRID.text, dtype), np.ones((1, 11, 32), np.float32)
+        shapes = jax.eval_shape(mixer.init, jax.random.key(0), x, segments, None)
+        text = jax.jit(mixer.apply).lower(shapes, x, segments, None).as_text()
+        wide = [x for x in text.splitlines() if "dot_general" in x and "bf16" not in x]
+        assert len(wide) > 15 and all(f"precision = [{dots}, {dots}]" in x for x in wide)
 
 
 def test_the_convolution_is_that_of_torch_and_goes_on_from_a_window():

@@ -242,6 +242,13 @@ def save_tokenizer(folder: str | Path, out: str | Path, vocab_rows: int) -> None
     wrapped = _load_wrapped(folder)
     _add_reward(wrapped, folder, vocab_rows)
     wrapped.save_pretrained(out)
+    # in user text `transformers` reads added tokens as text where they are special, and as what
+    # they are where not (<think>, <tool_call>): here, in training, all of them are special
+    path = Path(out) / "tokenizer.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    for token in content["added_tokens"]:
+        token["special"] = True
+    path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
 
 
 # Nothing here needs PyTorch, which transformers imports beside a tokenizer where it is installed:

@@ -24,15 +24,15 @@ from flax import linen as nn
 from jax import Array
 
 from jrm_jax.model.config import TextConfig
-from jrm_jax.model.layers import GatedRMSNorm, Linear
+from jrm_jax.model.layers import GatedRMSNorm, Linear, precision
 
 CHUNK = 64  # slots that are solved at once; a power of two
 NORM_EPS = 1e-6
 
-# Products of float32 numbers: JAX's default is one bfloat16 pass on TPU and TF32 on NVIDIA, which
-# costs 4e-3 (3e-2 with nearly equal keys). Three passes cost 7e-6; 'highest' is float32.
-PRECISIONS = {jnp.dtype(jnp.float32): "highest"}
-FAST = "high"
+# Of the rule's float32 products where the compute dtype is bfloat16. On TPU these are three passes
+# in bfloat16, which cost 7e-6 of a result; one, JAX's default, costs 4e-3, with nearly equal keys
+# 3e-2.
+BESIDE_BFLOAT16 = jax.lax.Precision.HIGH
 
 
 class DeltaCache(NamedTuple):
@@ -49,7 +49,7 @@ def unit_norm(x: Array) -> Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def invert(lower: Array, precision: str) -> Array:
+def invert(lower: Array, precision: jax.lax.Precision) -> Array:
     """(I + A)^-1 of a strictly lower triangular A [..., L, L], L a power of two.
 
     By doubling blocks: with X the inverse of the diagonal blocks of width b, X - X E X is that of
@@ -69,12 +69,12 @@ def invert(lower: Array, precision: str) -> Array:
     return inverse
 
 
-def _invert_forward(lower: Array, precision: str) -> tuple[Array, Array]:
+def _invert_forward(lower: Array, precision: jax.lax.Precision) -> tuple[Array, Array]:
     inverse = invert(lower, precision)
     return inverse, inverse
 
 
-def _invert_backward(precision: str, inverse: Array, grad: Array) -> tuple[Array]:
+def _invert_backward(precision: jax.lax.Precision, inverse: Array, grad: Array) -> tuple[Array]:
     turned = inverse.swapaxes(-1, -2)
     left = jnp.matmul(turned, grad, precision=precision)
     return (jnp.tril(-jnp.matmul(left, turned, precision=precision), -1),)
@@ -90,8 +90,7 @@ def gated_delta(
     g_RTV: Array,
     beta_RTV: Array,
     state_RVde: Array,
-    precision: str = "highest",
-    unroll: int | bool = 1,
+    precision: jax.lax.Precision = jax.lax.Precision.HIGHEST,
 ) -> tuple[Array, Array]:
     """The rule over all slots of each row, L slots at a time.
 
@@ -146,7 +145,7 @@ def gated_delta(
     )
     state = state_RVde.reshape(rows, heads, shared, width, value_width)
     body = jax.checkpoint(body, prevent_cse=False)
-    state, out = jax.lax.scan(body, state, parts, unroll=unroll)
+    state, out = jax.lax.scan(body, state, parts)
     out = out.swapaxes(0, 1).reshape(rows, count * CHUNK, value_heads, value_width)
     return out[:, :slots], state.reshape(state_RVde.shape)
 
@@ -158,7 +157,7 @@ def gated_delta_step(
     g_R1V: Array,
     beta_R1V: Array,
     state_RVde: Array,
-    precision: str = "highest",
+    precision: jax.lax.Precision = jax.lax.Precision.HIGHEST,
 ) -> tuple[Array, Array]:
     """`gated_delta` of a single slot, as the rule is written at the top."""
     shared = v_R1Ve.shape[2] // q_R1Hd.shape[2]
@@ -219,7 +218,7 @@ class DeltaMixer(nn.Module):
         rate_V = jnp.exp(log_rate_V.astype(jnp.float32))
         g = -rate_V * jax.nn.softplus(a.astype(jnp.float32) + bias_V.astype(jnp.float32))
         beta = jax.nn.sigmoid(b).astype(jnp.float32)
-        precision = PRECISIONS.get(jnp.dtype(self.dtype), FAST)
+        of_rule = precision(self.dtype) or BESIDE_BFLOAT16
 
         def run(rule, mixed_RTc, g_RTV, beta_RTV, before: DeltaCache) -> tuple[Array, Array]:
             rows, slots, _ = mixed_RTc.shape
@@ -227,7 +226,7 @@ class DeltaMixer(nn.Module):
             q, k, v = jnp.split(convolve(before.window, mixed_RTc, taps_Wc), [keys, 2 * keys], -1)
             q, k = (x.reshape(rows, slots, delta.key_heads, delta.key_dim) for x in (q, k))
             v = v.reshape(rows, slots, delta.value_heads, delta.value_dim)
-            return rule(q, k, v, g_RTV, beta_RTV, before.state, precision=precision)
+            return rule(q, k, v, g_RTV, beta_RTV, before.state, of_rule)
 
         if cache is not None:
             out, state = run(gated_delta_step, mixed, g, beta, cache)
