@@ -41,6 +41,15 @@ def _write_small_backbone(folder: Path) -> None:
     save_params(folder, params, config, max_shard_bytes=1 << 30, dtype="float32")
 
 
+def make_small_hybrid(folder: Path) -> Path:
+    """The same of Qwen3.5: two blocks of three layers, random weights."""
+    return shutil.copytree(once("hybrid", _write_small_hybrid), folder)
+
+
+def _write_small_hybrid(folder: Path) -> None:
+    make_tiny_backbone.main([f"--out={folder}", *SMALL, "--layers=6", "--interval=3"])
+
+
 def free_port() -> int:
     with socket.socket() as found:
         found.bind(("localhost", 0))

@@ -6,14 +6,12 @@ import shutil
 import jax
 import numpy as np
 import PIL.Image
-from entry_point import EXAMPLE, make_small_backbone
+from entry_point import EXAMPLE, make_small_backbone, make_small_hybrid
 from safetensors.numpy import load_file, save_file
 from shared_case import once
 
 from configs import joint
 from jrm_jax import export, train
-from jrm_jax.benchmarks import make_tiny_backbone
-from jrm_jax.benchmarks.kill_test import SMALL
 from jrm_jax.data.world import scenes
 from jrm_jax.model.backbone import init_backbone
 from jrm_jax.model.config import load_config
@@ -27,9 +25,7 @@ def make_folder(parent, family):
     """A Hugging Face folder with random weights: Qwen3-VL tied, Qwen2.5-VL flat and untied, Qwen3.5
     tied, two blocks of three layers."""
     if family == "qwen3_5":
-        options = [*SMALL, "--layers=6", "--interval=3"]
-        make_tiny_backbone.main([f"--out={parent / family}", *options])
-        return give_head(parent / family)
+        return give_head(make_small_hybrid(parent / family))
     small = parent / "qwen3_vl"
     if not small.exists():
         give_head(make_small_backbone(small))

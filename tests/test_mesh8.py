@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from entry_point import small_backbone  # noqa: F401  a fixture
+from entry_point import make_small_backbone, make_small_hybrid
 
 from configs import joint
 from jrm_jax import build, build_data, sharding
@@ -11,11 +11,9 @@ from jrm_jax.optim import flatten
 
 STEPS = 5
 MESHES = {"one": (1, 1, 1), "fsdp": (1, 8, 1), "mixed": (2, 2, 2)}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("mesh")
+BACKBONES = {"qwen3_vl": make_small_backbone, "qwen3_5": make_small_hybrid}
+# kernels that `tensor` does not split, by a part of their path
+WHOLE_BY_TENSOR = ("qkv", "patch_embed", "mixer/a/", "mixer/b/")
 
 
 def shards(tree) -> dict[str, tuple]:
@@ -70,10 +68,12 @@ def train(folder, backbone, sizes):
     return measured, before, shards(state), state, held
 
 
-@pytest.fixture(scope="module")
-def runs(folder, small_backbone):
+@pytest.fixture(scope="module", params=BACKBONES)
+def runs(request, tmp_path_factory):
     assert len(jax.devices()) == 8
-    return {name: train(folder, small_backbone, sizes) for name, sizes in MESHES.items()}
+    folder = tmp_path_factory.mktemp(request.param)
+    backbone = BACKBONES[request.param](folder / "backbone")
+    return {name: train(folder, backbone, sizes) for name, sizes in MESHES.items()}
 
 
 @pytest.mark.parametrize("name", ["fsdp", "mixed"])
@@ -129,9 +129,10 @@ def test_parameters_and_moments_stay_sharded(runs, name):
             assert leaf.sharding == trainable[path].sharding
             assert len({s.device for s in leaf.addressable_shards}) == 8
             parts = {leaf.size // s.data.size for s in leaf.addressable_shards}
-            split = 2 if name == "mixed" and ("qkv" in path or "patch_embed" in path) else mesh
+            whole = name == "mixed" and any(part in path for part in WHOLE_BY_TENSOR)
+            split = 2 if whole else mesh
             assert parts == {split}, (path, leaf.sharding)
     # no device holds more than its share and the small vectors
-    (whole,) = {int(h) for h in runs["one"][4][:1]}
-    assert held.max() == held.min() < whole / mesh * 1.6
+    (everything,) = {int(h) for h in runs["one"][4][:1]}
+    assert held.max() == held.min() < everything / mesh * 1.6
     assert held.max() == bytes_per_device((state.trainable, state.opt_state)).max()
