@@ -174,12 +174,16 @@ def chat_template(template: Template) -> str:
     Messages: one 'user' turn whose last picture is the candidate; or a 'user' turn with the prompt
     and a 'candidate' turn (any parts). Neighbouring texts are joined by a line break.
     """
-    thoughts = "".join(NO_THOUGHTS) if template.thinking else ""
-    words = {"RUBRIC": template.rubric, "RESULT": template.result, "THOUGHTS": thoughts}
+    words = {"RUBRIC": template.rubric, "RESULT": template.result,
+             "THOUGHTS": _thoughts(template)}  # fmt: skip
     source = (ASSETS / "chat_template.jinja").read_text(encoding="utf-8")
     for name, text in words.items():
         source = source.replace(f"__{name}__", json.dumps(text, ensure_ascii=False))
     return source
+
+
+def _thoughts(template: Template) -> str:
+    return "".join(NO_THOUGHTS) if template.thinking else ""
 
 
 def _model_card(trained: Trained, dtype: str, rounding: str) -> str:
@@ -215,6 +219,7 @@ def _model_card(trained: Trained, dtype: str, rounding: str) -> str:
         dimensions=", ".join(stamp["dimensions"]),
         rubric=stamp["rubric"],
         result=json.dumps(stamp["result"]),
+        thoughts=json.dumps(_thoughts(trained.encoder.template)),
         reward_token_id=stamp["reward_token_id"],
         max_pixels=f"{stamp['max_pixels']:,}",
         spread=spread,

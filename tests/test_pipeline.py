@@ -366,15 +366,12 @@ def test_prompt_repeated(encoder):
                 continue
             assert real[: real.sum()].all()  # no gap between a prompt and what follows it
             for name in ("tokens", "visual", "positions"):
-                whole = np.concatenate(
-                    [
-                        batch[f"prompt_{name}"][b][..., batch["prompt_segments"][b] > 0],
-                        batch[f"candidate_{name}"][b, k][
-                            ..., batch["candidate_segments"][b, k] > 0
-                        ],
-                    ],
-                    axis=-1,
+                own = batch["candidate_segments"][b, k] > 0
+                parts = (
+                    batch[f"prompt_{name}"][b][..., batch["prompt_segments"][b] > 0],
+                    batch[f"candidate_{name}"][b, k][..., own],
                 )
+                whole = np.concatenate(parts, axis=-1)
                 np.testing.assert_array_equal(apart[f"candidate_{name}"][b, k][..., real], whole)
             at = apart["reward_index"][b, k]
             assert apart["candidate_tokens"][b, k, at] == encoder.tokenizer.reward_id
