@@ -208,7 +208,7 @@ class DeltaMixer(nn.Module):
                 with a cache.
         """
         delta = self.text.delta
-        linear = functools.partial(Linear, dtype=self.dtype, bias=False)
+        linear = functools.partial(Linear, dtype=self.dtype, bias=False, narrow=True)
         mixed = linear(delta.channels, name="qkv")(x_BSD)
         z = linear(delta.value_heads * delta.value_dim, name="z")(x_BSD)
         a, b = (linear(delta.value_heads, name=name)(x_BSD) for name in ("a", "b"))
