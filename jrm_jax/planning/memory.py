@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import os
 
-MODELS = ("qwen3_vl_2b", "qwen3_vl_4b", "qwen3_vl_8b", "qwen2_5_vl_3b", "qwen2_5_vl_7b")
+MODELS = (
+    "qwen3_vl_2b", "qwen3_vl_4b", "qwen3_vl_8b", "qwen2_5_vl_3b", "qwen2_5_vl_7b", "qwen3_5_0_8b",
+    "qwen3_5_2b", "qwen3_5_4b", "qwen3_5_9b", "qwen3_5_27b",
+)  # fmt: skip
 WAYS = {"everything": {}, "adapters": {"lora.rank": 16}}
 DEVICES = (1, 8, 16)
 GB = 1e9
