@@ -34,7 +34,7 @@ from jrm_jax.losses import (
     ranked_candidates,
     term_weights,
 )
-from jrm_jax.model.backbone import Backbone, normalise_patches
+from jrm_jax.model.backbone import Backbone, cast_projections, normalise_patches
 from jrm_jax.optim import merge_params
 
 
@@ -85,8 +85,9 @@ def make_forward(
         if lora_scale is not None:
             params = scale_adapters(params, lora_scale)
         patches_BINF = normalise_patches(batch["patches"], mean, std)
+        own = cast_projections(params["backbone"], backbone.dtype)
         hidden_BSD = backbone.apply(
-            {"params": params["backbone"]}, batch, params["reward_embedding"], patches_BINF
+            {"params": own}, batch, params["reward_embedding"], patches_BINF
         )
         prompt, slots = batch["prompt_tokens"].shape[1], batch["candidate_tokens"].shape[2]
         terms, reward_BKR = {}, None
