@@ -157,11 +157,10 @@ def _chunked_forward(suppressed_id, chunk, kernel_DW, hidden_BXD, targets_BX, we
         slope_BXW = (chance_BXW - (word == targets_BX[..., None])) * weights_BX[..., None]
         slope_BXW = slope_BXW.astype(hidden_BXD.dtype)
         if learns:
-            rows = (0, 1)
+            rows = (0, 1)  # where B is sharded, this is summed over devices: in half the bytes
             kernel_grad_DW += jax.lax.dot_general(
-                hidden_BXD, slope_BXW, ((rows, rows), ((), ())), precision=exact,
-                preferred_element_type=jnp.float32,
-            )  # fmt: skip
+                hidden_BXD, slope_BXW, ((rows, rows), ((), ())), precision=exact
+            )
         hidden_grad_BXD = jnp.matmul(slope_BXW, half_DW.T, precision=exact)
         return (total + loss, kernel_grad_DW), hidden_grad_BXD
 
