@@ -15,7 +15,7 @@ from configs import joint
 from jrm_jax import build, lora
 from jrm_jax.data.pipeline import repeat_prompt
 from jrm_jax.errors import UserError
-from jrm_jax.model.backbone import Backbone, empty_inputs, init_backbone
+from jrm_jax.model.backbone import Backbone, cast_projections, empty_inputs, init_backbone
 from jrm_jax.model.delta import DeltaMixer
 from jrm_jax.model.weights import abstract_params
 from jrm_jax.optim import flatten
@@ -149,3 +149,11 @@ def test_adapters_stand_beside_every_projection():
         f"delta/mixer/{part}" for part in ("qkv", "z", "a", "b", "out")
     }
     assert found["backbone/decoder/blocks/delta/mixer/out/lora_a"].shape == (4, 48, 4)
+
+
+def test_every_projection_is_cast_once():
+    shapes = abstract_params(SMALL_HYBRID)["backbone"]
+    cast = flatten(jax.eval_shape(lambda tree: cast_projections(tree, jnp.bfloat16), shapes))
+    wide = {path for path, leaf in cast.items() if leaf.dtype == jnp.float32}
+    assert {path for path in wide if path.endswith("kernel")} == {"vision/patch_embed/kernel"}
+    assert all(path in wide for path in cast if not path.endswith("kernel"))

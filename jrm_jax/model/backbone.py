@@ -24,7 +24,7 @@ __all__ = ["Backbone", "cast_projections", "init_backbone", "normalise_patches"]
 
 EMBEDDING_SPREAD = 0.1
 # what `layers.Linear` multiplies with, and casts first of all
-_PROJECTIONS = re.compile(r"\['(q|k|v|o|gate|up|down|qkv|proj|fc1|fc2)'\]\['kernel'\]$")
+_PROJECTIONS = re.compile(r"\['(q|k|v|o|z|a|b|out|gate|up|down|qkv|proj|fc1|fc2)'\]\['kernel'\]$")
 
 
 def cast_projections(params: dict, dtype: Any) -> dict:
