@@ -23,7 +23,7 @@ from jrm_jax.model.layers import REMAT
 from jrm_jax.planning import compiling
 from jrm_jax.planning.chips import GIB, Chip, Topology
 from jrm_jax.planning.collectives import Collectives, Traffic, read_collectives
-from jrm_jax.run.fit import SMALLER, OutOfMemory, first_fit, gib, least_bytes
+from jrm_jax.run.fit import DOUBT, SMALLER, OutOfMemory, first_fit, gib, rough_bytes
 from jrm_jax.run.flops import StepFlops, score_flops, train_flops
 
 _LARGEST = 64  # groups per place of the mesh that the search tries, at most
@@ -73,12 +73,12 @@ class Case:
         )  # fmt: skip
 
     def may_fit(self) -> bool:
-        """Whether the train step's least need is no more than a device has."""
+        """Whether it is worth compiling the train step, by what its shapes need."""
         mesh = self.mesh()
         forward, state = compiling.train_parts(self.config, self.backbone, mesh)[:2]
         batch = compiling.abstract_batch(self.config, self.backbone, self.bucket("train"), mesh)
         has = self.topology.chip.memory / self.topology.chip.devices
-        return least_bytes(forward, state, batch, self.config.accumulation) <= has
+        return rough_bytes(forward, state, batch, self.config.accumulation) <= DOUBT * has
 
     def with_(self, batch_size: int, remat: str) -> Case:
         config = self.config.copy_and_resolve_references()

@@ -25,6 +25,9 @@ from jrm_jax.step import Forward, TrainState
 
 GIB = 2**30
 ROOM = 0.95  # of a device's memory for one program; some is lost between buffers
+# What is told from shapes may be so much too high: the compilers' plans of Qwen3-VL-2B's step were
+# 0.94 to 1.13 of it.
+DOUBT = 1.1
 SMALLER = "--config.lora.rank=16 or fewer patterns in --config.trainable"
 Way = TypeVar("Way")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -106,11 +109,11 @@ def compile_within(lowered: Any, limit: int | None) -> Any:
     return program
 
 
-def least_bytes(
+def rough_bytes(
     forward: Forward, state: TrainState, batch: dict[str, Any], accumulation: int
 ) -> int:
-    """What a device holds in a train step at least: state, gradients, and what the forward pass
-    keeps for the backward pass. From shapes, in seconds; compiling tells the rest.
+    """About what a device holds in a train step: state, gradients, and what the forward pass keeps
+    for the backward pass. From shapes, in seconds; compiling tells the rest.
 
     Args:
         state, batch: arrays or shapes, with shardings.
@@ -199,11 +202,11 @@ class Fitting:
                 return True
             changed = self._with(*way)
             forward = build.make_run_forward(changed, self._module(changed), self._data)
-            least = least_bytes(forward, self._state, batch, way[1])
-            if least > self.limit:
-                failure = OutOfMemory(least, self.limit)
-                self._say(f"{_words(*way)} does not fit{failure.by_how_much}, at least")
-            return distributed.all_agree(least <= self.limit)
+            rough, fine = rough_bytes(forward, self._state, batch, way[1]), True
+            if rough > DOUBT * self.limit:
+                failure, fine = OutOfMemory(rough, self.limit), False
+                self._say(f"{_words(*way)} does not fit{failure.by_how_much}, about")
+            return distributed.all_agree(fine)
 
         def fits(way: tuple[str, int]) -> bool:
             nonlocal failure, given_up

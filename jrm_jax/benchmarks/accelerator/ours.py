@@ -91,9 +91,9 @@ def _train(
     batch = case.make_batch(config, backbone, sizes)
     placed = jax.device_put(batch, sharding.batch_sharding(mesh))
     limit = fit.memory_limit(jax.devices()[0])
-    least = fit.least_bytes(forward, abstract, placed, 1)
-    if limit is not None and least > limit:
-        raise fit.OutOfMemory(least, limit)
+    rough = fit.rough_bytes(forward, abstract, placed, 1)
+    if limit is not None and rough > fit.DOUBT * limit:
+        raise fit.OutOfMemory(rough, limit)
     compiled, compiling = _compile(step, abstract, placed)
     state = random_state(abstract, config)
     losses = []
@@ -119,7 +119,7 @@ def _train(
         "tflop_again": sizes.groups * flops.again / 1e12,
         "tflop_per_second": sizes.groups * flops.model / 1e12 / seconds["seconds"],
         "pairs_per_second": pairs / seconds["seconds"],
-        "least_gib": least / GIB,
+        "rough_gib": rough / GIB,
         **_memory(compiled),
         "losses": [float(losses[0]), float(losses[-1])],
     }
