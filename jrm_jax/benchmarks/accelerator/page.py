@@ -21,7 +21,7 @@ what is computed again. **Of the card**: divided by the rate of a bfloat16 produ
 matrices on the same card.
 - **Pairs**: a group of two candidates is one. **Edits**: a candidate, scored with its source. \
 Weights are bfloat16 on both sides where edits are scored.
-- Times are medians of steps, each waited for."""
+- Times are medians. Steps of training are timed four at a time: neither side waits in between."""
 
 
 def make_page(record: Row) -> str:
