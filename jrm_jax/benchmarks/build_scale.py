@@ -12,6 +12,7 @@ again with a kill. Exit 1 unless all data sets of the same rows are equal byte f
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import itertools
@@ -38,6 +39,7 @@ EDITS = 7
 WINDOW = 420  # rows that are mixed: those of twenty sources
 SHARD_EXAMPLES = 100
 TRIES = 5
+GRACE = 10  # seconds that the workers of a killed build may take to end
 WORKERS = max(2, len(os.sched_getaffinity(0)))
 
 
@@ -96,8 +98,16 @@ def write_source(path: Path, count: int, side: int) -> None:
     writer.close()
 
 
-def photo(seed: int) -> bytes:
-    """A JPEG of about a megabyte: smooth, with some noise."""
+def photo(number: int) -> bytes:
+    """A JPEG of about a megabyte: one of a few, told apart by a comment in the file."""
+    comment = f"picture {number}".encode()
+    data = _noisy(number % 8)
+    return data[:2] + b"\xff\xfe" + (2 + len(comment)).to_bytes(2, "big") + comment + data[2:]
+
+
+@functools.cache
+def _noisy(seed: int) -> bytes:
+    """Smooth, with some noise."""
     rng = np.random.default_rng(seed)
     coarse = PIL.Image.fromarray(rng.integers(0, 256, (12, 16, 3), np.uint8))
     pixels = np.asarray(coarse.resize((1600, 1200), PIL.Image.Resampling.BICUBIC), np.int16)
@@ -190,6 +200,11 @@ def kill_half_way(source: Path, out: Path, half: int, workers: int) -> int:
         process.send_signal(signal.SIGKILL)
         process.stdout.close()
         if process.wait() == -signal.SIGKILL and not out.exists():
+            ends = time.monotonic() + GRACE
+            while memory_of(process.pid):
+                if time.monotonic() > ends:
+                    sys.exit("the workers of a killed build do not end")
+                time.sleep(0.05)
             return position(out)
         shutil.rmtree(out)  # a small build on a busy machine may be over by then
     sys.exit(f"{TRIES} builds were over before they could be killed: take more records")

@@ -12,7 +12,6 @@ import os
 import queue
 import signal
 import threading
-import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -31,11 +30,10 @@ def init_worker(index: int, count: int) -> None:
     """In each of the processes: Ctrl-C is for the run, which saves first; and when the run is
     killed they end, too."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = os.getppid()
+    run = multiprocessing.parent_process()  # which need not be the one that forked this one
 
     def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(LOOK)
+        run.join()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
