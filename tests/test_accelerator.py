@@ -22,7 +22,7 @@ from jrm_jax.run.flops import train_flops  # noqa: E402
 MODEL = "qwen3_vl_2b"
 
 
-@pytest.mark.parametrize("name", [n for n in PUBLISHED if n.startswith("qwen3")])
+@pytest.mark.parametrize("name", [n for n in PUBLISHED if n.startswith("qwen3_vl")])
 def test_both_sides_have_the_published_architecture(name, tmp_path):
     theirs.hf_config(PUBLISHED[name]).save_pretrained(tmp_path)
     assert load_config(tmp_path) == PUBLISHED[name]
