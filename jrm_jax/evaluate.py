@@ -104,6 +104,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     name = args.name or _name(args)
     if model is not None:
         judged = scoring.score_cases(model, benchmark.cases, issues, layout.download)
+        terminal.say(f"scored in {model.describe_work()}")
         _write_predictions(layout, judged, args.out, name, threshold)
     else:
         judged = in_order(benchmark.cases, layout.read_predictions(benchmark, args.predictions))
@@ -128,6 +129,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     result = report.make_result(benchmark, judged, measure(judged), rules, about)
     if model is not None:
         result["step"], result["stamp"] = model.card.get("step"), model.card.get("stamp")
+        result["work"] = model.describe_work()
         result["remarks"] += _dimension_remarks(model, benchmark)
     if args.probe:
         from jrm_jax.evaluation.probe import probe

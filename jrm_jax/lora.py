@@ -9,7 +9,8 @@ kernel, and in the backward pass its whole gradient, would exist for all layers 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -66,9 +67,11 @@ def scale_adapters(params: dict, scale: float) -> dict:
     return {**params, **unflatten(scaled)}
 
 
-def merge_adapters(params: dict, scale: float) -> dict:
-    """The tree without adapters: kernels that have one become kernel + scale * lora_a @ lora_b, in
-    float32."""
+def merge_adapters(
+    params: dict, scale: float, dtype_of: Callable[[str], Any] = lambda path: jnp.float32
+) -> dict:
+    """The tree without adapters: kernels that have one become kernel + scale * lora_a @ lora_b,
+    added in float32 and kept in the dtype of their path."""
     flat = flatten(params)
     merged = {}
     for path, leaf in flat.items():
@@ -78,6 +81,6 @@ def merge_adapters(params: dict, scale: float) -> dict:
         if name == "kernel" and f"{place}/lora_a" in flat:
             low, high = (flat[f"{place}/{part}"] for part in LEAVES)
             product = jnp.matmul(low, high, precision=jax.lax.Precision.HIGHEST)
-            leaf = leaf.astype(jnp.float32) + scale * product
+            leaf = (leaf.astype(jnp.float32) + scale * product).astype(dtype_of(path))
         merged[path] = leaf
     return {**{name: {} for name in params}, **unflatten(merged)}

@@ -103,6 +103,7 @@ def score_many(args: argparse.Namespace) -> int:
 
     model = _load(args)
     rows, failed = score_file(model, args.input, args.output, args.images)
+    terminal.say(f"scored in {model.describe_work()}")
     words = f", {failed:,} of them with an error" if failed else ""
     print(f"{args.output}: {rows:,} rows{words}")
     return 1 if failed else 0

@@ -148,7 +148,7 @@ def test_reward_states_are_what_the_head_reads(model):
     encoded = [encode_case(model, case)]
     (state_KD,) = model.reward_states(encoded)
     (reward_KR,) = model.score_encoded(encoded)
-    kernel_DR = np.asarray(model._device.params["reward_head"]["kernel"])
+    kernel_DR = np.asarray(model._runner.device.params["reward_head"]["kernel"])
     np.testing.assert_allclose(state_KD @ kernel_DR, reward_KR, rtol=1e-5, atol=1e-5)
 
 

@@ -7,12 +7,13 @@ import pytest
 from export_case import FAMILIES, family_run
 
 from jrm_jax.data.buckets import Bucket
+from jrm_jax.data.encode import PartSizes
 from jrm_jax.data.processor import Processor
 from jrm_jax.data.schema import Candidate, Image, Text
 from jrm_jax.errors import UserError
-from jrm_jax.serving import ladder
+from jrm_jax.serving import ladder, rows
 from jrm_jax.serving.groups import read_picture
-from jrm_jax.serving.programs import Programs, Work
+from jrm_jax.serving.programs import Program, Programs, Work
 from jrm_jax.serving.trained import load_trained
 
 PROCESSOR = Processor(patch=16, merge=2, min_pixels=4096, max_pixels=64 * 1024)
@@ -52,7 +53,7 @@ def test_the_cheapest_rung_holds_a_group_and_the_ladder_is_short(encoder):
     rungs = ladder.make_ladder(encoder)
     assert len(rungs) <= 8 and len(set(rungs)) == len(rungs)
     for count in (1, 2, 3, 8):
-        need = ladder.need_of(a_group(encoder, np.random.default_rng(0), 1, count))
+        need = rows.need_of(a_group(encoder, np.random.default_rng(0), 1, count))
         rung = ladder.rung_of(need, rungs, slots, encoder.processor)
         assert rung in rungs and ladder.holds(rung, need)
         assert rung.candidates == max(2, 2 ** int(np.ceil(np.log2(count))))
@@ -103,7 +104,7 @@ def test_the_last_program_is_wide():
 
 def test_a_group_is_cut_into_rows_of_about_equal_size(encoder):
     group = a_group(encoder, np.random.default_rng(0), 2, 19)
-    parts = ladder.split(group, 8)
+    parts = rows.split(group, 8)
     assert [len(part.candidates) for part in parts] == [6, 6, 7]
     first = 0
     for part in parts:
@@ -116,11 +117,63 @@ def test_a_group_is_cut_into_rows_of_about_equal_size(encoder):
             np.testing.assert_array_equal(part.images[image][0], group.images[image_before][0])
         assert part.preference.shape[:2] == (len(part.candidates),) * 2
         first += len(part.candidates)
-    assert ladder.split(parts[0], 8) == [parts[0]]
+    assert rows.split(parts[0], 8) == [parts[0]]
 
 
 def test_the_padded_share_counts_empty_rows_too():
     work = Work()
     assert work.padded == 0
-    work.add(LADDER[0], 4, [LADDER[0]] * 3, slots)
-    assert (work.groups, work.padded) == (3, 0.25)
+    work.add(Program(LADDER[0], 4), [LADDER[0]] * 3, slots)
+    assert (work.rows, work.padded) == (3, 0.25)
+
+
+def sizes_of(prompt, own):
+    """Texts alone: lengths of a prompt and of its candidates."""
+    return rows.needs_from([PartSizes((), length) for length in (prompt, *own)])
+
+
+def test_a_set_gets_the_programs_that_it_is_worth():
+    rng = np.random.default_rng(0)
+    alike = [sizes_of(int(rng.integers(40, 60)), [30] * 4) for _ in range(200)]
+    shelf = programs()
+    assert not shelf.settle(alike, 8) and 1 <= len(shelf.taken) <= 3
+    before = shelf.taken
+    assert not shelf.settle(alike[::-1][:64], 8) and shelf.taken == before  # they are there
+    few = programs()
+    few.settle(alike[:16], 8)
+    assert len(few.taken) == 1  # more would take longer to compile than they save
+
+
+def test_small_sets_one_after_another_share_their_programs():
+    rng, shelf = np.random.default_rng(0), programs()
+    for _ in range(100):
+        needs = [sizes_of(int(n), [30, 30, 30]) for n in rng.lognormal(4, 0.4, 16)]
+        shelf.settle(needs, 8)
+        for need in needs:
+            shelf.fit(need.together, (8, 1))
+    assert len(shelf.taken) <= 5
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 8])
+def test_a_set_goes_where_it_went_before(limit):
+    rng, shelf = np.random.default_rng(0), programs(limit)
+    for _ in range(3):
+        needs = [sizes_of(int(n), [30, 20]) for n in rng.integers(30, 90, 12)]
+        ways = [shelf.settle(needs, 8)]
+        rows_of = (lambda need: need.apart) if ways[0] else (lambda need: [need.together])
+        first = [shelf.fit(row, (8, 1)) for need in needs for row in rows_of(need)]
+        ways.append(shelf.settle(needs, 8))
+        assert ways[0] == ways[1]
+        assert first == [shelf.fit(row, (8, 1)) for need in needs for row in rows_of(need)]
+
+
+def test_prompts_and_candidates_of_all_lengths_are_laid_apart():
+    rng = np.random.default_rng(0)
+    lengths = rng.lognormal(4, 1, (400, 3)).astype(int) + 1
+    needs = [sizes_of(first, own) for first, *own in lengths.tolist()]
+    shelf, work = programs(), Work()
+    assert shelf.settle(needs, 8) and len(shelf.taken) <= 7
+    for need in needs:
+        for row in need.apart:
+            work.add(Program(shelf.fit(row, (8, 1)).bucket, 1), [row], slots)
+    assert work.padded < 0.3

@@ -2,9 +2,11 @@
 
 import dataclasses
 import io
+import itertools
 import json
 from concurrent.futures import ThreadPoolExecutor
 
+import jax
 import numpy as np
 import PIL.Image
 import pytest
@@ -14,6 +16,8 @@ from jrm_jax import RewardModel, score
 from jrm_jax.data import images
 from jrm_jax.errors import UserError
 from jrm_jax.serving import files as scored_files
+from jrm_jax.serving import rows
+from jrm_jax.serving.device_call import SCORES
 from jrm_jax.serving.groups import read_picture
 
 
@@ -24,7 +28,7 @@ def workdir():
 
 @pytest.fixture(scope="module")
 def model(workdir):
-    return RewardModel.load(workdir, batch_size=4)
+    return RewardModel.load(workdir, batch_size=4, devices=jax.devices()[:1])
 
 
 @pytest.fixture(scope="module")
@@ -78,40 +82,42 @@ def test_rows_of_many_callers_join_in_one_program(model, groups):
     bucket = max(map(model.bucket_of, encoded))
     held = [group for group in encoded if model.bucket_of(group) == bucket]
     alone = [model.score_rows(bucket, [group])[0].reward_KR for group in held]
-    before = len(model._device._compiled)
+    before = len(model._runner.device.compiled)
     with ThreadPoolExecutor(4) as pool:
         parts = [held[start : start + 4] for start in range(3)]
         together = list(pool.map(lambda part: model.score_rows(bucket, part), parts))
     for start, found in enumerate(together):
         for wanted, scores in zip(alone[start:], found, strict=False):
             np.testing.assert_array_equal(scores.reward_KR, wanted)
-    assert len(model._device._compiled) == before
+    assert len(model._runner.device.compiled) == before
     with pytest.raises(ValueError, match="a program has 4 rows"):
         model.score_rows(bucket, held[:1] * 5)
     small = dataclasses.replace(bucket, prompt=16)
-    with pytest.raises(UserError, match="prompt slots"):
+    taken = model._runner.shelf((SCORES,)).taken
+    with pytest.raises(UserError, match="does not fit into its bucket"):
         model.score_rows(small, held[:1])
+    assert model._runner.shelf((SCORES,)).taken == taken
 
 
 def test_a_group_of_many_candidates_is_laid_into_several_rows(model, groups):
     text, source, candidates = groups[0]
     wanted = model.score(text, source, candidates)
-    programs = len(model._device._compiled)
+    programs = len(model._runner.device.compiled)
     many = model.score(text, source, candidates * 10)
     np.testing.assert_allclose(many, np.tile(wanted, 10), rtol=0, atol=1e-5)
-    assert len(model._device._compiled) <= programs + 1
+    assert len(model._runner.device.compiled) <= programs + 1
 
 
 def test_warming_compiles_what_calls_need(workdir, groups):
-    model = RewardModel.load(workdir, batch_size=4, programs=2)
+    model = RewardModel.load(workdir, batch_size=4, programs=2, devices=jax.devices()[:1])
     bucket = model.bucket_of(model.encode(groups[0]))
     model.warm([bucket])
-    model.warm([bucket], rows=1)
-    warm = set(model._device._compiled)
+    model.warm([bucket], single=True)
+    warm = set(model._runner.device.compiled)
     model.score_rows(bucket, [model.encode(groups[0])])
     model.score(*groups[0])
-    assert set(model._device._compiled) == warm and len(warm) == 2
-    assert 0 < model.work.padded < 1 and model.work.groups == 2
+    assert set(model._runner.device.compiled) == warm and len(warm) == 2
+    assert 0 < model.work.padded < 1 and model.work.rows == 2
     with pytest.raises(UserError, match="2 are allowed"):
         model.warm([dataclasses.replace(bucket, prompt=2 * bucket.prompt)])
 
@@ -287,19 +293,20 @@ def test_a_stopped_file_goes_on(model, files, tmp_path, monkeypatch):
     row = {"instruction": text, "source": "source.png", "candidates": [candidates[0].name]}
     path = many(files, tmp_path, [{**row, "id": str(i)} for i in range(10)])
     whole, torn = tmp_path / "whole.jsonl", tmp_path / "torn.jsonl"
-    monkeypatch.setattr(scored_files, "CHUNK", 4)
     assert scored_files.score_file(model, path, whole) == (10, 0)
-    ask, calls = model.score_batch, []
+    ask, taken = model.iter_scores, []
 
-    def dies(groups):
-        calls.append(len(groups))
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return ask(groups)
+    def dies(groups, like):
+        for scores in ask(groups, like):
+            if len(taken) == 4:
+                raise KeyboardInterrupt
+            taken.append(scores)
+            yield scores
 
-    monkeypatch.setattr(model, "score_batch", dies)
-    with pytest.raises(KeyboardInterrupt):
-        scored_files.score_file(model, path, torn)
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "iter_scores", dies)
+        with pytest.raises(KeyboardInterrupt):
+            scored_files.score_file(model, path, torn)
     assert len(lines_of(torn)) == 4
     with torn.open("a") as file:
         file.write('{"row": 4, "id"')  # as a kill leaves it
@@ -308,7 +315,7 @@ def test_a_stopped_file_goes_on(model, files, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="begun with other files"):
         scored_files.score_file(model, other, torn)
     assert scored_files.score_file(model, path, torn) == (10, 0)
-    assert calls == [4, 4, 4, 2] and torn.read_bytes() == whole.read_bytes()
+    assert torn.read_bytes() == whole.read_bytes()
     assert not list(tmp_path.glob("*.state.json"))
 
 
@@ -324,3 +331,33 @@ def test_options_of_files_that_do_not_fit_are_one_line(workdir, files, tmp_path,
     with pytest.raises(SystemExit, match=words) as ended:
         score.main([f"--model={workdir}", *filled])
     assert "\n" not in str(ended.value)
+
+
+def test_any_number_of_groups_is_streamed(model, groups):
+    taken = []
+
+    def endless():
+        for index in itertools.count():
+            taken.append(index)
+            yield groups[index % len(groups)]
+
+    wanted = [scores.reward_KR for scores in model.score_batch(groups)]
+    found = itertools.islice(model.iter_scores(endless()), 3 * len(groups))
+    for index, scores in enumerate(found):
+        again = wanted[index % len(groups)]
+        np.testing.assert_allclose(scores.reward_KR, again, rtol=0, atol=1e-5)
+    assert len(taken) < 3 * len(groups) + 80 * model.batch_size  # no further ahead than it must
+    broken = [*groups[:3], (*groups[0][:2], [b"no picture"])]
+    with pytest.raises(UserError, match="group 3: candidate 0"):
+        list(model.iter_scores(broken))
+    assert not list(model.iter_scores([]))
+
+
+def test_candidates_laid_apart_score_the_same(model, groups):
+    encoded = [model.encode(group) for group in groups[:2]]
+    wanted = model.score_encoded(encoded)
+    for group, reward_KR in zip(encoded, wanted, strict=True):
+        parts = rows.apart(group)
+        assert all(len(part.candidates) == 1 and not part.prompt.tokens for part in parts)
+        found = np.concatenate(model.score_encoded(parts, one_bucket=True))
+        np.testing.assert_allclose(found, reward_KR, rtol=0, atol=1e-5)

@@ -7,6 +7,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from export_case import family_run, make_groups
@@ -26,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="module")
 def model():
-    model = RewardModel.load(family_run("qwen3_vl"), batch_size=4)
+    model = RewardModel.load(family_run("qwen3_vl"), batch_size=4, devices=jax.devices()[:1])
     model.warm(model.buckets[:2])
     return model
 

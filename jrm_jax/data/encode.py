@@ -49,6 +49,13 @@ class TokenRow(NamedTuple):
     masked: tuple[int, int] = (0, 0)  # targets [first, last) that are kept out of the loss
 
 
+class PartSizes(NamedTuple):
+    """Of a prompt or a candidate: patches of each picture, and tokens."""
+
+    patches: tuple[int, ...]
+    tokens: int
+
+
 class EncodedExample(NamedTuple):
     """One group, ready to be laid into a bucket."""
 
@@ -103,36 +110,47 @@ class Encoder:
         Raises:
             ValueError: a picture whose header cannot be read.
         """
-        prompt, bodies = self.template.split(example.prompt, [c.parts for c in example.candidates])
-        patches: list[int] = []
+        prompt, *own = self.part_sizes(example.prompt, example.candidates)
+        lengths = [part.tokens for part in own]
+        patches = [number for part in (prompt, *own) for number in part.patches]
+        said = [
+            len(self.tokenizer.encode_critique(c.critique)[0]) if c.critique else 0
+            for c in example.candidates
+        ]
+        return (
+            len(own),
+            len(patches),
+            max(patches, default=0),
+            prompt.tokens,
+            max(lengths),
+            max(length + more for length, more in zip(lengths, said, strict=True)),
+            max(more + 1 if more else 0 for more in said),
+            sum(patches),
+            sum(lengths),
+            sum(lengths) + sum(said),
+        )
 
-        def length(pieces: list[Piece]) -> int:
-            total = 0
+    def part_sizes(
+        self, prompt: Sequence[Part], candidates: Sequence[Candidate]
+    ) -> list[PartSizes]:
+        """Of the prompt, then of each candidate up to <|reward|>, from image headers alone.
+
+        Raises:
+            ValueError: a picture whose header cannot be read.
+        """
+
+        def measured(pieces: list[Piece]) -> PartSizes:
+            patches, total = [], 0
             for piece in pieces:
                 if isinstance(piece, Image):
                     patches.append(self.processor.measure(piece.data))
                     total += patches[-1] // self.processor.merge**2
                 else:
                     total += len(self._ids(piece))
-            return total
+            return PartSizes(tuple(patches), total)
 
-        prompt_length, lengths = length(prompt), [length(body) for body in bodies]
-        said = [
-            len(self.tokenizer.encode_critique(c.critique)[0]) if c.critique else 0
-            for c in example.candidates
-        ]
-        return (
-            len(bodies),
-            len(patches),
-            max(patches, default=0),
-            prompt_length,
-            max(lengths),
-            max(own + more for own, more in zip(lengths, said, strict=True)),
-            max(more + 1 if more else 0 for more in said),
-            sum(patches),
-            sum(lengths),
-            sum(lengths) + sum(said),
-        )
+        head, bodies = self.template.split(prompt, [c.parts for c in candidates])
+        return [measured(pieces) for pieces in (head, *bodies)]
 
     def encode_example(self, example: PreferenceExample) -> EncodedExample:
         """Decode, resize, tokenise.

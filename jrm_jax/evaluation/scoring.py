@@ -14,6 +14,7 @@ from jrm_jax.data.schema import Candidate, Image, Text
 from jrm_jax.errors import UserError
 from jrm_jax.evaluation.cases import Answer, Case, Issues, Judged, Part, Picture, missing_pictures
 from jrm_jax.evaluation.metrics import Metric, point_value
+from jrm_jax.serving.planned import ahead
 from jrm_jax.shell.terminal import Bar
 
 CHUNK = 128  # cases encoded at a time
@@ -38,7 +39,12 @@ def column(dimensions: Sequence[str], wanted: str) -> int:
 
 
 def encode_case(model: Any, case: Case, change: Change | None = None):
-    """The case's parts, each picture changed by `change`, as the model's encoder wants them."""
+    """The case, each picture changed by `change`, as the model's encoder makes it."""
+    return model.encoder.encode_group(*_parts(case, change))
+
+
+def _parts(case: Case, change: Change | None = None) -> tuple[list, list[Candidate]]:
+    """(prompt, candidates) as encoders take them."""
 
     def part(item: Part) -> Text | Image:
         if isinstance(item, Text):
@@ -51,11 +57,11 @@ def encode_case(model: Any, case: Case, change: Change | None = None):
         return Image(data)
 
     empty = (Text(" "),)  # an answer without content is judged as such
-    prompt = [part(item) for item in case.prompt] or empty
+    prompt = [part(item) for item in case.prompt] or list(empty)
     candidates = [
         Candidate(tuple(part(item) for item in parts) or empty) for parts in case.candidates
     ]
-    return model.encoder.encode_group(prompt, candidates)
+    return prompt, candidates
 
 
 def score_cases(
@@ -77,24 +83,27 @@ def score_cases(
             f" (first: {first.section} {first.id}), and a model cannot judge without them; complete"
             f" files: {download or 'see docs/evaluation.md'}. Or give --predictions"
         )
-    readable: dict[Any, Case] = {}
-    for case in cases:
-        key = _key(case)
-        if key in readable:
-            continue
+    first = list({_key(case): case for case in reversed(cases)}.values())[::-1]
+
+    def look(case: Case) -> tuple[list[str], Any]:
         problems = missing_pictures(case)
-        for problem in problems:
-            issues.add(UNSCORED, f"{case.id}: {problem}")
-        if not problems:
-            readable[key] = case
-    rewards: dict[Any, np.ndarray] = {}
-    keys = list(readable)
-    with Bar("scoring", len(keys)) as bar:
-        for start in range(0, len(keys), CHUNK):
-            chunk = keys[start : start + CHUNK]
-            encoded = [encode_case(model, readable[key]) for key in chunk]
-            found = model.score_encoded(encoded, advance=bar.advance)
-            rewards |= dict(zip(chunk, found, strict=True))
+        return problems, None if problems else model.measure(*_parts(case))
+
+    readable: list[Case] = []
+    needs = []
+    with Bar("reading", len(first)) as bar:
+        for case, (problems, need) in zip(first, ahead(look, first, CHUNK), strict=True):
+            bar.advance()
+            for problem in problems:
+                issues.add(UNSCORED, f"{case.id}: {problem}")
+            if not problems:
+                readable.append(case)
+                needs.append(need)
+    with Bar("scoring", len(readable)) as bar:
+        found = model.score_lazily(
+            needs, lambda index: encode_case(model, readable[index]), bar.advance
+        )
+    rewards = dict(zip(map(_key, readable), found, strict=True))
     judged = []
     for case in cases:
         if _key(case) in rewards:

@@ -26,8 +26,8 @@ from jrm_jax.service.pictures import Fault
 from jrm_jax.service.refusals import Refused
 from jrm_jax.service.wire import Ask, Scored
 from jrm_jax.serving.groups import Group, Scores
-from jrm_jax.serving.ladder import split
 from jrm_jax.serving.programs import Work
+from jrm_jax.serving.rows import split
 
 Answer = list[Scored | Fault]  # of a group: one for each candidate
 log = logging.getLogger("jrm_jax.serve")

@@ -5,6 +5,7 @@ Letters: see `data/pipeline.py`.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -12,10 +13,10 @@ from typing import Any
 import jax
 
 from jrm_jax import build, sharding
-from jrm_jax.errors import UserError
 from jrm_jax.model.backbone import Backbone
 from jrm_jax.model.config import BackboneConfig
 from jrm_jax.serving.generate import make_generate
+from jrm_jax.serving.placing import mesh_of
 from jrm_jax.shell import user_cache
 from jrm_jax.shell.terminal import if_slow
 from jrm_jax.step import make_score_step, make_state_step
@@ -26,15 +27,18 @@ SCORES, STATES, CRITIQUES = "scores", "states", "critiques"
 class DeviceCall:
     """
     Args:
-        config, params: of the backbone, with 'reward_head' and 'reward_embedding'.
+        config: of the backbone. params: with 'reward_head' and 'reward_embedding', as
+            `placing.place` has placed them.
         pixels: (mean, std) of the image processor.
         reward_id, end_id: the tokens <|reward|> and <|im_end|>.
         through_reward: see `Trained`; concerns critiques only.
         compute_dtype: 'float32' or 'bfloat16'.
         say: told what is compiled, where that takes long.
 
-    Raises:
-        UserError: no such dtype.
+    Attributes:
+        places: the rows of a batch must be a multiple of these. platform: of the devices.
+        compiled: kind and shapes of every program so far.
+
     """
 
     def __init__(
@@ -49,21 +53,22 @@ class DeviceCall:
         compute_dtype: str = "float32",
         say: Callable[[str], None] | None = None,
     ):
-        if compute_dtype not in build.DTYPES:
-            raise UserError(f"compute_dtype {compute_dtype!r}: use {' or '.join(build.DTYPES)}")
-        mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
-        self.params = params
-        self._options = sharding.compiler_options(mesh)
+        self.params, self._mesh = params, mesh_of(params)
+        self._whole = sharding.is_this_device(self._mesh)
+        self._options = sharding.compiler_options(self._mesh)
         self._backbone = Backbone(
             config,
             dtype=build.DTYPES[compute_dtype],
             scan_unroll=True if config.text.layers < 8 else 1,
+            hidden_sharding=None if self._whole else sharding.batch_sharding(self._mesh),
             reward_token_id=reward_id,
             through_reward=through_reward,
         )
+        self.places = math.prod(self._mesh.shape[axis] for axis in sharding.BATCH_AXES)
+        self.platform = self._mesh.devices.flat[0].platform
         self._pixels, self._end_id, self._say = pixels, end_id, say or _silent
         self._jitted: dict[tuple, Any] = {}
-        self._compiled: set[tuple] = set()
+        self.compiled: set[tuple] = set()
         self._lock = threading.Lock()
 
     def __call__(self, kind: tuple, batch: dict, *more: Any) -> jax.Array:
@@ -74,7 +79,8 @@ class DeviceCall:
                 (CRITIQUES, max_tokens, sample): batch, key, temperature -> int32 [B, K, T].
         """
         shapes = kind, *(array.shape for array in batch.values())
-        if shapes in self._compiled:
+        batch = batch if self._whole else sharding.place_batch(batch, self._mesh)
+        if shapes in self.compiled:
             return self._jitted[kind](self.params, batch, *more)
         with self._lock:
             program = self._program(kind)
@@ -82,7 +88,7 @@ class DeviceCall:
             words = f"compiling the program of {kind[0]}, {rows} x {candidates} candidates"
             with if_slow(words, self._say), user_cache.programs_kept():
                 found = program(self.params, batch, *more)  # what is compiled is kept for others
-            self._compiled.add(shapes)
+            self.compiled.add(shapes)
         return found
 
     def _program(self, kind: tuple) -> Any:

@@ -15,23 +15,35 @@ with `dimensions` where a model has several, and `error` in place of what could 
 
 from __future__ import annotations
 
+import collections
 import itertools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jrm_jax.data.ingest.pictures import GroupPictures
 from jrm_jax.data.ingest.rows import find, read_rows
 from jrm_jax.data.labels import field_error
 from jrm_jax.errors import UserError
 from jrm_jax.serving.groups import Group
-from jrm_jax.serving.reward_model import RewardModel
+from jrm_jax.serving.planned import ahead
+from jrm_jax.serving.reward_model import FIRST, RewardModel
 from jrm_jax.shell import terminal
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
-CHUNK = 64  # groups in memory
+
+
+class _Asked(NamedTuple):
+    """A row of the input: what is known of its row of the output, and what is to be scored.
+
+    scored: the candidates of the output's row that have no error, in the order of the group's.
+    """
+
+    found: dict[str, Any]
+    group: Group | None = None
+    scored: Sequence[dict[str, Any]] = ()
 
 
 def score_file(
@@ -54,16 +66,22 @@ def score_file(
     pictures = images or (source if source.is_dir() else source.parent)
     state = out.with_name(out.name + ".state.json")
     done, failed = _begin(out, state, _facts(model, files, pictures))
-    rows = itertools.chain.from_iterable(read_rows(file) for file in files)
+
+    def asked(first: int, last: int | None = None) -> Iterator[_Asked]:
+        rows = itertools.chain.from_iterable(read_rows(file) for file in files)
+        some = itertools.islice(rows, first, last)
+        return ahead(lambda row: _ask(model, *row, pictures), some, 2 * model.batch_size)
+
     try:
         bar = terminal.Bar("scoring", total)
         bar.done = done
         with out.open("a", encoding="utf-8") as file, bar:
-            for chunk in _chunks(itertools.islice(rows, done, None)):
-                for found in _score(model, chunk, pictures):
-                    file.write(json.dumps({"row": done, **found}, ensure_ascii=False) + "\n")
-                    done, failed = done + 1, failed + has_error(found)
+            # by the same rows wherever a file goes on: the same programs, the same last digits
+            like = [one.group for one in asked(0, FIRST * model.batch_size) if one.group]
+            for found in _score(model, asked(done), like):
+                file.write(json.dumps({"row": done, **found}, ensure_ascii=False) + "\n")
                 file.flush()
+                done, failed = done + 1, failed + has_error(found)
                 bar.show(done)
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error.strerror or error}") from error
@@ -113,32 +131,38 @@ def _begin(out: Path, state: Path, facts: dict[str, Any]) -> tuple[int, int]:
     return done, failed
 
 
-def _chunks(rows: Iterator) -> Iterator[list]:
-    while chunk := list(itertools.islice(rows, CHUNK)):
-        yield chunk
+def _score(model: RewardModel, asked: Iterable[_Asked], like: list[Group]) -> Iterator[dict]:
+    """Rows of the output, in order; what cannot be scored has its reason."""
+    waiting: collections.deque[_Asked] = collections.deque()
+
+    def groups() -> Iterator[Group]:
+        for one in asked:
+            waiting.append(one)
+            if one.group is not None:
+                yield one.group
+
+    def errors() -> Iterator[dict]:
+        while waiting and waiting[0].group is None:
+            yield waiting.popleft().found
+
+    for scores in model.iter_scores(groups(), like):
+        yield from errors()
+        one = waiting.popleft()
+        for cell, cells in zip(one.scored, scores.as_rows(), strict=True):
+            cell |= cells
+        yield one.found
+    yield from errors()
 
 
-def _score(model: RewardModel, chunk: list, folder: Path) -> list[dict[str, Any]]:
-    """Rows of the output; what cannot be scored has its reason."""
-    found: list[dict[str, Any]] = []
-    groups: list[Group] = []
-    scored: list[list[dict[str, Any]]] = []  # the candidates of each group
-    for where, row in chunk:
-        try:
-            if isinstance(row, UserError):
-                raise row
-            group, candidates = _group(model, row, where, GroupPictures(folder))
-        except UserError as error:
-            found.append(_named(row) | {"error": " ".join(str(error).split())})
-            continue
-        found.append(_named(row) | {"candidates": candidates})
-        if group.candidates:
-            groups.append(group)
-            scored.append([one for one in candidates if "error" not in one])
-    for candidates, scores in zip(scored, model.score_batch(groups), strict=True):
-        for one, cells in zip(candidates, scores.as_rows(), strict=True):
-            one |= cells
-    return found
+def _ask(model: RewardModel, where: str, row: Any, folder: Path) -> _Asked:
+    try:
+        if isinstance(row, UserError):
+            raise row
+        group, candidates = _group(model, row, where, GroupPictures(folder))
+    except UserError as error:
+        return _Asked(_named(row) | {"error": " ".join(str(error).split())})
+    scored = [one for one in candidates if "error" not in one]
+    return _Asked(_named(row) | {"candidates": candidates}, group if scored else None, scored)
 
 
 def _named(row: Any) -> dict[str, Any]:

@@ -7,21 +7,26 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+import struct
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from jrm_jax.data.encode import EncodedExample, Encoder
+from jrm_jax.data.encode import Encoder
 from jrm_jax.data.images import to_rgb
 from jrm_jax.data.labels import BROKEN_TEXT, is_text
 from jrm_jax.data.picture_names import read_named, short
 from jrm_jax.data.schema import Candidate, Image, Part, Text
 from jrm_jax.errors import UserError
 
+if TYPE_CHECKING:
+    import PIL.Image
+
 Picture = Any  # path, data: URI, encoded bytes, PIL image, or uint8 array [h, w, 3]
 Parts = tuple[list[Part], list[Candidate]]  # a prompt and its candidates, as encoders take them
+Result = TypeVar("Result")
 
 
 class Scores(NamedTuple):
@@ -59,11 +64,14 @@ class Group(NamedTuple):
     candidates: Sequence[Picture]
 
 
-def read_group(group: Group, where: str = "") -> tuple[Parts, list[str]]:
+def read_group(
+    group: Group, where: str = "", read: Callable[[Picture], bytes] | None = None
+) -> tuple[Parts, list[str]]:
     """(prompt and candidates with encoded pictures, a name of each picture in their order).
 
     Args:
         where: goes before what a message names, 'group 3: '.
+        read: `read_picture`, or `read_size` where no pixels are needed.
 
     Raises:
         UserError: no text, no candidates, or a picture that cannot be read; it is named.
@@ -76,11 +84,11 @@ def read_group(group: Group, where: str = "") -> tuple[Parts, list[str]]:
         raise UserError(f"{where}give a list of at least one candidate picture")
     names: list[str] = []
 
-    def read(picture: Picture, name: str) -> Image:
+    def image(picture: Picture, name: str) -> Image:
         named = f" ({short(str(picture))})" if isinstance(picture, str | Path) else ""
         names.append(f"{where}{name}{named}")
         try:
-            return Image(read_picture(picture))
+            return Image((read or read_picture)(picture))
         except (ValueError, OSError) as error:
             raise UserError(f"{names[-1]}: {_words(error)}") from error
 
@@ -88,20 +96,23 @@ def read_group(group: Group, where: str = "") -> tuple[Parts, list[str]]:
     sources = group.source if isinstance(group.source, list | tuple) else [group.source]
     for i, picture in enumerate(sources):
         if picture is not None:
-            prompt.append(read(picture, "source" if len(sources) == 1 else f"source {i}"))
+            prompt.append(image(picture, "source" if len(sources) == 1 else f"source {i}"))
     candidates = [
-        Candidate((read(picture, f"candidate {i}"),)) for i, picture in enumerate(group.candidates)
+        Candidate((image(picture, f"candidate {i}"),)) for i, picture in enumerate(group.candidates)
     ]
     return (prompt, candidates), names
 
 
-def encode(encoder: Encoder, parts: Parts, names: Sequence[str]) -> EncodedExample:
-    """
+def naming(
+    encoder: Encoder, work: Callable[..., Result], parts: Parts, names: Sequence[str]
+) -> Result:
+    """work(prompt, candidates), of the encoder.
+
     Raises:
         UserError: a picture that cannot be decoded, with its name out of `names`.
     """
     try:
-        return encoder.encode_group(*parts)
+        return work(*parts)
     except ValueError as error:
         prompt, candidates = parts
         every = [*prompt, *(part for candidate in candidates for part in candidate.parts)]
@@ -130,6 +141,20 @@ def read_picture(picture: Picture) -> bytes:
         return picture
     if isinstance(picture, str | Path):
         return read_named(str(picture))
+    file = io.BytesIO()
+    to_rgb(_opened(picture)).save(file, "PNG", compress_level=1)
+    return file.getvalue()
+
+
+def read_size(picture: Picture) -> bytes:
+    """As `read_picture`; of a picture in memory only what a PNG begins with, its size."""
+    if isinstance(picture, bytes | str | Path):
+        return read_picture(picture)
+    width, height = _opened(picture).size
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I4sIIB", 13, b"IHDR", width, height, 8)
+
+
+def _opened(picture: Picture) -> PIL.Image.Image:
     import PIL.Image
 
     if isinstance(picture, np.ndarray):
@@ -140,9 +165,7 @@ def read_picture(picture: Picture) -> bytes:
     if not isinstance(picture, PIL.Image.Image):
         kind = type(picture).__name__
         raise ValueError(f"a {kind}: give a path, bytes, a PIL image or a uint8 array")
-    file = io.BytesIO()
-    to_rgb(picture).save(file, "PNG", compress_level=1)
-    return file.getvalue()
+    return picture
 
 
 def _words(error: Exception) -> str:

@@ -9,31 +9,34 @@ Letters: K candidates, v visual tokens of a picture.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-from jrm_jax.data.buckets import Bucket
-from jrm_jax.data.encode import EncodedExample, Encoder, TokenRow
+from jrm_jax.data.buckets import Bucket, Cost
+from jrm_jax.data.encode import Encoder
 from jrm_jax.data.processor import Processor
 from jrm_jax.data.schema import Candidate, Text
+from jrm_jax.serving.rows import MOST
 
-CANDIDATES = (2, 4, 8)  # of a rung; a group of more is laid into several rows
+CANDIDATES = (2, 4, MOST)  # of a rung; a group of more is laid into several rows
 SIZES = 3  # rungs of picture sizes at most: the largest picture, a quarter of its tokens, ...
 SMALL = 64  # ... but no rung for pictures of fewer visual tokens than this
 WORDS = 128  # token slots for an instruction
 SLACK = 8  # token slots for what stands around a picture
-TOKENS = 16  # token slots are rounded up to steps of this
+STEP = 16  # what no rung holds is rounded up to multiples of this, ever larger ones
+UNITS = {"tpu": 128}  # platform -> slots come in multiples of this, which its attention needs
+UNIT = 8  # elsewhere
 
-Cost = Callable[[np.ndarray], np.ndarray]  # sizes [m, 6] as in `Bucket` -> cost of a group [m]
 
-
-def make_ladder(encoder: Encoder) -> tuple[Bucket, ...]:
+def make_ladder(encoder: Encoder, unit: int = UNIT) -> tuple[Bucket, ...]:
     """Rungs for one source picture, an instruction and one picture for each candidate.
 
     The smallest come first. Picture sizes go down from the processor's largest.
+
+    Args:
+        unit: slots come in multiples of it.
     """
     processor = encoder.processor
     bare = encoder.encode_group((Text(" "),), [Candidate((Text(" "),))])
@@ -45,9 +48,9 @@ def make_ladder(encoder: Encoder) -> tuple[Bucket, ...]:
         Bucket(
             candidates=count,
             images=count + 1,
-            patches=tokens * processor.merge**2,
-            prompt=_up(words + WORDS + tokens + SLACK, TOKENS),
-            candidate=_up(own + tokens + SLACK, TOKENS),
+            patches=_up(tokens * processor.merge**2, patch_unit(unit, processor)),
+            prompt=_up(words + WORDS + tokens + SLACK, unit),
+            candidate=_up(own + tokens + SLACK, unit),
             critique=0,
         )
         for tokens in reversed(visual)
@@ -55,21 +58,11 @@ def make_ladder(encoder: Encoder) -> tuple[Bucket, ...]:
     )
 
 
-def need_of(encoded: EncodedExample) -> Bucket:
-    """The least bucket that holds a group when it is scored."""
-    return Bucket(
-        candidates=len(encoded.candidates),
-        images=len(encoded.images),
-        patches=max((len(patches) for patches, _ in encoded.images), default=0),
-        prompt=len(encoded.prompt.tokens),
-        candidate=max(len(row.tokens) for row in encoded.candidates),
-        critique=0,
-    )
-
-
-def rung_of(need: Bucket, ladder: Sequence[Bucket], cost: Cost, processor: Processor) -> Bucket:
+def rung_of(
+    need: Bucket, ladder: Sequence[Bucket], cost: Cost, processor: Processor, unit: int = UNIT
+) -> Bucket:
     """The cheapest rung that holds `need`; what none holds gets a bucket of its own, rounded up."""
-    return cheapest(need, ladder, cost) or rounded(need, processor)
+    return cheapest(need, ladder, cost) or rounded(need, processor, unit)
 
 
 def cheapest(need: Bucket, buckets: Sequence[Bucket], cost: Cost) -> Bucket | None:
@@ -90,48 +83,22 @@ def joined(buckets: Sequence[Bucket]) -> Bucket:
     return Bucket(*map(max, zip(*map(dataclasses.astuple, buckets), strict=True)))
 
 
-def rounded(need: Bucket, processor: Processor) -> Bucket:
+def rounded(need: Bucket, processor: Processor, unit: int = UNIT) -> Bucket:
     """`need` in coarse steps, so that needs of about one size share a program."""
+    step = math.lcm(STEP, unit)
     return Bucket(
         candidates=_step(need.candidates),
         images=_step(need.images),
-        patches=_step(need.patches, 4 * processor.merge**2),
-        prompt=_step(need.prompt, TOKENS),
-        candidate=_step(need.candidate, TOKENS),
+        patches=_step(need.patches, math.lcm(4 * processor.merge**2, patch_unit(unit, processor))),
+        prompt=_step(need.prompt, step),
+        candidate=_step(need.candidate, step),
         critique=need.critique,
     )
 
 
-def split(encoded: EncodedExample, most: int = CANDIDATES[-1]) -> list[EncodedExample]:
-    """The group as rows of about equally many candidates, `most` at most; each keeps the prompt.
-
-    Candidates do not see each other, so their scores are the same.
-    """
-    count = len(encoded.candidates)
-    number = -(-count // most)
-    edges = [count * i // number for i in range(number + 1)]
-    if number == 1:
-        return [encoded]
-    return [_part(encoded, range(*ends)) for ends in itertools.pairwise(edges)]
-
-
-def _part(encoded: EncodedExample, which: range) -> EncodedExample:
-    candidates = [encoded.candidates[k] for k in which]
-    kept = sorted({i for row in (encoded.prompt, *candidates) for _, i, _ in row.visual})
-    place = {image: new for new, image in enumerate(kept)}
-
-    def moved(row: TokenRow) -> TokenRow:
-        return row._replace(visual=[(first, place[i], slots) for first, i, slots in row.visual])
-
-    own = slice(which.start, which.stop)
-    return encoded._replace(
-        prompt=moved(encoded.prompt),
-        candidates=[moved(row) for row in candidates],
-        images=[encoded.images[i] for i in kept],
-        preference=encoded.preference[own, own],
-        weight=encoded.weight[own, own],
-        facts=None if encoded.facts is None else encoded.facts[own],
-    )
+def patch_unit(unit: int, processor: Processor) -> int:
+    """Multiple of patch slots: whole visual tokens, and what a platform's attention needs."""
+    return processor.merge**2 if unit <= UNIT else math.lcm(unit, processor.merge**2)
 
 
 def _up(count: int, unit: int) -> int:

@@ -13,8 +13,8 @@ Letters: K candidates, R reward dimensions, B groups.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +23,20 @@ import numpy as np
 
 from jrm_jax.data.buckets import Bucket
 from jrm_jax.data.encode import EncodedExample
-from jrm_jax.data.pipeline import assemble_batch, empty_batch
+from jrm_jax.data.schema import Candidate, Part
 from jrm_jax.errors import UserError
 from jrm_jax.serving import groups as given
 from jrm_jax.serving.device_call import CRITIQUES, SCORES, STATES, DeviceCall
 from jrm_jax.serving.groups import Group, Picture, Scores
-from jrm_jax.serving.ladder import joined, make_ladder, need_of, split
-from jrm_jax.serving.programs import LIMIT, Programs, Work, group_cost
+from jrm_jax.serving.ladder import holds, joined
+from jrm_jax.serving.placing import lay_out, place
+from jrm_jax.serving.planned import ahead
+from jrm_jax.serving.programs import LIMIT, Program
+from jrm_jax.serving.rows import Needs, need_of, needs_from, part_sizes, split
+from jrm_jax.serving.runner import Runner
 from jrm_jax.serving.trained import Trained, load_trained, scale
+
+FIRST = 16  # batches of a stream by whose sizes its buckets are planned
 
 
 class RewardModel:
@@ -44,7 +50,7 @@ class RewardModel:
 
     Attributes:
         buckets: the ladder of single calls, agreed upon when the model is loaded.
-        batch_size: groups of one call of a program for many.
+        batch_size: groups of one call of a program for many, on all devices together.
         work: what was computed so far, and which share of it was padding.
     """
 
@@ -55,13 +61,17 @@ class RewardModel:
         batch_size: int = 8,
         programs: int = LIMIT,
         say: Callable[[str], None] | None = None,
+        devices: Sequence[Any] | None = None,
+        device_bytes: int | None = None,
     ):
-        self.card, self.encoder, self.batch_size = trained.card, trained.encoder, batch_size
+        """Options: as `load`."""
+        self.card, self.encoder = trained.card, trained.encoder
         self.dimensions = self.encoder.dimensions
         tokenizer, processor = self.encoder.tokenizer, self.encoder.processor
-        self._device = DeviceCall(
+        wanted = lay_out(trained.params, compute_dtype, devices, device_bytes)
+        device = DeviceCall(
             trained.config,
-            trained.params,
+            place(trained.params, wanted),
             pixels=(processor.mean, processor.std),
             reward_id=tokenizer.reward_id,
             end_id=tokenizer.end_id,
@@ -69,11 +79,11 @@ class RewardModel:
             compute_dtype=compute_dtype,
             say=say,
         )
+        self._runner = Runner(device, self.encoder, trained.config, batch_size, programs)
+        self.batch_size = self._runner.rows
         self._headless = trained.config.text.headless
-        self.buckets, self.work = make_ladder(self.encoder), Work()
-        self._cost = functools.partial(group_cost, trained.config)
-        self._limit, self._programs = programs, {}
-        self._shelf((SCORES,))  # a bad limit shows here
+        self.buckets, self.work = self._runner.ladder, self._runner.work
+        self._runner.shelf((SCORES,))  # a bad limit shows here
 
     @classmethod
     def load(
@@ -81,6 +91,10 @@ class RewardModel:
         path: str | Path,
         step: int | str = "best",
         backbone: str | Path = "",
+        *,
+        compute_dtype: str = "float32",
+        devices: Sequence[Any] | None = None,
+        device_bytes: int | None = None,
         **options: Any,
     ) -> RewardModel:
         """From a run's folder, or from one that `jrm_jax.export` wrote.
@@ -88,14 +102,24 @@ class RewardModel:
         Args:
             step: of a run's folder: a number, 'best' or 'latest'.
             backbone: of a run's folder: where its backbone lies by now, if it is not found.
-            options: compute_dtype ('float32' or 'bfloat16'), batch_size (groups at a time),
-                programs (that may be compiled for scores in this model's life; as many for
-                critiques), say (told what is compiled, where that takes long).
+            compute_dtype: 'float32' or 'bfloat16', which matrices are then kept in, too.
+            devices: default: all of this process. Each holds the whole model and takes its share of
+                a batch; where one cannot hold it, the model is split over them.
+            device_bytes: memory of each; default: what it says it has.
+            options: batch_size (groups at a time on each device), programs (that may be compiled
+                for scores in this model's life; as many for critiques), say (told what is compiled,
+                where that takes long).
 
         Raises:
-            UserError: the folder holds no trained model.
+            UserError: the folder holds no trained model, or the devices cannot hold it.
         """
-        return cls(load_trained(path, step, backbone), **options)
+        lie = {"compute_dtype": compute_dtype, "devices": devices}
+
+        def laid_out(shapes: dict[str, Any]) -> dict[str, Any]:
+            return lay_out(shapes, **lie, room=device_bytes)
+
+        trained = load_trained(path, step, backbone, laid_out=laid_out)
+        return cls(trained, **lie, device_bytes=device_bytes, **options)
 
     # One call, and what a service needs
 
@@ -118,19 +142,20 @@ class RewardModel:
         Raises:
             UserError: no text, no candidates, or a picture that cannot be read; it is named.
         """
-        return given.encode(self.encoder, *given.read_group(Group(*group), where))
+        parts, names = given.read_group(Group(*group), where)
+        return given.naming(self.encoder, self.encoder.encode_group, parts, names)
 
     def bucket_of(self, encoded: EncodedExample) -> Bucket:
         """The bucket in which `score_rows` takes a group: its rung of the ladder.
 
         What no rung holds gets a bucket of its own. Where no more programs may be added it is the
         cheapest bucket in use that holds it. A group of very many candidates is better cut first,
-        by `ladder.split`.
+        by `rows.split`.
 
         Raises:
             UserError: no bucket in use holds it, and no more may be added.
         """
-        return self._shelf((SCORES,)).choose(need_of(encoded), [self.batch_size])[0]
+        return self._runner.shelf((SCORES,)).choose(need_of(encoded), [self.batch_size]).bucket
 
     def score_rows(self, bucket: Bucket, groups: Sequence[EncodedExample]) -> list[Scores]:
         """Scores of groups by one call of one program, of `batch_size` rows; the rest is padding.
@@ -147,34 +172,94 @@ class RewardModel:
         """
         if len(groups) > self.batch_size:
             raise ValueError(f"{len(groups)} groups, a program has {self.batch_size} rows")
-        self._shelf((SCORES,)).take(bucket, self.batch_size)
-        return self._with_scale(self._run((SCORES,), bucket, self.batch_size, groups))
+        if any(not holds(bucket, need_of(group)) for group in groups):
+            raise UserError(f"a group does not fit into its bucket ({bucket.words}): ask bucket_of")
+        program = self._runner.shelf((SCORES,)).take(Program(bucket, self.batch_size))
+        return self._with_scale(self._runner.call((SCORES,), program, groups))
 
-    def warm(self, buckets: Sequence[Bucket] | None = None, rows: int | None = None) -> None:
+    def warm(self, buckets: Sequence[Bucket] | None = None, single: bool = False) -> None:
         """Compile programs before they are needed.
 
         Args:
             buckets: default: the whole ladder, as far as the limit of programs goes.
-            rows: of each; default: `batch_size`. 1: those of single calls.
+            single: those of single calls, instead of those for `batch_size` groups.
 
         Raises:
             UserError: more buckets than programs may be added.
         """
-        rows = self.batch_size if rows is None else rows
-        shelf = self._shelf((SCORES,))
-        for bucket in self.buckets[: shelf.left] if buckets is None else buckets:
-            shelf.take(bucket, rows)
-            self._device((SCORES,), empty_batch(rows, bucket, self.encoder)).block_until_ready()
+        if buckets is None:
+            buckets = self.buckets[: self._runner.shelf((SCORES,)).left]
+        self._runner.warm((SCORES,), buckets, self._runner.one if single else self.batch_size)
 
     # Many groups
 
     def score_batch(self, groups: Sequence[Group | tuple]) -> list[Scores]:
         """Scores of many groups, in their order; a group is (instruction, source, candidates).
 
+        Sizes are read first, then pictures, a few batches ahead of the devices.
+
         Raises:
             UserError: as `score`; names the group.
         """
-        return self._with_scale(self._each(SCORES, self._encode_all(groups)))
+        named = [(g, f"group {i}: " if len(groups) > 1 else "") for i, g in enumerate(groups)]
+        needs = list(ahead(lambda each: self.need(*each), named, self.batch_size))
+        return self._with_scale(self.score_lazily(needs, lambda index: self.encode(*named[index])))
+
+    def iter_scores(
+        self, groups: Iterable[Group | tuple], like: Sequence[Group | tuple] = ()
+    ) -> Iterator[Scores]:
+        """Scores of any number of groups, in their order, as they come.
+
+        Args:
+            groups: are taken some batches ahead of what is yielded.
+            like: buckets are planned by their sizes; default: the first of `groups`.
+
+        Raises:
+            UserError: as `score_batch`.
+        """
+        rest = iter(groups)
+        first = [] if like else list(itertools.islice(rest, FIRST * self.batch_size))
+        named = ((group, f"group {index}: ") for index, group in enumerate(like or first))
+        found = self._runner.streamed(
+            (SCORES,),
+            ahead(lambda each: self.need(*each), named, self.batch_size),
+            itertools.chain(first, rest),
+            lambda index, group: self.encode(group, f"group {index}: "),
+        )
+        for reward_KR in found:
+            yield from self._with_scale([reward_KR])
+
+    def need(self, group: Group | tuple, where: str = "") -> Needs:
+        """The least buckets that hold a group, by the headers of its pictures.
+
+        Raises:
+            UserError: as `encode`.
+        """
+        parts, names = given.read_group(Group(*group), where, given.read_size)
+        return given.naming(self.encoder, self.measure, parts, names)
+
+    def measure(self, prompt: Sequence[Part], candidates: Sequence[Candidate]) -> Needs:
+        """As `need`, of any parts.
+
+        Raises:
+            ValueError: a picture whose header cannot be read.
+        """
+        return needs_from(self.encoder.part_sizes(prompt, candidates))
+
+    def score_lazily(
+        self,
+        needs: Sequence[Needs],
+        encode: Callable[[int], EncodedExample],
+        advance: Callable[[int], None] | None = None,
+    ) -> list[np.ndarray]:
+        """float32 [K, R] of each group of a set of any parts.
+
+        Args:
+            needs: of each group, from `need` or `measure`.
+            encode: of a group by its number; called from several threads, some batches ahead.
+            advance: told how many groups are done.
+        """
+        return self._runner.planned((SCORES,), needs, encode, advance=advance)
 
     def score_encoded(
         self,
@@ -186,72 +271,29 @@ class RewardModel:
 
         Args:
             one_bucket: all go into one that holds them all: more padding, a single program.
-            advance: told after every batch how many groups it held.
+            advance: told how many groups are done.
         """
-        return self._each(SCORES, groups, one_bucket, advance)
+        return self._encoded(SCORES, groups, one_bucket, advance)
 
     def reward_states(
         self, groups: Sequence[EncodedExample], advance: Callable[[int], None] | None = None
     ) -> list[np.ndarray]:
         """float32 [K, D] each: what the reward head reads, the final state of the reward token."""
-        return self._each(STATES, groups, True, advance)
+        return self._encoded(STATES, groups, True, advance)
 
-    def _shelf(self, kind: tuple) -> Programs:
-        if kind not in self._programs:
-            shelf = Programs(self.buckets, self._cost, self.encoder.processor, self._limit)
-            self._programs.setdefault(kind, shelf)
-        return self._programs[kind]
+    def _encoded(self, kind: str, groups: Sequence[EncodedExample], *options: Any) -> list:
+        needs = [needs_from(part_sizes(group)) for group in groups]
+        return self._runner.planned((kind,), needs, groups.__getitem__, *options)
 
-    def _each(
-        self,
-        kind: str,
-        groups: Sequence[EncodedExample],
-        one_bucket: bool = False,
-        advance: Callable[[int], None] | None = None,
-    ) -> list[np.ndarray]:
-        """[K, ...] of each group."""
-        parts = [(index, part) for index, group in enumerate(groups) for part in split(group)]
-        needs = [need_of(part) for _, part in parts]
-        few = 2 * len(parts) <= self.batch_size
-        counts = [1, self.batch_size] if few else [self.batch_size, 1]
-        if parts and (few or one_bucket):
-            needs = [joined(needs)] * len(parts)
-        by_program: dict[tuple[Bucket, int], list[int]] = {}
-        for place, need in enumerate(needs):
-            chosen = self._shelf((kind,)).choose(need, counts)
-            by_program.setdefault(chosen, []).append(place)
-        found: dict[int, np.ndarray] = {}
-        for (bucket, count), places in by_program.items():
-            for start in range(0, len(places), count):
-                own = places[start : start + count]
-                rows = self._run((kind,), bucket, count, [parts[place][1] for place in own])
-                found |= dict(zip(own, rows, strict=True))
-                if advance is not None:  # a group counts with its first part
-                    firsts = [not place or parts[place - 1][0] != parts[place][0] for place in own]
-                    advance(sum(firsts))
-        of_group: list[list[np.ndarray]] = [[] for _ in groups]
-        for place, (index, _) in enumerate(parts):
-            of_group[index].append(found[place])
-        return [np.concatenate(rows) for rows in of_group]
-
-    def _run(
-        self, kind: tuple, bucket: Bucket, rows: int, groups: Sequence[EncodedExample], *more: Any
-    ) -> list[np.ndarray]:
-        """[K, ...] of each group, of one call."""
-        fillers = [None] * (rows - len(groups))
-        batch = assemble_batch([*groups, *fillers], bucket, self.encoder)
-        self.work.add(bucket, rows, [need_of(group) for group in groups], self._cost)
-        array_BKX = np.asarray(self._device(kind, batch, *more))
-        counts = [len(group.candidates) for group in groups]
-        return [row_KX[:count] for row_KX, count in zip(array_BKX, counts, strict=False)]
+    def describe_work(self) -> str:
+        """'7 programs, 21% of the work was padding'"""
+        count = len(self._runner.device.compiled)
+        words = f"{count} program{'s' * (count != 1)}"
+        return f"{words}, {self.work.padded:.0%} of the work was padding"
 
     def _with_scale(self, rewards: Iterable[np.ndarray]) -> list[Scores]:
         mean, deviation = map(np.float32, scale(self.card))
         return [Scores(r_KR, (r_KR - mean) / deviation, self.dimensions) for r_KR in rewards]
-
-    def _encode_all(self, groups: Sequence[Group | tuple]) -> list[EncodedExample]:
-        names = [f"group {i}: " if len(groups) > 1 else "" for i in range(len(groups))]
-        return [self.encode(group, name) for group, name in zip(groups, names, strict=True)]
 
     # Words
 
@@ -288,11 +330,11 @@ class RewardModel:
             raise UserError("this model's backbone came without a language head: no critiques")
         end = self.encoder.tokenizer.end_id
         parts = split(self.encode(Group(instruction, source, candidates)))
-        kind = (CRITIQUES, max_tokens, temperature > 0)
-        bucket, rows = self._shelf(kind).choose(joined([*map(need_of, parts)]), [1])
+        kind, needs = (CRITIQUES, max_tokens, temperature > 0), [need_of(part) for part in parts]
+        program = self._runner.shelf(kind).choose(joined(needs), [self._runner.one])
         key, heat = jax.random.key(seed), np.float32(temperature or 1.0)
         found = [
-            self._run(kind, bucket, rows, [part], jax.random.fold_in(key, number), heat)[0]
+            self._runner.call(kind, program, [part], jax.random.fold_in(key, number), heat)[0]
             for number, part in enumerate(parts)
         ]
         listed = np.concatenate(found).tolist()

@@ -53,14 +53,23 @@ class Trained(NamedTuple):
         return bool(self.card.get("config", {}).get("loss", {}).get("through_reward"))
 
 
+# shapes of parameters -> the same with a dtype and a sharding each, as they are to be read
+LayOut = Callable[[dict[str, Any]], dict[str, Any]]
+
+
 def load_trained(
-    path: str | Path, step: int | str = "best", backbone: str | Path = "", scores: bool = True
+    path: str | Path,
+    step: int | str = "best",
+    backbone: str | Path = "",
+    scores: bool = True,
+    laid_out: LayOut | None = None,
 ) -> Trained:
     """Read a run's folder (`step`: a number, 'best' or 'latest') or an exported folder.
 
     Args:
         backbone: where the run's backbone lies by now, or its name; needed if it is not found.
         scores: False: a run that has trained no reward is read, too.
+        laid_out: how parameters are to lie; default: whole on the first device, float32.
 
     Raises:
         UserError: neither of the two, no such checkpoint, files at odds with each other, or a
@@ -68,26 +77,32 @@ def load_trained(
     """
     path = Path(path)
     if (path / CHECKPOINTS).is_dir() and (path / CONFIG).is_file():
-        return _load_run(path, step, str(backbone), scores)
+        return _load_run(path, step, str(backbone), scores, laid_out or _here)
     if (path / STAMP).is_file():
         if backbone:
             raise UserError(f"{path} is an export, which holds its backbone: no other can be given")
-        return _load_export(path)
+        return _load_export(path, laid_out or _here)
     what = "is no folder" if not path.is_dir() else f"has neither checkpoints nor {STAMP}"
     raise UserError(f"{path} {what}: give the folder of a run, or one that jrm_jax.export wrote")
 
 
-def _load_run(workdir: Path, step: int | str, backbone: str, scores: bool) -> Trained:
+def _here(shapes: dict[str, Any]) -> dict[str, Any]:
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=here), shapes
+    )
+
+
+def _load_run(
+    workdir: Path, step: int | str, backbone: str, scores: bool, laid_out: LayOut
+) -> Trained:
     named = read_config(workdir)
     folder = backbones.for_reading(named, workdir, backbone)
     config = backbones.located(named, folder)
     architecture = build.load_backbone_config(config)
     encoder = build_data.make_run_encoder(config, architecture)
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     whole = build.abstract_params(config, architecture, len(encoder.dimensions), encoder.facts)
-    whole = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=here), whole
-    )
+    whole = laid_out(whole)
     trainable, frozen = optim.split_params(whole, build.trainable_patterns(config))
     if optim.flatten(frozen) and not config.backbone.random:
         backbones.for_reading(named, workdir, backbone, weights=True)
@@ -96,11 +111,11 @@ def _load_run(workdir: Path, step: int | str, backbone: str, scores: bool) -> Tr
     taught = _taught(config, found, meta)
     if scores and (why := _why_no_score(config, start, found, taught)):
         raise UserError(f"{workdir}: its scores would come from random weights: {why}")
-    paths = frozenset(optim.flatten(frozen))
-    frozen = _load_frozen(config, folder, architecture, paths, encoder, start)
+    paths, laid = frozenset(optim.flatten(frozen)), optim.flatten(whole)
+    frozen = _load_frozen(config, folder, architecture, paths, encoder, start, laid)
     params = optim.merge_params(trainable, frozen)
     if (scale := build.lora_scale(config)) is not None:
-        params = lora.merge_adapters(params, scale)
+        params = lora.merge_adapters(params, scale, lambda path: laid[path].dtype)
     params = {n: p for n, p in params.items() if n not in heads.TRAINING_HEADS}
     encoder = dataclasses.replace(encoder, facts=0)
     results = read_results(workdir)
@@ -126,14 +141,17 @@ def _load_frozen(
     paths: frozenset[str],
     encoder: Encoder,
     start: Callable[[], HeadStart],
+    laid: dict[str, jax.ShapeDtypeStruct],
 ) -> dict[str, Any]:
     """What checkpoints do not hold, as `build.init_state` read it when the run began."""
     if not paths:
         return {}
     table, random = "backbone/embed/embedding", config.backbone.random
-    dtype = build.frozen_dtype(config)
+    frozen, half = build.frozen_dtype(config), jnp.bfloat16  # what the run has rounded
     read = build.random_backbone(config, architecture) if random else weights.load_params(
-        folder, architecture, dtype=dtype, ignore=("score.weight",), only=paths | {table}
+        folder, architecture, optim.unflatten({path: leaf.sharding for path, leaf in laid.items()}),
+        lambda path: half if frozen(path) == half else laid[path].dtype,
+        ignore=("score.weight",), only=paths | {table},
     )  # fmt: skip
     leaves = optim.flatten(read)
     if "reward_head/kernel" in paths and start().is_whole:
@@ -168,7 +186,7 @@ def _why_no_score(
     return "config.trainable or config.optimizer.groups keep its reward head as it began, random"
 
 
-def _load_export(folder: Path) -> Trained:
+def _load_export(folder: Path, laid_out: LayOut) -> Trained:
     card = json.loads((folder / STAMP).read_text())
     architecture = weights.as_stored(folder, load_config(folder))
     stamp = card["stamp"]
@@ -180,7 +198,14 @@ def _load_export(folder: Path) -> Trained:
         positions=stamp["positions"],
     )
     _check_stamp(folder, stamp, encoder)
-    params = weights.load_params(folder, architecture, ignore=("score.weight",))
+    laid = laid_out(weights.abstract_params(architecture))
+    params = weights.load_params(
+        folder,
+        architecture,
+        jax.tree.map(lambda leaf: leaf.sharding, laid),
+        {path: leaf.dtype for path, leaf in optim.flatten(laid).items()}.__getitem__,
+        ignore=("score.weight",),
+    )
     head = weights.load_reward_head(folder, architecture)
     if head is None:
         raise UserError(f"{folder} has no score.weight: it can train, but not score")

@@ -1,0 +1,118 @@
+"""Sets and streams: every group once, in order, in few programs, and never all in memory."""
+
+import dataclasses
+import itertools
+import threading
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from jrm_jax.data.buckets import Bucket
+from jrm_jax.serving.planned import Calls, ahead, in_order, run_all
+from jrm_jax.serving.programs import Program
+
+EMPTY = SimpleNamespace
+WHOLE = Bucket(9, 9, 9, 9, 9, 9)
+
+
+def a_group(number, candidates, size):
+    """What `need_of`, `split` and the calls below look at."""
+    rows = [EMPTY(tokens=[0] * size) for _ in range(candidates)]
+    return EMPTY(number=number, candidates=rows, images=[], prompt=EMPTY(tokens=[0]))
+
+
+class Machine:
+    """Programs of four rows for each size; counts calls, and rows that wait."""
+
+    def __init__(self):
+        self.calls = []
+
+    def fit(self, need):
+        return Program(dataclasses.replace(WHOLE, candidate=need.candidate), 4)
+
+    def lay(self, program, groups):
+        return {"rows": [(g.number, len(g.candidates)) for g in groups], "program": program}
+
+    def run(self, batch):
+        self.calls.append((batch["program"], len(batch["rows"])))
+        found = np.full((4, 8, 1), np.nan, np.float32)
+        for row, (number, count) in enumerate(batch["rows"]):
+            found[row, :count, 0] = number + np.arange(count) / 8
+        return found
+
+    @property
+    def as_calls(self):
+        return Calls(lambda group: [group], self.fit, self.lay, self.run)
+
+
+def test_what_is_prepared_ahead_comes_in_order_and_no_further_than_asked():
+    taken = []
+
+    def items():
+        for i in range(50):
+            taken.append(i)
+            yield i
+
+    def slow(i):
+        time.sleep(0.002 * (i % 3))
+        return i * i
+
+    found = []
+    for value in ahead(slow, items(), 5):
+        found.append(value)
+        assert len(taken) <= len(found) + 6
+    assert found == [i * i for i in range(50)]
+    before = threading.active_count()
+    stream = ahead(slow, itertools.count(), 5)
+    assert next(stream) == 0
+    stream.close()
+    assert threading.active_count() <= before
+
+
+def test_an_error_comes_in_its_place():
+    def fail(i):
+        if i == 3:
+            raise KeyError(i)
+        return i
+
+    stream = ahead(fail, range(10), 4)
+    assert [next(stream) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(KeyError):
+        next(stream)
+
+
+@pytest.mark.parametrize("lag", [None, 12])
+def test_every_group_is_scored_once_in_full_batches(lag):
+    rng, machine = np.random.default_rng(0), Machine()
+    groups = [a_group(i, int(rng.integers(1, 8)), int(rng.integers(1, 4))) for i in range(203)]
+    found = list(in_order(run_all(enumerate(groups), lambda _, g: g, machine.as_calls, 4, lag)))
+    assert len(found) == len(groups)
+    for group, array_KX in zip(groups, found, strict=True):
+        count = len(group.candidates)
+        np.testing.assert_array_equal(array_KX[:, 0], group.number + np.arange(count) / 8)
+    partial = [call for call in machine.calls if call[1] < 4]
+    assert len(partial) <= (1 if lag is None else 15)  # a set's last batches are joined
+
+
+def test_a_rare_size_does_not_hold_up_a_stream():
+    machine, held = Machine(), []
+    groups = (a_group(i, 1, 2 if i == 5 else 1) for i in range(10**9))
+    stream = in_order(run_all(enumerate(groups), lambda _, g: g, machine.as_calls, 4, 40))
+    for wanted, array_KX in enumerate(itertools.islice(stream, 200)):
+        held.append(sum(count for _, count in machine.calls) - wanted)
+        assert array_KX[0, 0] == wanted
+    assert max(held) < 40 + 8 * 4
+
+
+def test_parts_of_a_large_group_come_back_as_one():
+    machine, big = Machine(), a_group(7, 9, 1)
+
+    def cut(group):
+        return [a_group(7, 5, 1), a_group(107, 4, 1)] if group is big else [group]
+
+    calls = machine.as_calls._replace(cut=cut)
+    (found,) = list(in_order(run_all([(0, big)], lambda _, g: g, calls, 4)))
+    wanted = [*(7 + np.arange(5) / 8), *(107 + np.arange(4) / 8)]
+    np.testing.assert_array_equal(found[:, 0], np.float32(wanted))
