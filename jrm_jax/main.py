@@ -1,5 +1,6 @@
 """Entry point: `python -m jrm_jax.main --config=configs/joint.py [--workdir=DIR]`."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -27,6 +28,8 @@ def _main() -> int:
     config_cli.parse(sys.argv, __doc__)
     if _CONFIG.value is None:
         raise UserError("--config is missing: --config=configs/joint.py")
+    # a run has its GPUs to itself: JAX would leave a quarter of their memory alone
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.93")
     cli.prepare()
     from jrm_jax import distributed, train
     from jrm_jax.run import programs

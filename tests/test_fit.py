@@ -159,8 +159,8 @@ def search(monkeypatch):
         monkeypatch.setattr(fitting, "_step", lambda remat, parts: (remat, parts))
         compiler = Compiler(dict(zip(REMAT, needs, strict=True)), has, bucket, given_up)
         going_on = fitting.search(compiler, "train", kept.append)
-        assert going_on is not given_up and kept[-1:] == compiler.tried[-1:]
-        return compiler.tried[-1], [remat for remat, _ in compiler.tried], said
+        assert going_on is not given_up and kept[-1] == (*compiler.tried, compiler.step)[-1]
+        return compiler.step, [remat for remat, _ in compiler.tried], said
 
     return run
 
@@ -172,6 +172,16 @@ def test_auto_takes_the_least_that_fits_and_says_so(search):
     assert said[-1] == "remat narrow, the least that fits"
     assert search((40, 30, 20, 10), has=50)[1] == ["none"]
     assert search((40, 30, 20, 10), has=15, remat="full") == (("full", 1), ["full"], [])
+
+
+@pytest.mark.parametrize("remat", ["auto", "dots"])
+def test_where_there_is_plenty_nothing_is_compiled_to_be_sure(search, rough, remat):
+    """A small model's first step does not wait for the program of its largest batch."""
+    first = "none" if remat == "auto" else remat
+    need = rough(first)[0]
+    for limit, tried in ((4.1 * need, []), (3.9 * need, [first])):
+        found = search((1, 1, 1, 1), has=2, limit=int(limit), remat=remat)
+        assert found[:2] == ((first, 1), tried)
 
 
 def test_what_cannot_fit_is_not_compiled(search, rough):
@@ -247,7 +257,10 @@ def start(small_backbone, tmp_path_factory):  # noqa: F811
     return run
 
 
-def test_a_run_trains_with_the_program_that_was_found_to_fit(start, tmp_path, capsys, caplog):
+def test_a_run_trains_with_the_program_that_was_found_to_fit(
+    start, tmp_path, capsys, caplog, monkeypatch
+):
+    monkeypatch.setattr(fit, "PLENTY", 0)
     jax.config.update("jax_log_compiles", True)
     try:
         assert start(2**40, tmp_path / "run") == 0

@@ -28,6 +28,7 @@ ROOM = 0.95  # of a device's memory for one program; some is lost between buffer
 # What is told from shapes may be so much too high: the compilers' plans of Qwen3-VL-2B's step were
 # 0.94 to 1.13 of it.
 DOUBT = 1.1
+PLENTY = 0.25  # of what a program may use: what needs less by that count is not compiled to be sure
 SMALLER = "--config.lora.rank=16 or fewer patterns in --config.trainable"
 Way = TypeVar("Way")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -196,13 +197,21 @@ class Fitting:
         batch = place(config, empty_batch(rows, largest[1], self._data.encoder), self._mesh)
         failure = OutOfMemory(None, None)
 
+        def rough_need(way: tuple[str, int]) -> int:
+            changed = self._with(*way)
+            forward = build.make_run_forward(changed, self._module(changed), self._data)
+            return rough_bytes(forward, self._state, batch, way[1])
+
+        def use(way: tuple[str, int]) -> None:
+            step = self._step(*way)
+            keep(step)
+            programs.use(kind, step)
+
         def may(way: tuple[str, int]) -> bool:
             nonlocal failure
             if self.limit is None or way[0] == REMAT[-1]:
                 return True
-            changed = self._with(*way)
-            forward = build.make_run_forward(changed, self._module(changed), self._data)
-            rough, fine = rough_bytes(forward, self._state, batch, way[1]), True
+            rough, fine = rough_need(way), True
             if rough > DOUBT * self.limit:
                 failure, fine = OutOfMemory(rough, self.limit), False
                 self._say(f"{_words(*way)} does not fit{failure.by_how_much}, about")
@@ -210,9 +219,8 @@ class Fitting:
 
         def fits(way: tuple[str, int]) -> bool:
             nonlocal failure, given_up
-            step, fine = self._step(*way), True
-            keep(step)
-            programs.use(kind, step)
+            fine = True
+            use(way)
             try:
                 inputs = {largest: (self._state, batch)}
                 given_up = not programs.prepare(inputs, limit=self.limit)
@@ -223,6 +231,12 @@ class Fitting:
 
         parts = config.accumulation
         asked = REMAT if config.remat == build.AUTO else (config.remat,)
+        least = asked[0], parts
+        if self.limit is not None and distributed.all_agree(
+            rough_need(least) <= PLENTY * self.limit
+        ):
+            use(least)  # its first step need not wait for the dearest program
+            return True
         found = first_fit(((remat, parts) for remat in asked), may, fits)
         if given_up or found:
             if not given_up and len(asked) > 1:
