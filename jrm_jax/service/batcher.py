@@ -96,7 +96,7 @@ class Batcher:
                 queue.setdefault(job.caller, collections.deque()).append(job)
             self._changed.notify_all()
 
-    def arrived(self, count: int) -> None:
+    def missing(self, count: int) -> None:
         """So many groups that were on the way will not come."""
         with self._changed:
             self._preparing -= count
@@ -227,7 +227,7 @@ class Ticket:
         with self._lock:
             if not self._closed:
                 self._left -= 1
-                self._batcher.arrived(1)
+                self._batcher.missing(1)
 
     def __enter__(self) -> Ticket:
         return self
@@ -235,5 +235,5 @@ class Ticket:
     def __exit__(self, *_: Any) -> None:
         with self._lock:
             self._closed = True
-            self._batcher.arrived(self._left)
+            self._batcher.missing(self._left)
             self._batcher.give_back(self._count, self._jobs)
