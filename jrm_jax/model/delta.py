@@ -16,6 +16,7 @@ convolution, c channels.
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -214,7 +215,7 @@ class DeltaMixer(nn.Module):
         a, b = (linear(delta.value_heads, name=name)(x_BSD) for name in ("a", "b"))
         taps_Wc = self.param("conv", _taps, (delta.taps, delta.channels), jnp.float32)
         log_rate_V = self.param("A_log", _log_rates, (delta.value_heads,), jnp.float32)
-        bias_V = self.param("dt_bias", nn.initializers.ones, (delta.value_heads,), jnp.float32)
+        bias_V = self.param("dt_bias", _step_biases, (delta.value_heads,), jnp.float32)
         rate_V = jnp.exp(log_rate_V.astype(jnp.float32))
         g = -rate_V * jax.nn.softplus(a.astype(jnp.float32) + bias_V.astype(jnp.float32))
         beta = jax.nn.sigmoid(b).astype(jnp.float32)
@@ -277,3 +278,10 @@ def _taps(key: Array, shape: tuple[int, int], dtype: jnp.dtype) -> Array:
 
 def _log_rates(key: Array, shape: tuple[int], dtype: jnp.dtype) -> Array:
     return jnp.log(jax.random.uniform(key, shape, dtype, 1.0, 16.0))
+
+
+def _step_biases(key: Array, shape: tuple[int], dtype: jnp.dtype) -> Array:
+    """Their softplus lies between 0.001 and 0.1, evenly in its logarithm, as in Mamba-2 (Dao and
+    Gu, 2024): a state that forgot within a token would leave a head nothing but a sign."""
+    steps = jnp.exp(jax.random.uniform(key, shape, dtype, math.log(1e-3), math.log(1e-1)))
+    return steps + jnp.log(-jnp.expm1(-steps))
