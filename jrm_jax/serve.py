@@ -98,7 +98,7 @@ def _load(args: argparse.Namespace, service) -> Scorer:
         "template": model.card["stamp"]["template"],
     }
     sizes = ", ".join(f"{b.candidates} candidates of {b.patches} patches" for b in warm)
-    terminal.say(f"ready: {len(warm)} programs of {args.batch_size} groups: {sizes or 'none yet'}")
+    terminal.say(f"ready: {len(warm)} programs of {model.batch_size} groups: {sizes or 'none yet'}")
     return Scorer(model, service.limits, service.metrics, warm)
 
 

@@ -1,5 +1,6 @@
 """The service around a real model: the same numbers as `RewardModel`, whoever else asks."""
 
+import os
 import random
 import signal
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from entry_point import QUICK
 from export_case import family_run, make_groups
 from service_case import BROKEN, serving
 
@@ -88,14 +90,15 @@ def test_the_command_serves_and_ends_when_asked_to(model, groups, free_port, tmp
         sys.executable, "-m", "jrm_jax.serve", f"--model={family_run('qwen3_vl')}",
         f"--port={free_port}", f"--token_file={tmp_path / 'token'}", "--batch_size=4", "--warm=2",
     ]  # fmt: skip
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    env = {**os.environ, "XLA_FLAGS": QUICK}  # one device, as `model` has
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=env)
     try:
         wait_ready(free_port, process)
         row = model.encode(groups[0])
         (wanted,) = model.score_rows(model.bucket_of(row), [row])
         with RewardClient(f"http://127.0.0.1:{free_port}", "a-token-of-some-length") as client:
             (found,) = client.score_groups(groups[:1])
-        np.testing.assert_array_equal(found.reward_KR, wanted.reward_KR)
+        np.testing.assert_allclose(found.reward_KR, wanted.reward_KR, rtol=0, atol=1e-5)
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
     finally:
