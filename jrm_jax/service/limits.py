@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 
 from jrm_jax.errors import UserError
+from jrm_jax.shell.arguments import Parser
 
 
 def _limit(default: int | float, words: str) -> int | float:
@@ -44,7 +45,7 @@ class Limits:
             )
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
+def add_flags(parser: Parser) -> None:
     """One flag for each field."""
     for field in dataclasses.fields(Limits):
         kind = float if isinstance(field.default, float) else int
