@@ -68,7 +68,8 @@ class _Client:
     Args:
         servers: one address or several; requests go round.
         token: what the service was given as --token_file; unset: the variable JRM_TOKEN.
-        timeout: seconds for one try.
+        timeout: seconds for one try, from when it has a connection. More than the server's
+            --deadline_s, so that its own answer (504) arrives.
         retries: further tries after 429 and 503.
     """
 
@@ -76,7 +77,7 @@ class _Client:
         self,
         servers: str | Sequence[str],
         token: str | None = None,
-        timeout: float = 60.0,
+        timeout: float = 90.0,
         retries: int = 8,
     ):
         found = [servers] if isinstance(servers, str) else list(servers)
@@ -88,7 +89,9 @@ class _Client:
         headers = {"X-JRM-Client": uuid.uuid4().hex}
         if token:
             headers["Authorization"] = f"Bearer {token}"
-        self._options = {"headers": headers, "timeout": timeout, "trust_env": False}
+        # many asks at once wait for a connection as long as those before them take
+        patience = httpx.Timeout(timeout, pool=None)
+        self._options = {"headers": headers, "timeout": patience, "trust_env": False}
         self._retries = retries
 
     def _tries(self) -> Iterator[str]:
@@ -282,7 +285,7 @@ def read(answer: httpx.Response) -> dict[str, Any]:
 
 
 def read_scores(found: dict[str, Any]) -> list[GroupScores]:
-    """Of the JSON of /v1/score."""
+    """Of the JSON of /v1/score. A reward that is not finite is an error of its candidate."""
     dimensions = tuple(found["dimensions"])
     scores = []
     for group in found["groups"]:
@@ -295,6 +298,9 @@ def read_scores(found: dict[str, Any]) -> list[GroupScores]:
                 reward_KR[k, r] = one["dimensions"][name]["reward"]
                 known = one["dimensions"][name]["normalised"]
                 normalised_KR[k, r] = np.nan if known is None else known
+            if not error and not np.isfinite(reward_KR[k]).all():
+                errors[k] = "no finite reward"
+                reward_KR[k] = normalised_KR[k] = np.nan
         scores.append(GroupScores(reward_KR, normalised_KR, dimensions, tuple(errors)))
     return scores
 
@@ -306,7 +312,7 @@ def first_column(scores: Sequence[GroupScores], failed: float | None = None) -> 
         failed: stands for a candidate without a score; None: it raises.
 
     Raises:
-        RewardError: a candidate has no score. Also a reward that is not finite.
+        RewardError: a candidate has no score.
     """
     faults = {
         (g, k): error

@@ -23,6 +23,7 @@ from jrm_jax.shell.stop import leave
 if TYPE_CHECKING:
     from jrm_jax.service.scorer import Scorer
 
+LEAST = {"batch_size": 1, "programs": 1, "warm": -1}
 NEEDED = ("fastapi", "uvicorn", "python_multipart", "prometheus_client")
 
 
@@ -34,7 +35,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--step", default="best", help="of a run: a number, 'best' or 'latest'")
     parser.add_argument("--backbone", default="", help="where the backbone of a run lies by now")
     parser.add_argument("--compute_dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--batch_size", type=int, default=8, help="groups of a batch; default 8")
+    words = "groups of a batch for each device; default 8"
+    parser.add_argument("--batch_size", type=int, default=8, help=words)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=int, default=8080)
     parser.add_argument("--token_file", type=Path, help="tokens of callers, one a line")
@@ -60,13 +62,17 @@ def serve(args: argparse.Namespace) -> int:
     """The status of the process.
 
     Raises:
-        UserError: no such model, an address that needs a token, limits at odds, a port in use.
+        UserError: no such model, an address that needs a token, limits at odds, a number below its
+            least, a port in use.
     """
     from jrm_jax.service import auth, limits, server
     from jrm_jax.service.app import Service
 
     if not 0 < args.port < 65536:
         raise UserError(f"--port={args.port}: from 1 to 65535")
+    for name, least in LEAST.items():
+        if (value := getattr(args, name)) < least:
+            raise UserError(f"--{name}={value}: at least {least}")
     tokens = auth.read_tokens(args.token_file) if args.token_file else None
     if tokens is None and not args.without_token and auth.is_public(args.host):
         raise UserError(

@@ -19,6 +19,7 @@ from service_case import BROKEN, FakeModel, make_service, png, serving
 from jrm_jax import client as client_module
 from jrm_jax.client import AsyncRewardClient, RewardClient, RewardError, encode, pixels
 from jrm_jax.service.auth import Tokens
+from jrm_jax.service.limits import Limits
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL, TOKEN = FakeModel(), "a-token-of-some-length"
@@ -196,3 +197,25 @@ print(sorted({{name.partition(".")[0] for name in sys.modules}} & {{"jax", "flax
         assert heavy == "[]"
         times.append(float(seconds))
     assert min(times) < 0.5
+
+
+@pytest.mark.parametrize("bad", [None, float("nan"), float("inf"), -float("inf")])
+def test_a_reward_that_is_not_finite_is_an_error(bad):
+    def candidate(*rewards):
+        named = zip("ab", rewards, strict=True)
+        return {"dimensions": {n: {"reward": r, "normalised": 1} for n, r in named}}
+
+    rows = [candidate(1.0, 2.0), candidate(bad, 2.0), candidate(1.0, bad)]
+    found = {"dimensions": ["a", "b"], "groups": [{"candidates": rows}]}
+    scores = client_module.read_scores(json.loads(json.dumps(found)))
+    assert scores[0].errors == (None, *["no finite reward"] * 2)
+    assert np.isnan(scores[0].reward_KR[1:]).all() and scores[0].reward_KR[0].tolist() == [1, 2]
+    with pytest.raises(RewardError, match="2 without a score; group 0, candidate 1: no finite"):
+        client_module.first_column(scores)
+    assert client_module.first_column(scores, -1.0)[0].tolist() == [1, -1, -1]
+
+
+def test_a_try_is_longer_than_the_servers_deadline_and_does_not_count_the_wait_for_a_connection():
+    with RewardClient("http://rewards") as found:
+        timeout = found._http.timeout
+    assert timeout.pool is None and timeout.read > Limits().deadline_s

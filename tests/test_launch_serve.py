@@ -60,6 +60,8 @@ def test_compose():
 def test_alerts_name_series_and_reasons_that_exist():
     metrics = Metrics()
     metrics.rejections.labels("queue_full").inc()
+    series = {name: one for name, one in vars(metrics).items() if name != "registry"}
+    labels = {f"jrm_{name}_total": one._labelnames for name, one in series.items()}
     known = set(re.findall(r"^# TYPE (\w+)", metrics.text().decode(), re.M))
     known |= {f"{name}_bucket" for name in known}
     (groups,) = load("alerts.yaml")
@@ -70,6 +72,10 @@ def test_alerts_name_series_and_reasons_that_exist():
         assert named <= known, named - known
         assert set(re.findall(r'reason="(\w+)"', rule["expr"])) <= set(STATUS)
         assert rule["annotations"]["summary"]
+        # Prometheus joins two series only where all their labels are the same
+        summed = set(re.findall(r"without \((\w+)\)", rule["expr"]))
+        kept = {frozenset(labels.get(name, ())) - summed for name in named}
+        assert len(kept) == 1 or "_bucket" in rule["expr"], rule["alert"]
 
 
 def test_the_deployment():

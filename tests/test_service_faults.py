@@ -68,6 +68,15 @@ def test_every_route_but_two_needs_a_token(capfd):
         assert http.get("/", auth=("anyone", TOKEN)).status_code == 200  # as a browser asks
         answer = http.post("/v1/score", headers={**right, "sec-fetch-site": "cross-site"}, **form())
         assert answer.status_code == 403
+        host = url.removeprefix("http://")
+        for origin, wanted in ((url, 200), (url.upper(), 200), ("http://evil.example", 403),
+                               ("null", 403), (f"{url}0", 403), ("http://127.0.0.1", 403),
+                               (f"http://evil.example/{host}", 403)):  # fmt: skip
+            answer = http.post("/v1/score", headers={**right, "origin": origin}, **form())
+            assert answer.status_code == wanted, origin
+        # a browser's own word counts more: a proxy may have changed the host
+        sure = {**right, "origin": "https://rewards.example.org", "sec-fetch-site": "same-origin"}
+        assert http.post("/v1/score", headers=sure, **form()).status_code == 200
         # no token: nothing of the body is read
         with dial(url) as raw:
             raw.sendall(head(length=10**9))

@@ -116,6 +116,10 @@ def test_the_command_serves_and_ends_when_asked_to(model, groups, free_port, tmp
     (["--model=/nowhere", "--token_file=/nowhere"], "cannot be read"),
     (["--model=/nowhere", "--max_queue=3"], "cannot hold one request"),
     (["--model=/nowhere", "--deadline_s=0"], "larger than zero"),
+    (["--model=/nowhere", "--deadline_s=nan"], "finite"),
+    (["--model=/nowhere", "--batch_size=0"], "--batch_size=0: at least 1"),
+    (["--model=/nowhere", "--programs=-1"], "--programs=-1: at least 1"),
+    (["--model=/nowhere", "--warm=-2"], "--warm=-2: at least -1"),
 ])  # fmt: skip
 def test_bad_arguments_are_one_line(arguments, words, capsys, monkeypatch, free_port):
     def leave(status):

@@ -74,6 +74,12 @@ def test_v1_forms_carry_bytes(http):
         ([*plain, ("sauce", ("s", b""))], "'sauce'"),
         ([plain[0], ("candidate", (None, "/etc/passwd"))], "send pictures as files"),
         (plain[1:], "groups[0].instruction"),
+        ([*parts, parts[1]], "two parts have the name 's'"),
+        ([*parts, parts[0]], "two parts have the name 'request'"),
+        ([*parts, ("instruction", (None, "Red."))], "a field with the name 'instruction'"),
+        ([*parts, ("seed", (None, "3"))], "a field with the name 'seed'"),
+        ([*plain, plain[0]], "two parts have the name 'instruction'"),
+        ([*plain, ("seed", ("s", b"3"))], "a file with the name 'seed'"),
         (plain[:1], "groups[0].candidates"),
     ):
         answer = http.post("/v1/score", files=wrong)

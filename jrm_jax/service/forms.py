@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import Request
 from starlette.datastructures import FormData, UploadFile
@@ -16,6 +16,12 @@ from jrm_jax.service.wire import Ask, GroupIn, ScoreIn
 
 JSON_BYTES = 4 << 20  # of the field `request`: names and instructions, no pictures
 _OPTIONS = ("max_tokens", "temperature", "seed")  # of a critique, as fields of their own
+_FIELDS, _FILES = ("instruction", *_OPTIONS), ("source", "candidate")  # of a form without `request`
+_PLAIN = (
+    "give `request`, or the field `instruction` with files `source` and `candidate`:"
+    " send pictures as files, with a file name (curl -F candidate=@a.png)"
+)
+Content = TypeVar("Content", str, bytes)
 
 
 async def read(
@@ -43,6 +49,19 @@ async def read(
     raise Refused("media_type", f"{media[:80]!a}: {words}")
 
 
+def _once(parts: list[tuple[str, Content]]) -> dict[str, Content]:
+    """
+    Raises:
+        Refused: a name that stands twice: which of the two is meant?
+    """
+    found: dict[str, Content] = {}
+    for name, content in parts:
+        if name in found:
+            raise Refused("invalid", f"two parts have the name {name[:80]!a}")
+        found[name] = content
+    return found
+
+
 async def _form(
     request: Request, limits: Limits
 ) -> tuple[list[tuple[str, str]], list[tuple[str, bytes]]]:
@@ -67,17 +86,18 @@ def _from_form(
     kind: type[ScoreIn],
     limits: Limits,
 ) -> tuple[Any, list[Ask]]:
-    given = dict(fields)
+    given = _once(fields)
     if "request" in given:
+        for name in given:
+            if name != "request":
+                words = "beside `request` there are only files; what it says goes into the JSON"
+                raise Refused("invalid", f"a field with the name {name[:80]!a}: {words}")
         body = wire.parse(kind, given["request"])
-        return body, wire.from_form(body.groups, dict(files), limits)
-    for name, _ in (*fields, *files):
-        if name not in ("instruction", "source", "candidate", *_OPTIONS):
-            words = "give `request`, or `instruction`, `source` and `candidate`"
-            raise Refused("invalid", f"a part with the name {name[:80]!a}: {words}")
-    if any(name in ("source", "candidate") for name in given):
-        words = "send pictures as files, with a file name (curl -F candidate=@a.png)"
-        raise Refused("invalid", words)
+        return body, wire.from_form(body.groups, _once(files), limits)
+    for names, parts, what in ((_FIELDS, fields, "a field"), (_FILES, files, "a file")):
+        for name, _ in parts:
+            if name not in names:
+                raise Refused("invalid", f"{what} with the name {name[:80]!a}: {_PLAIN}")
     named = {f"{name} {index}": data for index, (name, data) in enumerate(files)}
     group = GroupIn.model_construct(
         instruction=given.get("instruction", ""),

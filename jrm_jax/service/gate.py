@@ -97,11 +97,10 @@ class Gate:
             return
         if self._tokens and not self._tokens.accept(headers.get(b"authorization", b"")):
             raise Refused("unauthorised", "give a token: Authorization: Bearer TOKEN")
-        if headers.get(b"sec-fetch-site", b"none") not in (b"none", b"same-origin"):
-            # a browser that is logged in would send its token along from any page
-            if working:
-                raise Refused("cross_site", "not from pages of other sites")
         if working:
+            # a browser that is logged in would send its token along from any page
+            if _is_cross_site(headers):
+                raise Refused("cross_site", "not from pages of other sites")
             if closed := self._closed():
                 raise closed
             self._admit()
@@ -114,6 +113,16 @@ class Gate:
         if self._waiting_bytes + count > self._limits.max_waiting_bytes:
             raise Refused("queue_full", "too many bytes wait; send this again in 2 s", 2)
         self._waiting_bytes += count
+
+
+def _is_cross_site(headers: dict[bytes, bytes]) -> bool:
+    """Whether a page of another site asks. Browsers say so to HTTPS and localhost; to other
+    addresses they send the page's origin alone, 'null' where it has none. Others send neither."""
+    if (site := headers.get(b"sec-fetch-site")) is not None:
+        return site not in (b"none", b"same-origin")
+    origin = headers.get(b"origin")
+    asked = headers.get(b"host", b"").lower()
+    return origin is not None and origin.lower().partition(b"://")[2] != asked
 
 
 class _Body:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 
 from jrm_jax.errors import UserError
 from jrm_jax.shell.arguments import Parser
@@ -34,6 +35,8 @@ class Limits:
 
     def __post_init__(self):
         for name, value in dataclasses.asdict(self).items():
+            if not math.isfinite(value):
+                raise UserError(f"--{name}={value}: must be a finite number")
             if value <= 0 and name != "wait_ms":
                 raise UserError(f"--{name}={value}: must be larger than zero")
         if self.wait_ms < 0:
@@ -56,6 +59,6 @@ def add_flags(parser: Parser) -> None:
 def from_flags(args: argparse.Namespace) -> Limits:
     """
     Raises:
-        UserError: a limit that is not larger than zero, or limits at odds.
+        UserError: a limit that is not finite and larger than zero, or limits at odds.
     """
     return Limits(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Limits)})
