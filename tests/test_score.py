@@ -243,6 +243,24 @@ def test_other_bad_input_is_one_line(workdir, model, files, tmp_path, capsys):
             model.score(text, source, candidates_given)
 
 
+def test_the_picture_of_a_bad_size_is_named(model):
+    good, thin = np.zeros((64, 64, 3), np.uint8), np.zeros((1, 500, 3), np.uint8)
+    for source, candidates, name in (
+        (good, [good, thin], "candidate 1"), (thin, [good], "source"),
+        (PIL.Image.fromarray(good), [PIL.Image.fromarray(thin)], "candidate 0"),
+        ([good, thin], [good], "source 1"),
+    ):  # fmt: skip
+        for ask in (model.need, model.encode):
+            with pytest.raises(UserError, match=f"^{name}: .*at most 200 times"):
+                ask(("Make it red.", source, candidates))
+
+
+def test_a_batch_holds_at_least_one_group(workdir):
+    for size in (0, -3):
+        with pytest.raises(UserError, match=f"batch_size is {size}, must be at least 1"):
+            RewardModel.load(workdir, batch_size=size, devices=jax.devices()[:1])
+
+
 def many(files, tmp_path, rows):
     """A JSON line file of `rows`; pictures stand beside it."""
     path = tmp_path / "many.jsonl"

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from jrm_jax.data.encode import Encoder
 from jrm_jax.data.images import to_rgb
 from jrm_jax.data.labels import BROKEN_TEXT, is_text
 from jrm_jax.data.picture_names import read_named, short
@@ -104,12 +103,15 @@ def read_group(
 
 
 def naming(
-    encoder: Encoder, work: Callable[..., Result], parts: Parts, names: Sequence[str]
+    check: Callable[[bytes], Any], work: Callable[..., Result], parts: Parts, names: Sequence[str]
 ) -> Result:
     """work(prompt, candidates), of the encoder.
 
+    Args:
+        check: what the work does with each picture: `processor.measure` or `processor.encode`.
+
     Raises:
-        UserError: a picture that cannot be decoded, with its name out of `names`.
+        UserError: a picture with which that cannot be done, with its name out of `names`.
     """
     try:
         return work(*parts)
@@ -118,14 +120,14 @@ def naming(
         every = [*prompt, *(part for candidate in candidates for part in candidate.parts)]
         pictures = [part.data for part in every if isinstance(part, Image)]
         found = zip(names, pictures, strict=True)
-        name = next((name for name, data in found if problem(encoder, data)), "a picture")
+        name = next((name for name, data in found if problem(check, data)), "a picture")
         raise UserError(f"{name}: {error}") from error
 
 
-def problem(encoder: Encoder, picture: Picture) -> str | None:
-    """Why a picture cannot be scored, or None."""
+def problem(check: Callable[[bytes], Any], picture: Picture) -> str | None:
+    """Why `check` refuses an encoded picture, or why there is none; None where all is well."""
     try:
-        encoder.processor.encode(read_picture(picture))
+        check(read_picture(picture))
     except (ValueError, OSError) as error:
         return _words(error)
     return None

@@ -111,7 +111,8 @@ class RewardModel:
                 where that takes long).
 
         Raises:
-            UserError: the folder holds no trained model, or the devices cannot hold it.
+            UserError: the folder holds no trained model, the devices cannot hold it, or an option
+                below 1.
         """
         lie = {"compute_dtype": compute_dtype, "devices": devices}
 
@@ -143,7 +144,7 @@ class RewardModel:
             UserError: no text, no candidates, or a picture that cannot be read; it is named.
         """
         parts, names = given.read_group(Group(*group), where)
-        return given.naming(self.encoder, self.encoder.encode_group, parts, names)
+        return given.naming(self.encoder.processor.encode, self.encoder.encode_group, parts, names)
 
     def bucket_of(self, encoded: EncodedExample) -> Bucket:
         """The bucket in which `score_rows` takes a group: its rung of the ladder.
@@ -236,7 +237,7 @@ class RewardModel:
             UserError: as `encode`.
         """
         parts, names = given.read_group(Group(*group), where, given.read_size)
-        return given.naming(self.encoder, self.measure, parts, names)
+        return given.naming(self.encoder.processor.measure, self.measure, parts, names)
 
     def measure(self, prompt: Sequence[Part], candidates: Sequence[Candidate]) -> Needs:
         """As `need`, of any parts.
@@ -342,4 +343,4 @@ class RewardModel:
 
     def problem(self, picture: Picture) -> str | None:
         """Why a picture cannot be scored, or None."""
-        return given.problem(self.encoder, picture)
+        return given.problem(self.encoder.processor.encode, picture)

@@ -13,6 +13,7 @@ import numpy as np
 from jrm_jax.data.buckets import Bucket
 from jrm_jax.data.encode import EncodedExample, Encoder
 from jrm_jax.data.pipeline import assemble_batch, empty_batch
+from jrm_jax.errors import UserError
 from jrm_jax.model.config import BackboneConfig
 from jrm_jax.run.flops import group_cost
 from jrm_jax.serving.device_call import DeviceCall
@@ -32,6 +33,9 @@ class Runner:
         rows, one: rows of the programs for many groups, and for few: one for each place.
         ladder: buckets of single calls. cost: of a group in a bucket.
         work: what was computed so far.
+
+    Raises:
+        UserError: a batch size below 1.
     """
 
     def __init__(
@@ -42,6 +46,8 @@ class Runner:
         batch_size: int,
         limit: int = LIMIT,
     ):
+        if batch_size < 1:
+            raise UserError(f"batch_size is {batch_size}, must be at least 1")
         self.device, self.encoder = device, encoder
         self.rows, self.one = batch_size * device.places, device.places
         self._unit = UNITS.get(device.platform, UNIT)
