@@ -87,7 +87,8 @@ def build_data(
     """Prepare or open the data, measure it, and plan every step.
 
     Args:
-        buckets: of the run if it has begun; they are chosen anew where they do not hold the data.
+        buckets: of the run if it has begun; they are chosen anew where they do not hold its
+            training data. Other splits get buckets of their own where these do not hold them.
 
     Raises:
         UserError: data that cannot be read, that this config learns nothing from, or too large.
@@ -113,8 +114,9 @@ def build_data(
             sources.setdefault(split, []).append(plan.Source(sizes, weight, kept))
             sets.setdefault(split, []).append(records)
     _check_splits(config, folders, held, say)
-    if buckets is None or not bucket_choice.hold_all(buckets, sources, language):
-        buckets = bucket_choice.choose(
+
+    def choose(sources: dict[str, list[plan.Source]]) -> tuple[Bucket, ...]:
+        return bucket_choice.choose(
             config,
             sources,
             group_cost(backbone, config.data.share_prompt),
@@ -122,6 +124,15 @@ def build_data(
             merge=backbone.vision.merge,
             folder=folders[0][0],
         )
+
+    training = {"train": sources["train"]}
+    if buckets is None or not bucket_choice.hold_all(buckets, training, language):
+        buckets = choose(sources)
+    # a split that was added to the data of a run must not change what it trains on
+    read = {split: each for split, each in sources.items() if split != "train"}
+    others = buckets
+    if not bucket_choice.hold_all(buckets, read, language):
+        others = (*buckets, *choose(read))
     size = config.batch_size
     held_out = [split for split in ("valid", "test", "hard") if split in sources]
     train_plan = plan.Plan(sources["train"], buckets, size, config.seed, language)
@@ -129,9 +140,9 @@ def build_data(
         encoder=encoder,
         train_plan=train_plan,
         train_sets=tuple(sets["train"]),
-        eval_plans={s: plan.EvalPlan(sources[s], buckets, size, language) for s in held_out},
+        eval_plans={s: plan.EvalPlan(sources[s], others, size, language) for s in held_out},
         eval_sets={split: tuple(sets[split]) for split in held_out},
-        buckets=buckets,
+        buckets=others,
         stamp=protocol_stamp(
             encoder.template,
             encoder.tokenizer,
@@ -140,7 +151,9 @@ def build_data(
             encoder.dimensions,
         )
         | {"data": contents.stamp([folder.name for folder, _ in folders], held)},
-        real=bucket_choice.real_shares(train_plan, sources["train"], language),
+        real=bucket_choice.real_shares(
+            train_plan, sources["train"], language, config.data.share_prompt
+        ),
     )
 
 

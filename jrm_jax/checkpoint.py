@@ -14,6 +14,7 @@ all of it is on the disk; only then is an older one removed.
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import logging
 import math
@@ -87,7 +88,8 @@ class Checkpoints:
                 args=ocp.args.Composite(
                     trainable=ocp.args.StandardSave(trainable),
                     opt_state=ocp.args.StandardSave(opt_state),
-                    meta=ocp.args.JsonSave(dict(meta)),
+                    # written later, while the loop goes on counting
+                    meta=ocp.args.JsonSave(copy.deepcopy(dict(meta))),
                 ),
                 metrics={RANK: _finite(metric)},
                 force=True,

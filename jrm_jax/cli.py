@@ -1,10 +1,7 @@
 """What every command needs besides its arguments: how its process begins, errors in a line."""
 
 import ctypes
-import importlib.util
 import io
-import os
-import pkgutil
 import sys
 from pathlib import Path
 
@@ -18,15 +15,6 @@ from jrm_jax.shell import disk, user_cache
 REPORTED = (UserError, flags.Error, AttributeError, KeyError, TypeError, OSError)
 
 
-def may_use_an_accelerator() -> bool:
-    """Whether JAX has a plugin for a GPU or a TPU here, and is not told to leave it alone."""
-    if os.environ.get("JAX_PLATFORMS", "").strip() == "cpu":
-        return False
-    plugins = importlib.util.find_spec("jax_plugins")
-    places = [] if plugins is None else plugins.submodule_search_locations
-    return any(pkgutil.iter_modules(places)) or importlib.util.find_spec("libtpu") is not None
-
-
 def keep_memory() -> None:
     """Let glibc keep freed memory; for programs, early: threads keep the arenas they have.
 
@@ -36,7 +24,7 @@ def keep_memory() -> None:
     many threads then wait for: nothing is done for an accelerator, whose buffers are elsewhere and
     whose compiler has a thread per core (a first step of 251 s instead of 30 on an H200 with 16).
     """
-    if may_use_an_accelerator():
+    if user_cache.may_use_an_accelerator():
         return
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -29,7 +29,8 @@ def _main() -> int:
     if _CONFIG.value is None:
         raise UserError("--config is missing: --config=configs/joint.py")
     # a run has its GPUs to itself: JAX would leave a quarter of their memory alone
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.93")
+    if "XLA_CLIENT_MEM_FRACTION" not in os.environ:  # JAX takes one of the two names only
+        os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.93")
     cli.prepare()
     from jrm_jax import distributed, train
     from jrm_jax.run import programs

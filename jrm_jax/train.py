@@ -82,7 +82,7 @@ def run(config: ConfigDict, workdir: Path) -> int:
             say(build.describe_more_steps(config, steps, training.start))
         if leader:  # only now: a config that cannot start may be corrected
             files.keep_results(workdir, steps)
-            chosen = buckets.as_text(training.data.buckets)
+            chosen = buckets.as_text(training.data.train_plan.buckets)
             files.write_whole(workdir / buckets.RECORD, chosen)
             files.write_whole(workdir / backbones.RECORD, backbone.record.as_text())
             files.write_whole(workdir / files.CONFIG, files.as_text(backbone.config))
@@ -242,7 +242,9 @@ class _Run:
 
     def _stopped(self, step: int) -> int:
         """The exit status; says that nothing of it is lost, once that is so."""
-        self.checkpoints.wait()
+        if not self.checkpoints.check():
+            self.writer.say("waiting until the last checkpoint is complete")
+            self.checkpoints.wait()
         where = f"after step {step}, which is saved" if step else "before the first step"
         self.writer.say(_last_words(self.stop.asked, where))
         return 128 + self.stop.asked
@@ -264,7 +266,8 @@ class _Run:
         """The program that this step needs. False: given up."""
         program = TRAIN, self.data.train_plan.batch(step)[0]
         with self.window.timed("compilation"):
-            return self.programs.prepare({program: (self.state, placed)})
+            inputs = {program: (self.state, placed)}
+            return self.programs.prepare(inputs, limit=self.fitting.limit)
 
     def _check(self, pending: tuple[int, dict] | None) -> None:
         """Read a step's metrics; what is not finite ends the run."""
@@ -276,10 +279,13 @@ class _Run:
         if bad:
             ids = self.data.train_plan.batch(step)[1]  # of all hosts
             names = ", ".join(self.data.example_names(ids))
-            saved = self.checkpoints.steps()
+            try:
+                last = f"last good checkpoint: {(self.checkpoints.steps() or ['none'])[-1]}"
+            except UserError as error:  # the one that was being written has failed as well
+                last = str(error)
             raise UserError(
-                f"step {step}: {', '.join(bad)} not finite; nothing of it is saved (last good "
-                f"checkpoint: {saved[-1] if saved else 'none'}); its examples: {names}"
+                f"step {step}: {', '.join(bad)} not finite; nothing of it is saved ({last});"
+                f" its examples: {names}"
             )
         self.window.add(metrics)
         for name in LESSONS:

@@ -1,5 +1,6 @@
 """A config against its data: is there something to learn, and are they still the same."""
 
+import dataclasses
 import json
 import shutil
 
@@ -215,3 +216,25 @@ def test_checkpoints_from_before_there_were_digests_go_on(tmp_path):
     check_data.check_unchanged(tmp_path, {"rubric": "Judge."}, now)
     with pytest.raises(UserError, match="another protocol: rubric: Other. -> Judge."):
         check_data.check_unchanged(tmp_path, {"rubric": "Other."}, now)
+
+
+def test_a_split_that_is_added_changes_no_batch_of_a_run(tmp_path):
+    """Even where its groups need more room: they get a bucket of their own."""
+    both = ("overall", "quality")
+    groups = [group(i, both, None, both) for i in range(6)]
+    folder, config = write(tmp_path / "edits", groups, both), discriminative.get_config()
+    config.data.path, config.data.rubric, config.data.dimensions = str(folder), "", both
+    backbone = build.load_backbone_config(config)
+    before = build_data.build_data(config, backbone, lambda words: None)
+    long = dataclasses.replace(groups[0], prompt=(*groups[0].prompt, Text("and more " * 60)))
+    write(folder, groups, both, valid=[long])
+    after = build_data.build_data(
+        config, backbone, lambda words: None, buckets=before.train_plan.buckets
+    )
+    assert after.train_plan.buckets == before.train_plan.buckets == before.buckets
+    for step in range(before.train_plan.steps_per_epoch):
+        batches = (data.train_plan.batch(step) for data in (before, after))
+        for one, other in zip(*batches, strict=True):
+            np.testing.assert_array_equal(one, other)
+    assert after.buckets[: len(before.buckets)] == before.buckets
+    assert after.eval_plans["valid"].batch(0)[0] == after.buckets[-1] not in before.buckets

@@ -127,6 +127,8 @@ def test_shares_by_hand():
     shares = buckets.real_shares(plan, found, True)
     assert shares == {"decoder": 3 * (20 + 26) / (4 * (24 + 2 * 16)), "tower": 3 * 40 / (4 * 48)}
     assert buckets.real_shares(plan, found, False)["decoder"] == 3 * (20 + 18) / (4 * 56)
+    repeated = buckets.real_shares(plan, found, True, share_prompt=False)["decoder"]
+    assert repeated == 3 * (2 * 20 + 26) / (4 * 2 * (24 + 16))
     none = dict.fromkeys(("images", "patches", "all_patches"), np.zeros(3, np.int32))
     bare = [Source(dataclasses.replace(found[0].sizes, **none))]
     text = Plan(bare, [dataclasses.replace(bucket, images=0)], 4, 0)

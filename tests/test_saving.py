@@ -1,16 +1,20 @@
 """Saves beside training: what is written, when it counts, and what becomes of one that fails."""
 
+import asyncio
 import errno
+import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from jax.experimental import multihost_utils
 from jax.sharding import PartitionSpec as P
@@ -62,6 +66,25 @@ def test_the_state_at_the_save_is_written_though_the_next_step_has_its_memory(
     np.testing.assert_array_equal(state, -1)
     np.testing.assert_array_equal(trainable["kernel"], wanted)
     np.testing.assert_array_equal(opt_state["mu"], wanted + 1)
+
+
+def test_what_a_checkpoint_says_is_of_its_step_though_the_loop_counts_on(tmp_path, monkeypatch):
+    """Orbax writes the words later, in a thread of its own."""
+    given = {"totals": {"reward": [1.0, 2.0]}, "taught": {"language": 3}}
+    wanted, counted = json.dumps(given), threading.Event()
+    write = ocp.JsonCheckpointHandler._save_fn
+
+    async def late(self, *arguments):
+        while not counted.is_set():
+            await asyncio.sleep(0.01)
+        await write(self, *arguments)
+
+    monkeypatch.setattr(ocp.JsonCheckpointHandler, "_save_fn", late)
+    with open_checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, {"kernel": jnp.zeros(2)}, {"mu": jnp.zeros(2)}, given, 0.0)
+        given["totals"]["reward"][0], given["taught"]["words"] = 9.0, 1
+        counted.set()
+        assert checkpoints.read_meta(1) == json.loads(wanted)
 
 
 def test_what_is_being_written_does_not_count_yet_and_removes_nothing(copy, gate):

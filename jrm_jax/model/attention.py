@@ -102,7 +102,8 @@ def attention(
         elif prefix is not None and not (plain and (padded_behind or chosen == "splash")):
             reason = "a prefix must be seen by all queries, and be padded at its end only"
         if reason is not None:
-            if implementation != "auto" or platform == "tpu":
+            half = q_BsHd.dtype != jnp.float32  # float32 has no other way on a GPU: no warning
+            if implementation != "auto" or platform == "tpu" or half:
                 warnings.warn(f"attention {chosen!r} replaced by 'xla': {reason}", stacklevel=2)
             chosen = "xla"
     arrays = (q_BsHd, k_BtGd, v_BtGd, q_segments_Bs, kv_segments_Bt)

@@ -124,7 +124,7 @@ def read_record(workdir: Path) -> tuple[Bucket, ...] | None:
         return found
     raise UserError(
         f"{path} is damaged: remove it and the run goes on; its batches stay the same unless it has"
-        " got more steps or another version of jrm_jax"
+        " got more steps, another split or another version of jrm_jax"
     )
 
 
@@ -143,22 +143,30 @@ def hold_all(
     return all(np.any([b.fits(table) for b in buckets], axis=0).all() for table in tables)
 
 
-def real_shares(plan: Plan, sources: Sequence[Source], language: bool) -> dict[str, float]:
+def real_shares(
+    plan: Plan, sources: Sequence[Source], language: bool, share_prompt: bool = True
+) -> dict[str, float]:
     """{'decoder': of the slots of an epoch's batches those that hold something, 'tower': the same}.
 
     Rows and candidates that only fill a batch are padding as well. 1 where there are no slots.
+
+    Args:
+        share_prompt: False counts the prompt once for each candidate.
     """
     rows = np.concatenate([source.sizes.rows() for source in sources])
     sizes = Sizes.from_rows(rows)
     tokens = sizes.all_answer if language else sizes.all_candidate
     real = {
-        "decoder": sizes.prompt.astype(np.int64) + tokens,
+        "decoder": sizes.prompt.astype(np.int64) * (1 if share_prompt else sizes.candidates)
+        + tokens,
         "tower": sizes.all_patches.astype(np.int64),
     }
     held, slots = dict.fromkeys(real, 0), dict.fromkeys(real, 0)
     for step in range(plan.steps_per_epoch):
         bucket, ids = plan.batch(step)
-        for part, count in (("decoder", bucket.decoder_slots), ("tower", bucket.tower_slots)):
+        again = 0 if share_prompt else (bucket.candidates - 1) * bucket.prompt
+        decoder = bucket.decoder_slots + again
+        for part, count in (("decoder", decoder), ("tower", bucket.tower_slots)):
             held[part] += int(real[part][ids[ids >= 0]].sum())
             slots[part] += count * len(ids)
     return {part: held[part] / slots[part] if slots[part] else 1.0 for part in real}

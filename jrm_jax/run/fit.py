@@ -231,11 +231,11 @@ class Fitting:
 
         parts = config.accumulation
         asked = REMAT if config.remat == build.AUTO else (config.remat,)
-        least = asked[0], parts
+        # with nothing computed again, what the count leaves out is small, too
         if self.limit is not None and distributed.all_agree(
-            rough_need(least) <= PLENTY * self.limit
+            rough_need((REMAT[0], parts)) <= PLENTY * self.limit
         ):
-            use(least)  # its first step need not wait for the dearest program
+            use((asked[0], parts))  # its first step need not wait for the dearest program
             return True
         found = first_fit(((remat, parts) for remat in asked), may, fits)
         if given_up or found:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from jrm_jax.heads import gather_hidden, language_kernel
 from jrm_jax.model.backbone import Backbone, normalise_patches
+from jrm_jax.model.layers import precision
 
 
 def make_generate(
@@ -28,8 +29,9 @@ def make_generate(
 
         def choose(hidden_XD: jax.Array, key: jax.Array) -> jax.Array:
             logits_XW = jnp.dot(
-                hidden_XD, kernel_DW.astype(hidden_XD.dtype), preferred_element_type=jnp.float32
-            )
+                hidden_XD, kernel_DW.astype(hidden_XD.dtype),
+                precision=precision(hidden_XD.dtype), preferred_element_type=jnp.float32,
+            )  # fmt: skip
             reward = jnp.arange(logits_XW.shape[-1]) == backbone.reward_token_id
             logits_XW = jnp.where(reward, -jnp.inf, logits_XW)
             if sample:

@@ -19,6 +19,7 @@ import functools
 import hashlib
 import importlib.util
 import os
+import pkgutil
 import platform
 import tempfile
 import warnings
@@ -52,7 +53,7 @@ def keep_programs() -> None:
         return
     with contextlib.suppress(OSError):
         _trim(place.parent)
-    if os.environ.get("JAX_PLATFORMS") == "cpu" or not _has_accelerator_libraries():
+    if not may_use_an_accelerator():
         # Of a kept program XLA's loader says that some features of the machine are missing which
         # are none (prefer-no-gather): a long line for each, on many Intel processors.
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -111,8 +112,13 @@ def _machine() -> str:
     return f"{platform.machine()}-{hashlib.sha256(known.encode()).hexdigest()[:12]}"
 
 
-def _has_accelerator_libraries() -> bool:
-    return any(importlib.util.find_spec(name) for name in ("jax_plugins", "libtpu"))
+def may_use_an_accelerator() -> bool:
+    """Whether JAX has a plugin for a GPU or a TPU here, and is not told to leave it alone."""
+    if os.environ.get("JAX_PLATFORMS", "").strip() == "cpu":
+        return False
+    plugins = importlib.util.find_spec("jax_plugins")
+    places = [] if plugins is None else plugins.submodule_search_locations
+    return any(pkgutil.iter_modules(places)) or importlib.util.find_spec("libtpu") is not None
 
 
 def _settings(place: Path) -> dict[str, Any]:

@@ -36,6 +36,7 @@ PACKAGES = (
 )  # fmt: skip
 POLL = 0.5  # seconds
 LEAST = 15.0  # seconds: with less left, a part is not begun
+BY_HAND = "\n## Beside the table\n"  # from here on a page is kept as it is
 TAIL = 25  # lines of a failed part's words that are kept
 
 
@@ -175,7 +176,8 @@ def main(argv: list[str] | None = None) -> None:
     page = make_page(record.data)
     print(page, flush=True)
     if args.page:
-        args.page.write_text(page)
+        before = args.page.read_text() if args.page.exists() else ""
+        args.page.write_text(page + "".join(before.partition(BY_HAND)[1:]))
 
 
 if __name__ == "__main__":

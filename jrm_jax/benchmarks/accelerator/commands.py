@@ -79,7 +79,7 @@ def _until(command: list[str], environment: dict[str, str], words: str) -> float
 
 
 def parity(tiny: bool) -> Iterator[Row]:
-    """The parity tests of both families on this device: how many passed, and which failed."""
+    """The parity tests of all families on this device: how many passed, and which failed."""
     if importlib.util.find_spec("pytest") is None or not (ROOT / "tests").is_dir():
         yield {"failed": "needs pytest and the tests of this repository"}
         return

@@ -9,7 +9,8 @@ Row = dict[str, Any]
 ABOUT = """\
 # On an accelerator
 
-This page is made by the command below, from the numbers that it measured on the machine named here.
+But for its last section this page is made by the command below, from the numbers that it measured \
+on the machine named here.
 
 - **Step**: the joint step (both losses, Adam) at the sizes of a published backbone with random \
 weights: 4 groups of two candidates; a source picture and two edited ones of 506 visual tokens \
@@ -184,6 +185,6 @@ def _missing(parts: Row) -> list[str]:
         f"- {part['words']}: {row['failed'][:200]}"
         for part in parts.values()
         for row in part["rows"]
-        if "failed" in row
+        if "failed" in row and not any("seconds" in other for other in part["rows"])
     ]
     return ["## Not measured", "", *lines] if lines else []
