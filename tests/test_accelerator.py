@@ -131,4 +131,10 @@ def test_the_page_compares_the_sides():
     )
     assert "| everything | auto | dots | 0.5 | 400 | 0.5 | 8 | 4 | 60 | 41 |" in page
     assert "| 300 | 2 |" in page and "20 passed, 1 failed" in page and "gemm/a" in page
-    assert "joint step, 2B: does not fit" in page
+    # said in its row; what has no numbers at all is listed below
+    assert "| none | does not fit |" in page and "Not measured" not in page
+    parts["step_2b"]["rows"] = rows["step_2b"][:1]
+    page = make_page(
+        {"parts": parts, "machine": machine, "command": "x", "date": "d", "tiny": False}
+    )
+    assert "## Not measured\n\n- joint step, 2B: does not fit" in page
