@@ -39,7 +39,8 @@ class FakeModel:
         self.seconds, self.broken, self.batches = seconds, "", []
         self.card, self.work, self.critique_programs = {"step": 7}, Work(), set()
         tokenizer = SimpleNamespace(decode=lambda ids: "".join(map(chr, ids)))
-        self.encoder = SimpleNamespace(tokenizer=tokenizer)
+        processor = SimpleNamespace(features=3, grid=lambda height, width: (8, 8))
+        self.encoder = SimpleNamespace(tokenizer=tokenizer, processor=processor)
 
     def encode(self, group):
         """Raises UserError for broken pictures, as RewardModel does."""

@@ -71,8 +71,9 @@ def test_groups_of_several_requests_fill_batches_by_bucket(device):
     one = device()
     with one.hold(), one.batcher.ticket(6) as ticket, one.batcher.ticket(3) as other:
         jobs = put(ticket, 1, 2, 3) + put(other, 4, 5, 6) + put(ticket, 7, 8, 9, bucket="b")
+        wanted = [f"{job.encoded}!" for job in jobs]
         one.gate.set()
-        assert [job.future.result(5) for job in jobs] == [f"{job.encoded}!" for job in jobs]
+        assert [job.future.result(5) for job in jobs] == wanted
     assert [(bucket, len(batch)) for bucket, batch in one.calls] == [
         ("a", 1), ("a", 4), ("a", 2), ("b", 3)
     ]  # fmt: skip

@@ -20,7 +20,7 @@ from jrm_jax.service.refusals import Refused
 
 class Job:
     """One row of a batch: an encoded group, or a part of one that has very many candidates.
-    `future`: of its scores."""
+    `encoded`: None after its call. `future`: of its scores."""
 
     def __init__(self, bucket: Hashable, encoded: Any, caller: str):
         self.bucket, self.encoded, self.caller = bucket, encoded, caller
@@ -161,6 +161,8 @@ class Batcher:
         if bucket in self._warm:
             self._pace += 0.1 * (seconds / len(jobs) - self._pace)
         self._observe(bucket, jobs, seconds, error)
+        for job in jobs:
+            job.encoded = None  # its request may still wait for other groups
         return error is None
 
     def _next(self) -> tuple[Hashable, list[Job]]:

@@ -25,6 +25,11 @@ class Limits:
     max_candidates: int = _limit(64, "candidates of a group (422)")
     max_instruction: int = _limit(4_000, "characters of an instruction (422)")
     max_pixels: int = _limit(4096 * 4096, "pixels of a picture (422)")
+    max_decoded_bytes: int = _limit(
+        2 << 30,
+        "bytes of decoded pictures, 3 a pixel, a picture that is named twice counting twice: of a"
+        " request (422), and of all requests at once (they wait)",
+    )
     max_queue: int = _limit(1024, "groups that wait or are being scored, of all callers (429)")
     max_critique_queue: int = _limit(8, "critique requests that wait or are being written (429)")
     critique_tokens: int = _limit(128, "tokens of a critique at most")
@@ -41,6 +46,11 @@ class Limits:
                 raise UserError(f"--{name}={value}: must be larger than zero")
         if self.wait_ms < 0:
             raise UserError(f"--wait_ms={self.wait_ms}: must not be negative")
+        if self.max_decoded_bytes < 3 * self.max_pixels:
+            raise UserError(
+                f"--max_decoded_bytes={self.max_decoded_bytes} cannot hold one picture of"
+                f" --max_pixels={self.max_pixels}: at least 3 bytes a pixel"
+            )
         if self.max_groups > self.max_queue:
             raise UserError(
                 f"--max_queue={self.max_queue} cannot hold one request of --max_groups="

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from jrm_jax.data.images import SizeError, image_size
 from jrm_jax.data.picture_names import decode_base64, inline_picture
+from jrm_jax.data.processor import Processor
 from jrm_jax.service.refusals import Refused
 
 # How files of the formats begin that Pillow may be asked to open. Its other readers are many, and
@@ -29,6 +30,20 @@ def from_text(text: str) -> bytes | Fault:
     except (ValueError, UnicodeError) as error:
         words = "characters that are not base64" if isinstance(error, UnicodeError) else error
         return Fault("picture", f"give base64 of a picture's file, or a data: URI: {words}")
+
+
+def decoded_bytes(picture: bytes | Fault, max_pixels: int, processor: Processor) -> int:
+    """What a picture takes, from its first bytes: its pixels, 3 bytes each, or its patches where
+    the model's size is larger. 0 where it will not be decoded.
+
+    Raises:
+        Refused: as `check`.
+    """
+    if check(picture, max_pixels):
+        return 0
+    width, height = image_size(picture)
+    rows, columns = processor.grid(height, width)
+    return max(3 * width * height, rows * columns * processor.features)
 
 
 def check(picture: bytes | Fault, max_pixels: int) -> Fault | None:

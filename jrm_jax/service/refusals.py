@@ -12,7 +12,7 @@ STATUS = {
     "body_too_large": 413,
     "media_type": 415,
     "invalid": 422,
-    "too_many": 422,  # groups, sources, candidates, characters
+    "too_many": 422,  # groups, sources, candidates, characters, decoded bytes
     "picture_size": 422,
     "unscorable": 422,  # where the format has no place for one picture's error
     "queue_full": 429,

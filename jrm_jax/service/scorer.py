@@ -10,7 +10,7 @@ import logging
 import math
 import os
 from collections.abc import Awaitable, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,6 +24,7 @@ from jrm_jax.service.limits import Limits
 from jrm_jax.service.metrics import Metrics
 from jrm_jax.service.pictures import Fault
 from jrm_jax.service.refusals import Refused
+from jrm_jax.service.room import Room, Share
 from jrm_jax.service.wire import Ask, Scored
 from jrm_jax.serving.groups import Group, Scores
 from jrm_jax.serving.programs import Work
@@ -60,6 +61,8 @@ class Scorer:
         self._pool = ThreadPoolExecutor(self._threads, "pictures")
         self._writer = ThreadPoolExecutor(1, "critiques")
         self._writing = 0
+        self._pen = asyncio.Semaphore(1)  # who waits for it holds no pictures
+        self.room = Room(limits.max_decoded_bytes)
         self.batcher = Batcher(
             model.score_rows, model.batch_size, limits.max_queue, limits.wait_ms / 1000,
             self._observe, warm,
@@ -73,15 +76,19 @@ class Scorer:
         """Answers in the order of the groups.
 
         Raises:
-            Refused: the queue is full, a picture is too large, or the device failed.
+            Refused: the queue is full, a picture is too large or all of them are, or the device
+                failed.
         """
         with self.batcher.ticket(len(asks)) as ticket:
+            bytes_of = await self.in_thread(self._weigh, asks)
             # one request does not fill the threads for all others
             turn = asyncio.Semaphore(self._threads)
 
             async def one(index: int) -> Answer:
                 async with turn:
-                    found, jobs = await self.in_thread(self._begin, asks[index], caller, ticket)
+                    share = await self.room.take(bytes_of[index])
+                    how = asks[index], caller, ticket, share
+                    found, jobs = await _run(self._pool, share, self._begin, *how)
                 return found if not jobs else _fill(found, [await _result(job) for job in jobs])
 
             return await _together([one(index) for index in range(len(asks))])
@@ -92,21 +99,47 @@ class Scorer:
         """A text for each candidate, cut after `max_tokens`.
 
         Raises:
-            Refused: too many wait, or the device failed.
+            Refused: too many wait, a picture is too large or all of them are, or the device failed.
         """
         if self._writing >= self.limits.max_critique_queue:
             raise Refused("queue_full", f"{self._writing} critiques wait: try again", 5)
         self._writing += 1
         try:
-            loop = asyncio.get_running_loop()
-            how = max_tokens, temperature, seed
-            return await loop.run_in_executor(self._writer, self._write, ask, *how)
+            (count,) = await self.in_thread(self._weigh, [ask])
+            how = ask, max_tokens, temperature, seed
+            async with self._pen:
+                share = await self.room.take(count)
+                return await _run(self._writer, share, self._write, *how)
         finally:
             self._writing -= 1
 
     # in threads
 
-    def _begin(self, ask: Ask, caller: str, ticket: Ticket) -> tuple[Answer, list[Job]]:
+    def _weigh(self, asks: Sequence[Ask]) -> list[int]:
+        """Bytes of each group's decoded pictures. Each mention counts: each is decoded anew.
+
+        Raises:
+            Refused: more than the limits allow; nothing was decoded.
+        """
+        limits, processor = self.limits, self.model.encoder.processor
+        most = limits.max_decoded_bytes
+        known: dict[int, int] = {}  # by identity: a part of a form may be named very often
+
+        def weigh(picture: bytes | Fault) -> int:
+            if id(picture) not in known:
+                count = pictures.decoded_bytes(picture, limits.max_pixels, processor)
+                known[id(picture)] = count
+            return known[id(picture)]
+
+        found = [sum(map(weigh, (*ask.sources, *ask.candidates))) for ask in asks]
+        if (total := sum(found)) > most:
+            words = f"pictures of {total:,} bytes when decoded; at most {most:,}"
+            raise Refused("too_many", f"{words} in a request: send fewer groups at a time")
+        return found
+
+    def _begin(
+        self, ask: Ask, caller: str, ticket: Ticket, share: Share
+    ) -> tuple[Answer, list[Job]]:
         """(answers with None where a score will stand, the jobs that give them)."""
         faults, encoded = self._encode(ask)
         if encoded is None:
@@ -117,6 +150,8 @@ class Scorer:
         except UserError as error:
             ticket.skip()
             return [fault or Fault("group", str(error)) for fault in faults], []
+        for job in jobs:
+            share.until(job.future)
         ticket.submit(jobs)
         return faults, jobs
 
@@ -197,6 +232,13 @@ class Scorer:
         numbers.groups.inc(len(jobs))
         numbers.candidates.inc(sum(len(job.encoded.candidates) for job in jobs))
         numbers.pictures.inc(sum(len(job.encoded.images) for job in jobs))
+
+
+async def _run(pool: Executor, share: Share, function: Callable[..., Any], *arguments: Any) -> Any:
+    """The result of a thread that uses `share`, also after nobody waits for it any more."""
+    work = pool.submit(function, *arguments)
+    share.until(work)
+    return await asyncio.wrap_future(work)
 
 
 async def _result(job: Job) -> Any:
