@@ -46,7 +46,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument(
         "--programs", type=int, default=12,
-        help="that may be compiled for scores, as many for critiques; default 12",
+        help="that may be compiled for scores, as many for critiques; the last one is kept for what"
+        " the others do not hold; default 12",
     )  # fmt: skip
     parser.add_argument(
         "--warm", type=int, default=-1, metavar="N",
@@ -96,7 +97,7 @@ def _load(args: argparse.Namespace, service) -> Scorer:
         compute_dtype=args.compute_dtype, batch_size=args.batch_size, programs=args.programs,
         say=terminal.say,
     )  # fmt: skip
-    warm = model.buckets[: min(args.programs, len(model.buckets) if args.warm < 0 else args.warm)]
+    warm = model.usual if args.warm < 0 else model.usual[: args.warm]
     model.warm(warm)
     service.model = {
         "name": Path(args.model).resolve().name,

@@ -102,6 +102,24 @@ def test_the_last_program_is_wide():
         programs(0)
 
 
+@pytest.mark.parametrize("limit, warmed", [(6, 5), (8, 7), (12, 9)])
+def test_what_is_compiled_ahead_leaves_room_for_all_that_comes(limit, warmed):
+    rungs = [
+        Bucket(k, k + 1, patches, 128 + patches // 4, 16 + patches // 4, 0)
+        for patches in (64, 256, 1024) for k in (2, 4, 8)
+    ]  # fmt: skip
+    shelf = Programs(rungs, slots, PROCESSOR, limit)
+    for rung in rungs[: shelf.spare]:
+        shelf.take(Program(rung, 8))
+    assert len(shelf.taken) == warmed
+    for words in (300, 700, 1500):  # odd groups of small pictures and long texts come first
+        shelf.choose(Bucket(1, 2, 64, words, 32, 0), [8])
+    for sources in range(1, 9):
+        need = Bucket(8, 8 + sources, 1024, 128 + sources * 256, 272, 0)
+        assert ladder.holds(shelf.choose(need, [8]).bucket, need)
+    assert len(shelf.taken) <= limit
+
+
 def test_a_group_is_cut_into_rows_of_about_equal_size(encoder):
     group = a_group(encoder, np.random.default_rng(0), 2, 19)
     parts = rows.split(group, 8)

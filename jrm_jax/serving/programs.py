@@ -21,7 +21,6 @@ from jrm_jax.data.choosing import choose_buckets
 from jrm_jax.data.processor import Processor
 from jrm_jax.errors import UserError
 from jrm_jax.serving.ladder import (
-    CANDIDATES,
     UNIT,
     cheapest,
     joined,
@@ -36,6 +35,7 @@ APART = 0.95  # of the cost with candidates together, where candidates are to be
 GOOD = 1.25  # times the cost of a set's own sizes: nothing better is looked for
 BETTER = 0.9  # of what a set would cost in the programs that are there: then it gets its own
 COARSE = 16  # batches: sizes of a smaller set are rounded up, as the next such set is a bit larger
+SOURCES = 8  # source pictures that the last program has room for: as many as the service takes
 WASTE = 2  # times the cost of its own rung: a group goes into a program that is there
 KNOWN = 4096  # answers that are kept
 BATCHES = 2  # as long as so many batches take, a program's compilation may take for a set
@@ -52,7 +52,8 @@ class Programs:
     Args:
         ladder: the buckets agreed upon, see `ladder.py`.
         cost: of a group in a bucket.
-        limit: programs at most. The last one is made wide, as what comes later must fit.
+        limit: programs at most. The last one is made wide, as what comes later must fit: it holds
+            whatever a rung holds.
         unit: token slots come in multiples of it.
 
     Raises:
@@ -86,6 +87,11 @@ class Programs:
         """How many may be added."""
         return self._limit - len(self.taken)
 
+    @property
+    def spare(self) -> int:
+        """How many may be added while the last one is kept for what the others do not hold."""
+        return max(0, self.left - 1)
+
     def take(self, program: Program) -> Program:
         """
         Raises:
@@ -97,7 +103,7 @@ class Programs:
                     raise UserError(
                         f"a program for {program.bucket.words} would be number {self._limit + 1},"
                         f" and {self._limit} are allowed: load the model with a larger number of"
-                        " `programs`"
+                        " `programs` (--programs of the commands)"
                     )
                 self._taken.append(program)
                 self._known.clear()  # it may suit better
@@ -115,7 +121,7 @@ class Programs:
         """
         with self._lock:
             wanted = Program(self._rung(need), rows[0])
-            if wanted in self._taken or self.left > 1:
+            if wanted in self._taken or self.spare:
                 return self.take(wanted)
             for count in rows:
                 if (found := cheapest(need, self._with(count), self._cost)) is not None:
@@ -167,7 +173,7 @@ class Programs:
         self, needs_n6: np.ndarray, rows: int, worth: float
     ) -> tuple[float, Sequence[Bucket]]:
         """(what a set costs, buckets that are to be added for it)."""
-        there, room = self._with(rows), self.left - 1
+        there, room = self._with(rows), self.spare
         known = self._total(needs_n6, there, worth, room)
         if room < 1 or known <= GOOD * float(self._cost(needs_n6).sum()):
             return known, ()
@@ -199,23 +205,21 @@ class Programs:
             least_n = np.where(bucket.fits(needs_n6), np.minimum(least_n, cost), least_n)
         others, count = np.unique(needs_n6[np.isinf(least_n)], axis=0, return_counts=True)
         rungs = [self._rung(Bucket(*map(int, need))) for need in others]
-        if len(set(rungs)) > max(0, room):
+        if len(set(rungs)) > room:
             return math.inf
         more = (self._cost(as_table(rungs)) * count).sum() if rungs else 0
         whole = float(least_n[np.isfinite(least_n)].sum() + more)
         return whole * (1 + worth * len(set(rungs)))
 
     def _wide(self, buckets: Sequence[Bucket]) -> Bucket:
-        """Twice the room of all these, pictures up to the ladder's largest, a row's candidates."""
-        bucket = joined(buckets)
-        more = max(0, CANDIDATES[-1] - bucket.candidates)
-        patches = min(2 * bucket.patches, max(rung.patches for rung in self._ladder))
+        """What holds all these and every rung, with twice their tokens and `SOURCES` pictures in the
+        prompt."""
+        bucket = joined([*buckets, *self._ladder])
+        tokens = bucket.patches // self._processor.merge**2
         wide = dataclasses.replace(
             bucket,
-            candidates=bucket.candidates + more,
-            images=bucket.images + more,
-            patches=max(bucket.patches, patches),
-            prompt=2 * bucket.prompt,
+            images=max(bucket.images, bucket.candidates + SOURCES),
+            prompt=max(2 * bucket.prompt, bucket.prompt + (SOURCES - 1) * tokens),
             candidate=2 * bucket.candidate,
         )
         return self._rounded(wide)

@@ -178,18 +178,23 @@ class RewardModel:
         program = self._runner.shelf((SCORES,)).take(Program(bucket, self.batch_size))
         return self._with_scale(self._runner.call((SCORES,), program, groups))
 
+    @property
+    def usual(self) -> tuple[Bucket, ...]:
+        """The rungs of the ladder that may be compiled ahead, smallest first: as far as the limit of
+        programs goes, but for the last program, which is kept for what these do not hold."""
+        return self.buckets[: self._runner.shelf((SCORES,)).spare]
+
     def warm(self, buckets: Sequence[Bucket] | None = None, single: bool = False) -> None:
         """Compile programs before they are needed.
 
         Args:
-            buckets: default: the whole ladder, as far as the limit of programs goes.
+            buckets: default: those of `usual`.
             single: those of single calls, instead of those for `batch_size` groups.
 
         Raises:
             UserError: more buckets than programs may be added.
         """
-        if buckets is None:
-            buckets = self.buckets[: self._runner.shelf((SCORES,)).left]
+        buckets = self.usual if buckets is None else buckets
         self._runner.warm((SCORES,), buckets, self._runner.one if single else self.batch_size)
 
     # Many groups
