@@ -51,6 +51,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--name", help="of the model, in the tables; default: its folder")
     parser.add_argument("--batch_size", type=int, default=8, help="groups at a time")
     parser.add_argument("--compute_dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--programs", type=int, default=8, help="that may be compiled; default 8")
     parser.add_argument("--compare", nargs=2, metavar=("FIRST", "SECOND"),
                         help="paired test between two results")  # fmt: skip
     args = parser.parse_args(argv)
@@ -168,6 +169,7 @@ def _load(args: argparse.Namespace):
         args.backbone,
         compute_dtype=args.compute_dtype,
         batch_size=args.batch_size,
+        programs=args.programs,
         say=terminal.say,
     )
 

@@ -44,6 +44,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max_tokens", type=int, default=128, help="of a critique")
     parser.add_argument("--sheet", type=Path, help="PNG file: the pictures with their scores")
     parser.add_argument("--compute_dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--programs", type=int, default=8, help="that may be compiled; default 8")
     args = parser.parse_args(argv)
     args.step = int(args.step) if args.step.isdecimal() else args.step
     return args
@@ -52,8 +53,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def _load(args: argparse.Namespace) -> RewardModel:
     from jrm_jax.serving.reward_model import RewardModel
 
-    options = {"compute_dtype": args.compute_dtype, "say": terminal.say}
-    return RewardModel.load(args.model, args.step, args.backbone, **options)
+    return RewardModel.load(
+        args.model, args.step, args.backbone,
+        compute_dtype=args.compute_dtype, programs=args.programs, say=terminal.say,
+    )  # fmt: skip
 
 
 def rank(args: argparse.Namespace) -> dict[str, Any]:

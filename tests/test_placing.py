@@ -97,3 +97,9 @@ def test_bfloat16_keeps_matrices_in_it_and_changes_no_score(workdir, trained, gr
         )
     with pytest.raises(UserError, match="compute_dtype 'float16'"):
         RewardModel.load(workdir, compute_dtype="float16")
+
+
+def test_a_batch_holds_at_least_one_group(workdir):
+    for size in (0, -3):
+        with pytest.raises(UserError, match=f"batch_size is {size}, must be at least 1"):
+            RewardModel.load(workdir, batch_size=size, devices=jax.devices()[:1])

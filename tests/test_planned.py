@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from jrm_jax.data.buckets import Bucket
+from jrm_jax.errors import UserError
 from jrm_jax.serving.planned import Calls, ahead, in_order, run_all
 from jrm_jax.serving.programs import Program
 
@@ -116,3 +117,29 @@ def test_parts_of_a_large_group_come_back_as_one():
     (found,) = list(in_order(run_all([(0, big)], lambda _, g: g, calls, 4)))
     wanted = [*(7 + np.arange(5) / 8), *(107 + np.arange(4) / 8)]
     np.testing.assert_array_equal(found[:, 0], np.float32(wanted))
+
+
+@pytest.mark.parametrize("lag", [None, 12])
+def test_what_no_program_takes_is_an_error_in_its_place(lag):
+    machine = Machine()
+
+    def encode(number, group):
+        if number == 3:
+            raise UserError("broken")
+        return group
+
+    def cut(group):
+        return [group, a_group(100, 1, 9)] if group.number == 20 else [group]
+
+    def fit(need):
+        if need.candidate == 9:
+            raise UserError("too large")
+        return machine.fit(need)
+
+    groups = [a_group(i, 1, 9 if i in (0, 7, 29) else 1) for i in range(30)]
+    calls = machine.as_calls._replace(cut=cut, fit=fit)
+    found = list(in_order(run_all(enumerate(groups), encode, calls, 4, lag)))
+    errors = {i: str(one) for i, one in enumerate(found) if isinstance(one, UserError)}
+    assert errors == {3: "broken"} | dict.fromkeys((0, 7, 20, 29), "too large")
+    good = [(i, one[0, 0]) for i, one in enumerate(found) if i not in errors]
+    assert len(good) == 25 and all(i == value for i, value in good)

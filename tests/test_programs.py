@@ -112,7 +112,7 @@ def test_what_is_compiled_ahead_leaves_room_for_all_that_comes(limit, warmed):
     for rung in rungs[: shelf.spare]:
         shelf.take(Program(rung, 8))
     assert len(shelf.taken) == warmed
-    for words in (300, 700, 1500):  # odd groups of small pictures and long texts come first
+    for words in (500, 700, 1500):  # odd groups of small pictures and long texts come first
         shelf.choose(Bucket(1, 2, 64, words, 32, 0), [8])
     for sources in range(1, 9):
         need = Bucket(8, 8 + sources, 1024, 128 + sources * 256, 272, 0)

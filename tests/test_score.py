@@ -231,6 +231,8 @@ def test_other_bad_input_is_one_line(workdir, model, files, tmp_path, capsys):
     text, source, candidates = files
     options = [f"--source={source}", f"--instruction={text}"]
     assert "at least one candidate" in run(capsys, workdir, *options)[0]
+    none = run(capsys, workdir, *options, candidates[0], "--programs=0")[0]
+    assert "programs is 0, must be at least 1" in none
     for folder in (tmp_path, tmp_path / "nowhere"):
         assert "give the folder of a run" in run(capsys, folder, *options, candidates[0])[0]
     absent = tmp_path / "absent.png"
@@ -253,12 +255,6 @@ def test_the_picture_of_a_bad_size_is_named(model):
         for ask in (model.need, model.encode):
             with pytest.raises(UserError, match=f"^{name}: .*at most 200 times"):
                 ask(("Make it red.", source, candidates))
-
-
-def test_a_batch_holds_at_least_one_group(workdir):
-    for size in (0, -3):
-        with pytest.raises(UserError, match=f"batch_size is {size}, must be at least 1"):
-            RewardModel.load(workdir, batch_size=size, devices=jax.devices()[:1])
 
 
 def many(files, tmp_path, rows):
@@ -312,7 +308,7 @@ def test_a_stopped_file_goes_on(model, files, tmp_path, monkeypatch):
     path = many(files, tmp_path, [{**row, "id": str(i)} for i in range(10)])
     whole, torn = tmp_path / "whole.jsonl", tmp_path / "torn.jsonl"
     assert scored_files.score_file(model, path, whole) == (10, 0)
-    ask, taken = model.iter_scores, []
+    ask, taken = model.iter_found, []
 
     def dies(groups, like):
         for scores in ask(groups, like):
@@ -322,7 +318,7 @@ def test_a_stopped_file_goes_on(model, files, tmp_path, monkeypatch):
             yield scores
 
     with monkeypatch.context() as patch:
-        patch.setattr(model, "iter_scores", dies)
+        patch.setattr(model, "iter_found", dies)
         with pytest.raises(KeyboardInterrupt):
             scored_files.score_file(model, path, torn)
     assert len(lines_of(torn)) == 4
@@ -335,6 +331,22 @@ def test_a_stopped_file_goes_on(model, files, tmp_path, monkeypatch):
     assert scored_files.score_file(model, path, torn) == (10, 0)
     assert torn.read_bytes() == whole.read_bytes()
     assert not list(tmp_path.glob("*.state.json"))
+
+
+def test_a_row_that_no_program_holds_has_its_error(workdir, files, tmp_path):
+    text, _, candidates = files
+    row = {"instruction": text, "source": "source.png", "candidates": [candidates[0].name]}
+    long = {**row, "instruction": "Make it red. " * 2000, "id": "x"}
+    path = many(files, tmp_path, [row, long, {**row, "instruction": "\ud800"}, {**row, "id": "y"}])
+    model = RewardModel.load(workdir, batch_size=1, programs=1, devices=jax.devices()[:1])
+    assert scored_files.score_file(model, path, tmp_path / "out.jsonl") == (4, 2)
+    good, bad, broken, after = lines_of(tmp_path / "out.jsonl")
+    assert "1 are allowed" in bad.pop("error") and bad == {"row": 1, "id": "x"}
+    assert "no valid text" in broken["error"] and after["id"] == "y"
+    assert good["candidates"] == after["candidates"] and "reward" in good["candidates"][0]
+    group = (long["instruction"], files[1], candidates[:1])
+    with pytest.raises(UserError, match="--programs"):
+        list(model.iter_scores([group]))
 
 
 @pytest.mark.parametrize("options, words", [

@@ -10,7 +10,8 @@ where their candidates are pictures. A row of the output, in the order of the in
 
     {"row": 0, "id": "7", "candidates": [{"picture": "a.png", "reward": 0.5, "normalised": 0.1}]}
 
-with `dimensions` where a model has several, and `error` in place of what could not be scored.
+with `dimensions` where a model has several, and `error` in place of what could not be scored: a
+candidate, or all of them.
 """
 
 from __future__ import annotations
@@ -25,11 +26,12 @@ from typing import Any, NamedTuple
 
 from jrm_jax.data.ingest.pictures import GroupPictures
 from jrm_jax.data.ingest.rows import find, read_rows
-from jrm_jax.data.labels import field_error
+from jrm_jax.data.labels import check_text, field_error
 from jrm_jax.errors import UserError
 from jrm_jax.serving.groups import Group
 from jrm_jax.serving.planned import ahead
 from jrm_jax.serving.reward_model import FIRST, RewardModel
+from jrm_jax.serving.rows import Needs
 from jrm_jax.shell import terminal
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
@@ -77,7 +79,8 @@ def score_file(
         bar.done = done
         with out.open("a", encoding="utf-8") as file, bar:
             # by the same rows wherever a file goes on: the same programs, the same last digits
-            like = [one.group for one in asked(0, FIRST * model.batch_size) if one.group]
+            begun = asked(0, FIRST * model.batch_size)
+            like = [model.need(one.group) for one in begun if one.group]
             for found in _score(model, asked(done), like):
                 file.write(json.dumps({"row": done, **found}, ensure_ascii=False) + "\n")
                 file.flush()
@@ -131,27 +134,35 @@ def _begin(out: Path, state: Path, facts: dict[str, Any]) -> tuple[int, int]:
     return done, failed
 
 
-def _score(model: RewardModel, asked: Iterable[_Asked], like: list[Group]) -> Iterator[dict]:
+def _score(model: RewardModel, asked: Iterable[_Asked], like: list[Needs]) -> Iterator[dict]:
     """Rows of the output, in order; what cannot be scored has its reason."""
     waiting: collections.deque[_Asked] = collections.deque()
 
     def groups() -> Iterator[Group]:
         for one in asked:
-            waiting.append(one)
+            waiting.append(one._replace(group=None))  # its pictures need not wait
             if one.group is not None:
                 yield one.group
 
     def errors() -> Iterator[dict]:
-        while waiting and waiting[0].group is None:
+        while waiting and not waiting[0].scored:
             yield waiting.popleft().found
 
-    for scores in model.iter_scores(groups(), like):
+    for scores in model.iter_found(groups(), like):
         yield from errors()
         one = waiting.popleft()
+        if isinstance(scores, UserError):
+            del one.found["candidates"]
+            yield one.found | _error(scores)
+            continue
         for cell, cells in zip(one.scored, scores.as_rows(), strict=True):
             cell |= cells
         yield one.found
     yield from errors()
+
+
+def _error(error: UserError) -> dict[str, str]:
+    return {"error": " ".join(str(error).split())}
 
 
 def _ask(model: RewardModel, where: str, row: Any, folder: Path) -> _Asked:
@@ -160,7 +171,7 @@ def _ask(model: RewardModel, where: str, row: Any, folder: Path) -> _Asked:
             raise row
         group, candidates = _group(model, row, where, GroupPictures(folder))
     except UserError as error:
-        return _Asked(_named(row) | {"error": " ".join(str(error).split())})
+        return _Asked(_named(row) | _error(error))
     scored = [one for one in candidates if "error" not in one]
     return _Asked(_named(row) | {"candidates": candidates}, group if scored else None, scored)
 
@@ -183,6 +194,7 @@ def _group(
     instruction = row.get("instruction")
     if not isinstance(instruction, str) or not instruction.strip():
         raise field_error(where, "instruction", "is no text")
+    check_text(instruction, where, "instruction")
     given = row.get("candidates") if row.get("candidates") is not None else row.get("edit")
     given = given if isinstance(given, list | tuple) else [given] if given else []
     if not given:
@@ -196,7 +208,7 @@ def _group(
         try:
             good.append(_picture(model, read, one, where, f"candidates[{index}]"))
         except UserError as error:
-            cell["error"] = " ".join(str(error).split())
+            cell |= _error(error)
         shown.append(cell)
     return Group(instruction, source, good), shown
 

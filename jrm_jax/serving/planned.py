@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from jrm_jax.data.encode import EncodedExample
+from jrm_jax.errors import UserError
 from jrm_jax.serving.ladder import holds
 from jrm_jax.serving.programs import Program
 from jrm_jax.serving.rows import need_of
@@ -28,12 +29,12 @@ T, Made = TypeVar("T"), TypeVar("Made")
 
 
 class Row(NamedTuple):
-    """A group, or one of the rows that it was cut into."""
+    """A group, or one of the rows that it was cut into; or why there is none."""
 
     group: int
     part: int
     parts: int
-    encoded: EncodedExample
+    encoded: EncodedExample | UserError
 
 
 class Calls(NamedTuple):
@@ -75,8 +76,10 @@ def run_all(
     calls: Calls,
     rows: int,
     lag: int | None = None,
-) -> Iterator[tuple[int, np.ndarray]]:
+) -> Iterator[tuple[int, np.ndarray | UserError]]:
     """(group, [K, X]) for each (group, item), when its batch is done.
+
+    Of a group that cannot be encoded, or that no program holds, it is (group, the error).
 
     Args:
         rows: of most programs; what is prepared ahead is measured in them.
@@ -84,34 +87,51 @@ def run_all(
     """
 
     def prepare(item: tuple[int, T]) -> list[Row]:
-        parts = calls.cut(encode(*item))
+        try:
+            parts = calls.cut(encode(*item))
+        except UserError as error:
+            return [Row(item[0], 0, 1, error)]
         return [Row(item[0], place, len(parts), part) for place, part in enumerate(parts)]
 
-    def lay(full: tuple[Program, list[Row]]) -> tuple[list[Row], dict]:
+    def lay(full: tuple[Program | None, list[Row]]) -> tuple[list[Row], dict | None]:
         program, own = full
-        return own, calls.lay(program, [row.encoded for row in own])
+        return own, program and calls.lay(program, [row.encoded for row in own])
 
     every = (row for found in ahead(prepare, items, 2 * rows) for row in found)
     batches = ahead(lay, _full(every, calls.fit, lag), 1)
-    parts_of: dict[int, dict[int, np.ndarray]] = collections.defaultdict(dict)
+    parts_of: dict[int, dict[int, np.ndarray | UserError]] = collections.defaultdict(dict)
     for own, array_BKX in _computed(batches, calls.run):
-        for row, row_KX in zip(own, array_BKX, strict=False):
+        for number, row in enumerate(own):
+            failed = isinstance(row.encoded, UserError)
             found = parts_of[row.group]
-            found[row.part] = row_KX[: len(row.encoded.candidates)]
+            found[row.part] = (
+                row.encoded if failed else array_BKX[number][: len(row.encoded.candidates)]
+            )
             if len(found) == row.parts:
-                yield row.group, np.concatenate([found[part] for part in range(row.parts)])
+                yield row.group, _whole([found[part] for part in range(row.parts)])
                 del parts_of[row.group]
+
+
+def _whole(parts: list[np.ndarray | UserError]) -> np.ndarray | UserError:
+    errors = (part for part in parts if isinstance(part, UserError))
+    return next(errors, None) or np.concatenate(parts)
 
 
 def _full(
     rows: Iterable[Row], fit: Callable[..., Program], lag: int | None
-) -> Iterator[tuple[Program, list[Row]]]:
+) -> Iterator[tuple[Program | None, list[Row]]]:
     """Rows of one program, when these fill it, when the first of them has waited for `lag` others,
-    and at the end."""
+    and at the end. What no program takes comes at once, by itself, with the error."""
     waiting: dict[Program, list[Row]] = {}  # in the order of their first rows
     since: dict[Program, int] = {}
     for number, row in enumerate(rows):
-        program = fit(need_of(row.encoded))
+        try:
+            program = None if isinstance(row.encoded, UserError) else fit(need_of(row.encoded))
+        except UserError as error:
+            program, row = None, row._replace(encoded=error)
+        if program is None:
+            yield None, [row]
+            continue
         since.setdefault(program, number)
         waiting.setdefault(program, []).append(row)
         first = next(iter(waiting))
@@ -141,12 +161,13 @@ def _merged(waiting: dict[Program, list[Row]]) -> dict[Program, list[Row]]:
 
 
 def _computed(
-    batches: Iterable[tuple[list[Row], dict]], run: Callable[[dict], Any]
+    batches: Iterable[tuple[list[Row], dict | None]], run: Callable[[dict], Any]
 ) -> Iterator[tuple[list[Row], np.ndarray]]:
-    """The arrays of batches; the devices have the next one before an array is waited for."""
+    """The arrays of batches, empty where there is nothing to run. The devices have the next one
+    before an array is waited for."""
     last = None
     for own, batch in batches:
-        now = own, run(batch)
+        now = own, [] if batch is None else run(batch)
         if last is not None:
             yield last[0], np.asarray(last[1])
         last = now

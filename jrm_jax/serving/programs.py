@@ -212,8 +212,7 @@ class Programs:
         return whole * (1 + worth * len(set(rungs)))
 
     def _wide(self, buckets: Sequence[Bucket]) -> Bucket:
-        """What holds all these and every rung, with twice their tokens and `SOURCES` pictures in the
-        prompt."""
+        """Holds all these and every rung, twice their tokens, `SOURCES` pictures in a prompt."""
         bucket = joined([*buckets, *self._ladder])
         tokens = bucket.patches // self._processor.merge**2
         wide = dataclasses.replace(

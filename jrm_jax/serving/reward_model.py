@@ -13,6 +13,7 @@ Letters: K candidates, R reward dimensions, B groups.
 
 from __future__ import annotations
 
+import collections
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -180,8 +181,8 @@ class RewardModel:
 
     @property
     def usual(self) -> tuple[Bucket, ...]:
-        """The rungs of the ladder that may be compiled ahead, smallest first: as far as the limit of
-        programs goes, but for the last program, which is kept for what these do not hold."""
+        """The rungs of the ladder that may be compiled ahead, smallest first: as far as the limit
+        of programs goes, but for the last program, which is kept for what these do not hold."""
         return self.buckets[: self._runner.shelf((SCORES,)).spare]
 
     def warm(self, buckets: Sequence[Bucket] | None = None, single: bool = False) -> None:
@@ -212,28 +213,44 @@ class RewardModel:
         return self._with_scale(self.score_lazily(needs, lambda index: self.encode(*named[index])))
 
     def iter_scores(
-        self, groups: Iterable[Group | tuple], like: Sequence[Group | tuple] = ()
+        self, groups: Iterable[Group | tuple], like: Sequence[Needs] = ()
     ) -> Iterator[Scores]:
         """Scores of any number of groups, in their order, as they come.
 
         Args:
             groups: are taken some batches ahead of what is yielded.
-            like: buckets are planned by their sizes; default: the first of `groups`.
+            like: buckets are planned by these, from `need`; default: by the first of `groups`.
 
         Raises:
             UserError: as `score_batch`.
         """
-        rest = iter(groups)
-        first = [] if like else list(itertools.islice(rest, FIRST * self.batch_size))
-        named = ((group, f"group {index}: ") for index, group in enumerate(like or first))
+        for scores in self.iter_found(groups, like):
+            if isinstance(scores, UserError):
+                raise scores
+            yield scores
+
+    def iter_found(
+        self, groups: Iterable[Group | tuple], like: Sequence[Needs] = ()
+    ) -> Iterator[Scores | UserError]:
+        """As `iter_scores`, with the error in place of the scores of a group that has none.
+
+        Raises:
+            UserError: of one of the groups by which buckets are planned.
+        """
+        rest, first = iter(groups), collections.deque()
+        if not like:
+            first.extend(itertools.islice(rest, FIRST * self.batch_size))
+            named = ((group, f"group {index}: ") for index, group in enumerate(first))
+            like = list(ahead(lambda each: self.need(*each), named, self.batch_size))
+        begun = (first.popleft() for _ in range(len(first)))  # whose pictures are kept no longer
         found = self._runner.streamed(
             (SCORES,),
-            ahead(lambda each: self.need(*each), named, self.batch_size),
-            itertools.chain(first, rest),
+            like,
+            itertools.chain(begun, rest),
             lambda index, group: self.encode(group, f"group {index}: "),
         )
-        for reward_KR in found:
-            yield from self._with_scale([reward_KR])
+        for one in found:
+            yield from [one] if isinstance(one, UserError) else self._with_scale([one])
 
     def need(self, group: Group | tuple, where: str = "") -> Needs:
         """The least buckets that hold a group, by the headers of its pictures.

@@ -99,6 +99,9 @@ class Runner:
             needs: of each group. encode: of a group by its number, in threads.
             one_bucket: all go into one that holds them all.
             advance: told how many groups are done.
+
+        Raises:
+            UserError: a group cannot be encoded, or no program holds it.
         """
         shelf, rows, program = self.shelf(kind), (self.rows, self.one), None
         few = len(needs) == 1 or 2 * len(needs) <= self.rows
@@ -111,6 +114,8 @@ class Runner:
         items = ((index, index) for index in range(len(needs)))
         calls, found = self._calls(kind, cut, program), {}
         for index, array_KX in run_all(items, lambda index, _: encode(index), calls, rows[0]):
+            if isinstance(array_KX, UserError):
+                raise array_KX
             found[index] = array_KX
             if advance is not None:
                 advance(1)
@@ -122,8 +127,9 @@ class Runner:
         like: Iterable[Needs],
         items: Iterable[T],
         encode: Callable[[int, T], EncodedExample],
-    ) -> Iterator[np.ndarray]:
-        """[K, X] of each item, in order.
+    ) -> Iterator[np.ndarray | UserError]:
+        """[K, X] of each item, in order; or the error of one that cannot be encoded, or that no
+        program holds.
 
         Args:
             like: needs by which buckets are planned.
