@@ -16,7 +16,7 @@ from jrm_jax.adapters.flow_grpo import jrm_score, jrm_score_edit_r1
 from jrm_jax.adapters.grouping import score_edits
 from jrm_jax.adapters.trl import make_reward
 from jrm_jax.adapters.verl_omni import compute_score
-from jrm_jax.client import RewardClient, RewardError
+from jrm_jax.client import GroupScores, RewardClient, RewardError, encode, form
 
 MODEL = FakeModel()
 TEXTS = ["Make it red.", "Make it red.", "Add a dog."]
@@ -102,6 +102,43 @@ def test_groups_are_cut_and_put_back_in_order(url):
     before = len(MODEL.batches)
     score_edits(client, TEXTS[:2], list(nhwc(10, 11)), [png(1), png(2)])
     assert sum(MODEL.batches[before:], []) == [1, 1]
+
+
+LARGE = encode(PIL.Image.new("1", (8192, 8192)))  # few bytes, many pixels
+
+
+class Recorder:
+    """A client that keeps what it was asked. A reward is the length of the file."""
+
+    def __init__(self):
+        self.asked = []
+
+    def score_groups(self, groups):
+        self.asked.append(groups)
+        rows = [np.array([[len(c)] for c in one.candidates], np.float32) for one in groups]
+        return [GroupScores(row, row, ("overall",), (None,) * len(row)) for row in rows]
+
+
+@pytest.mark.parametrize("sources, edits, requests", [
+    # 64 sources of 1 MiB and edits of 2 MiB: ten groups fill a request, almost
+    ([b"%02d" % i + bytes(1 << 20) for i in range(64)],
+     [bytes((2 << 20) + 2 * i) for i in range(64)], 7),
+    # one source: its group is cut, too
+    ([None] * 40, [bytes((3 << 20) + 2 * i) for i in range(40)], 4),
+    # small files of many pixels: each mention is decoded
+    ([LARGE] * 9, [LARGE + bytes(2 * i) for i in range(9)], 3),
+    # one picture that no request has room for goes alone
+    ([None] * 3, [png(1), bytes(40 << 20), png(2)], 3),
+    ([None] * 3, [png(1), png(2), b"not a picture"], 1),
+])  # fmt: skip
+def test_requests_are_closed_before_they_are_too_large_for_a_server(sources, edits, requests):
+    client = Recorder()
+    rewards, _ = score_edits(client, ["Red."] * len(edits), sources, edits)
+    np.testing.assert_array_equal(rewards, list(map(len, edits)))
+    assert len(client.asked) == requests
+    for groups in client.asked:
+        size = sum(len(part[-1]) for _, part in form(groups))
+        assert size < 33 << 20 or sum(len(one.candidates) for one in groups) == 1
 
 
 def test_verl_omni(url, tmp_path):
