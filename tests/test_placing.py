@@ -1,6 +1,9 @@
 """Scoring on several devices, on devices that are too small, and in bfloat16."""
 
+import contextlib
 import dataclasses
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -72,6 +75,31 @@ def test_a_model_too_large_for_a_device_is_split(workdir, one, groups):
         np.testing.assert_allclose(scores.reward_KR, alone.reward_KR, rtol=0, atol=1e-5)
     with pytest.raises(UserError, match="use more devices, or compute_dtype=bfloat16"):
         RewardModel.load(workdir, device_bytes=whole // 20)
+    assert (at_once(split, bucket, encoded[0]), at_once(one, bucket, encoded[0])) == (1, 4)
+
+
+def at_once(model, bucket, group):
+    """How many of four callers' programs run at the same time."""
+    device, running, most = model._runner.device, [], []
+    gate = threading.Barrier(4)
+
+    def program(params, batch):
+        running.append(batch)
+        most.append(len(running))
+        with contextlib.suppress(threading.BrokenBarrierError):
+            gate.wait(1)  # all four come here, or none of the others does
+        most.append(len(running))
+        running.pop()
+        return jnp.zeros((len(batch["candidate_mask"]), bucket.candidates, 1))
+
+    before = device._jitted[(SCORES,)]
+    device._jitted[(SCORES,)] = program
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda _: model.score_rows(bucket, [group]), range(4)))
+    finally:
+        device._jitted[(SCORES,)] = before
+    return max(most)
 
 
 def test_bfloat16_keeps_matrices_in_it_and_changes_no_score(workdir, trained, groups):

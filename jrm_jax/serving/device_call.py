@@ -5,6 +5,7 @@ Letters: see `data/pipeline.py`.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
 from collections.abc import Callable
@@ -20,6 +21,9 @@ from jrm_jax.serving.placing import mesh_of
 from jrm_jax.shell import user_cache
 from jrm_jax.shell.terminal import if_slow
 from jrm_jax.step import make_score_step, make_state_step
+
+# Programs of a split model talk between devices: two at once may wait for each other for ever.
+ONE_AT_A_TIME = threading.Lock()
 
 SCORES, STATES, CRITIQUES = "scores", "states", "critiques"
 
@@ -70,14 +74,22 @@ class DeviceCall:
         self._jitted: dict[tuple, Any] = {}
         self.compiled: set[tuple] = set()
         self._lock = threading.Lock()
+        split = not all(leaf.is_fully_replicated for leaf in jax.tree.leaves(params))
+        self._turn = ONE_AT_A_TIME if split else None
 
     def __call__(self, kind: tuple, batch: dict, *more: Any) -> jax.Array:
-        """The program's output, which may still be computed when this returns.
+        """The program's output, which may still be computed when this returns, unless the model is
+        split over devices: its programs run one after another.
 
         Args:
             kind: (SCORES,): batch -> reward_BKR float32; (STATES,): batch -> [B, K, D] float32;
                 (CRITIQUES, max_tokens, sample): batch, key, temperature -> int32 [B, K, T].
         """
+        with self._turn or contextlib.nullcontext():
+            found = self._run(kind, batch, *more)
+            return jax.block_until_ready(found) if self._turn else found
+
+    def _run(self, kind: tuple, batch: dict, *more: Any) -> jax.Array:
         shapes = kind, *(array.shape for array in batch.values())
         batch = batch if self._whole else sharding.place_batch(batch, self._mesh)
         if shapes in self.compiled:
