@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import threading
 import time
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,8 +12,11 @@ import pytest
 
 from jrm_jax.data.buckets import Bucket
 from jrm_jax.errors import UserError
+from jrm_jax.serving import files
+from jrm_jax.serving.groups import Group
 from jrm_jax.serving.planned import Calls, ahead, in_order, run_all
 from jrm_jax.serving.programs import Program
+from jrm_jax.serving.reward_model import RewardModel
 
 EMPTY = SimpleNamespace
 WHOLE = Bucket(9, 9, 9, 9, 9, 9)
@@ -143,3 +147,33 @@ def test_what_no_program_takes_is_an_error_in_its_place(lag):
     assert errors == {3: "broken"} | dict.fromkeys((0, 7, 20, 29), "too large")
     good = [(i, one[0, 0]) for i, one in enumerate(found) if i not in errors]
     assert len(good) == 25 and all(i == value for i, value in good)
+
+
+def test_pictures_are_kept_no_longer_than_they_are_needed():
+    alive = weakref.WeakSet()
+
+    class Picture:
+        def __init__(self):
+            alive.add(self)
+
+    def streamed(kind, like, items, encode):
+        most = [len(alive) for number, _ in enumerate(items) if number >= 64]
+        assert len(most) == 136 and max(most) <= 3  # the first 64 are needed to plan
+        return [np.zeros((1, 1), np.float32)] * 200
+
+    model = SimpleNamespace(
+        batch_size=4, need=lambda *_: None, _with_scale=list,
+        _runner=SimpleNamespace(streamed=streamed),
+    )  # fmt: skip
+    groups = (Group("", None, [Picture()]) for _ in range(200))
+    assert len(list(RewardModel.iter_found(model, groups))) == 200
+
+    def found(groups, like):
+        most = [len(alive) for _ in groups]
+        assert max(most) <= 3
+        return [UserError("too large")] * len(most)
+
+    cells = [[{"picture": "a.png"}] for _ in range(50)]
+    asked = (files._Asked({"candidates": c}, Group("", None, [Picture()]), c) for c in cells)
+    rows = list(files._score(SimpleNamespace(iter_found=found), asked, []))
+    assert rows == [{"error": "too large"}] * 50
