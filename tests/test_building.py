@@ -144,10 +144,8 @@ def test_a_source_is_in_one_split_only(tmp_path):
 # Stopped and resumed
 
 
-@pytest.mark.parametrize("stop", [1, 20, 33, 50, 71])
-def test_a_build_that_was_stopped_anywhere_ends_the_same(tmp_path, monkeypatch, stop):
-    source = write_pairs(tmp_path / "pairs.parquet")
-    build(source, tmp_path / "whole", valid_fraction=0.3)
+def stop_at(monkeypatch, stop: int) -> list:
+    """The row with this number, from 1, interrupts the build; the numbers of those taken so far."""
     take, calls = building._Work._take, []
 
     def stopping(work, *args):
@@ -157,6 +155,14 @@ def test_a_build_that_was_stopped_anywhere_ends_the_same(tmp_path, monkeypatch, 
         take(work, *args)
 
     monkeypatch.setattr(building._Work, "_take", stopping)
+    return calls
+
+
+@pytest.mark.parametrize("stop", [1, 20, 33, 50, 71])
+def test_a_build_that_was_stopped_anywhere_ends_the_same(tmp_path, monkeypatch, stop):
+    source = write_pairs(tmp_path / "pairs.parquet")
+    build(source, tmp_path / "whole", valid_fraction=0.3)
+    calls = stop_at(monkeypatch, stop)
     with pytest.raises(KeyboardInterrupt):
         build(source, tmp_path / "out", valid_fraction=0.3)
     assert not (tmp_path / "out").exists() and (tmp_path / "out.building").is_dir()

@@ -7,11 +7,11 @@ import pytest
 from configs import discriminative, generative, joint
 from configs.common import REAL, base
 from jrm_jax.errors import UserError
-from jrm_jax.run import check_config as module
 from jrm_jax.run.check_config import NAMES, RULES, check_config
+from jrm_jax.shell.config_cli import fields_of
 from jrm_jax.train import _is_due
 
-FLAT = dict(module._flat(base()))
+FLAT = dict(fields_of(base()))
 
 
 def changed(fields, config=None):

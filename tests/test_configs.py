@@ -21,13 +21,8 @@ MODULES = {"joint": joint, "discriminative": discriminative, "generative": gener
 
 
 def same_fields(config: ConfigDict, other: ConfigDict) -> bool:
-    def fields(tree, prefix=""):
-        for key, value in tree.items():
-            yield from fields(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else (
-                prefix + key,
-            )
-
-    return set(fields(config)) - {"name", "variant"} == set(fields(other))
+    names, wanted = (dict(config_cli.fields_of(tree)).keys() for tree in (config, other))
+    return names - {"name", "variant"} == wanted
 
 
 @pytest.mark.parametrize("variant", [None, "", *REAL])
@@ -172,7 +167,7 @@ def test_the_command_line_refuses_in_one_line(refusals, name):
 
 # Near misses, in the parser itself
 
-FIELDS = list(dict(config_cli._fields(joint.get_config())))
+FIELDS = list(dict(config_cli.fields_of(joint.get_config())))
 
 
 @pytest.mark.parametrize(

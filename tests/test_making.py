@@ -11,7 +11,7 @@ import time
 from concurrent.futures import Future
 
 import pytest
-from test_building import ROOT, build, contents, png, write_pairs
+from test_building import ROOT, build, contents, png, stop_at, write_pairs
 
 from jrm_jax.data import builders
 from jrm_jax.data.ingest import building, making, waiting
@@ -91,15 +91,7 @@ def test_stopped_anywhere_and_gone_on_with_other_workers(
     source, whole, tmp_path, monkeypatch, late, stop, before
 ):
     """Rows are read ahead of the last complete shard; none is lost, none comes twice."""
-    take, calls = building._Work._take, []
-
-    def stopping(work, *args):
-        calls.append(args[0])
-        if len(calls) == stop:
-            raise KeyboardInterrupt
-        take(work, *args)
-
-    monkeypatch.setattr(building._Work, "_take", stopping)
+    stop_at(monkeypatch, stop)
     with pytest.raises(KeyboardInterrupt):
         build_with(before, source, tmp_path / "out", valid_fraction=0.3)
     build_with(3 - before, source, tmp_path / "out", valid_fraction=0.3)

@@ -19,6 +19,7 @@ from jrm_jax.model.attention import IMPLEMENTATIONS
 from jrm_jax.model.layers import REMAT
 from jrm_jax.model.rope import POSITIONS
 from jrm_jax.run.workdir import defaults
+from jrm_jax.shell.config_cli import fields_of
 
 # What `valid` can be ranked by -> the loss that must be on for it to be measured.
 METRICS = {
@@ -227,7 +228,7 @@ def check_config(config: ConfigDict) -> list[str]:
         UserError: every field that is unknown, missing or not allowed, with what is; or fields that
             contradict each other.
     """
-    fields, known = dict(_flat(config)), (*NAMES, *RULES)
+    fields, known = dict(fields_of(config)), (*NAMES, *RULES)
     wrong = [f"config.{name}: no such field; {_near(name)}" for name in fields if name not in known]
     wrong += [f"config.{name} is missing" for name in RULES if name not in fields]
     wrong += [
@@ -241,14 +242,6 @@ def check_config(config: ConfigDict) -> list[str]:
     if wrong:
         raise UserError("; ".join(wrong))
     return list(_unused(config, fields))
-
-
-def _flat(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in config.items():
-        if isinstance(value, ConfigDict):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
 
 
 def _near(name: str) -> str:
@@ -292,7 +285,7 @@ def _contradictions(config: ConfigDict) -> Iterator[str]:
 
 
 def _unused(config: ConfigDict, fields: dict[str, Any]) -> Iterator[str]:
-    before = dict(_flat(defaults()))
+    before = dict(fields_of(defaults()))
     for names, is_unused, why in UNUSED:
         changed = [name for name in names if fields[name] != before[name]]
         if changed and is_unused(config):

@@ -46,7 +46,7 @@ def parse(argv: list[str], about: str, default: str = "") -> None:
     try:
         rest = flags.FLAGS(argv)
     except (AttributeError, KeyError, TypeError):
-        fields = dict(_fields(_load(given or find_config(EXAMPLE))))
+        fields = dict(fields_of(_load(given or find_config(EXAMPLE))))
         for word in argv[1:]:
             field = re.match(r"--?(?:no)?config\.([^=]+)", word)
             if field:
@@ -55,7 +55,7 @@ def parse(argv: list[str], about: str, default: str = "") -> None:
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}")
     if isinstance(config := flags.FLAGS["config"].value, ConfigDict):
-        for name, value in _fields(config):
+        for name, value in fields_of(config):
             check_place(f"config.{name}", str(value))
 
 
@@ -82,11 +82,11 @@ def _load(value: str) -> ConfigDict:
     return found.value
 
 
-def _fields(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def fields_of(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """('optimizer.name', 'muon'), ..."""
     for name, value in config.items():
         if isinstance(value, ConfigDict):
-            yield from _fields(value, f"{prefix}{name}.")
+            yield from fields_of(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
 
@@ -140,7 +140,7 @@ def help_text(about: str, config: str) -> str:
     comments = _comments(path) | _comments(f"{CONFIGS / 'common.py'}")
     lines += ["", f"Configs that come with the code: {', '.join(config_names())}.", ""]
     lines.append(f"Fields of {config}, each a flag --config.NAME=VALUE:")
-    for name, value in _fields(_load(config)):
+    for name, value in fields_of(_load(config)):
         words = textwrap.shorten(f"{name} = {value!r}", LONGEST, placeholder=" ...")
         lines.append(f"  {words:<44}  {comments.get(name, '')}".rstrip())
     return "\n".join(lines)
