@@ -21,7 +21,6 @@ import numpy as np
 
 from jrm_jax.errors import UserError
 
-MODES = ("auto", "on", "off")
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 PATIENCE = 24 * 3600  # seconds at a barrier; a leader may have a large data set to measure
 

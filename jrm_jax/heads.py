@@ -176,8 +176,10 @@ def _chunked_forward(suppressed_id, chunk, kernel_DW, hidden_BXD, targets_BX, we
 def _chunked_backward(suppressed_id, chunk, saved, grad):
     kernel_grad_DW, hidden_grad_BXD = saved
     if kernel_grad_DW is not None:
-        kernel_grad_DW = kernel_grad_DW * grad.astype(kernel_grad_DW.dtype)
-    return kernel_grad_DW, hidden_grad_BXD * grad.astype(hidden_grad_BXD.dtype), None, None
+        kernel_grad_DW = (kernel_grad_DW * grad).astype(kernel_grad_DW.dtype)
+    # the number itself would be rounded, and every gradient with it, if this were not in float32
+    scaled_BXD = hidden_grad_BXD.astype(jnp.float32) * grad
+    return kernel_grad_DW, scaled_BXD.astype(hidden_grad_BXD.dtype), None, None
 
 
 _chunked_nll.defvjp(_chunked_forward, _chunked_backward, symbolic_zeros=True)
@@ -192,6 +194,7 @@ def _chunk(suppressed_id, kernel_DW, hidden_BXD, targets_BX, weights_BX):
     total_BX = jnp.sum(jnp.where(suppressed_W, 0.0, jnp.exp(raw_BXW - largest_BX[..., None])), -1)
     logsum_BX = largest_BX + jnp.log(total_BX)
     picked_BX = jnp.take_along_axis(raw_BXW, targets_BX[..., None], axis=-1)[..., 0]
+    picked_BX = jnp.where(targets_BX == suppressed_id, -jnp.inf, picked_BX)
     nll_BX = jnp.where(weights_BX > 0, logsum_BX - picked_BX, 0.0)
     return jnp.sum(nll_BX * weights_BX), raw_BXW, logsum_BX
 

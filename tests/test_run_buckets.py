@@ -63,8 +63,9 @@ def test_what_is_seen_often_decides(choose):
         found = {"train": [Source(Sizes.from_rows([row] * 40), weight) for row, weight in parts]}
         assert [bucket.candidates for bucket in choose(found, data__programs=2)] == [least, 4]
     # a split that is only read counts less than one that is trained on
-    read = sources(*[SMALL] * 40) | {"test": [Source(Sizes.from_rows([LARGE] * 40))]}
-    assert len(choose(read, total_steps=200)) == 2
+    read = sources(*[LARGE] * 40) | {"test": [Source(Sizes.from_rows([SMALL] * 40))]}
+    assert len(choose(read, total_steps=200)) == 1
+    assert len(choose(sources(*[SMALL] * 40, *[LARGE] * 40), total_steps=200)) == 2
 
 
 def test_all_splits_and_only_what_is_kept_are_held(choose):

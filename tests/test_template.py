@@ -26,7 +26,6 @@ from jrm_jax.data.template import (
     protocol_stamp,
     render,
     save_tokenizer,
-    template_hash,
 )
 from jrm_jax.errors import UserError
 
@@ -242,7 +241,7 @@ def test_stamp_changes_with_what_it_stands_for(tokenizer):
         changed = [*base]
         changed[place] = other
         assert protocol_stamp(*changed) != stamp
-    assert template_hash(Template()) == template_hash(Template()) == stamp["template"]
+    assert Template().hash == Template().hash == stamp["template"]
 
 
 def test_an_empty_thinking_block_stands_before_the_reward_token(tokenizer):

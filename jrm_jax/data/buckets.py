@@ -177,8 +177,14 @@ def assign(sizes: Sizes, buckets: Sequence[Bucket], language: bool) -> np.ndarra
     return chosen
 
 
+def as_table(buckets: Iterable[Bucket]) -> np.ndarray:
+    """[n, 6] int64, as `needs` makes it."""
+    table = [dataclasses.astuple(bucket) for bucket in buckets]
+    return np.array(table, np.int64).reshape(-1, 6)
+
+
 def by_cost(buckets: Iterable[Bucket], cost: Cost) -> tuple[Bucket, ...]:
     """Each once, by growing cost."""
     each = sorted(set(buckets))
-    costs = cost(np.array([dataclasses.astuple(bucket) for bucket in each], np.int64))
+    costs = cost(as_table(each))
     return tuple(each[i] for i in np.argsort(costs, kind="stable"))

@@ -93,10 +93,6 @@ class Template:
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
-def template_hash(template: Template) -> str:
-    return template.hash
-
-
 def _pieces(parts: Sequence[Part]) -> list[Piece]:
     pieces: list[Piece] = []
     for part in parts:

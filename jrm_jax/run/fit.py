@@ -7,6 +7,7 @@ A run asks before its first step; `planning` asks for devices that are not there
 from __future__ import annotations
 
 import collections
+import functools
 import re
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
@@ -197,6 +198,7 @@ class Fitting:
         batch = place(config, empty_batch(rows, largest[1], self._data.encoder), self._mesh)
         failure = OutOfMemory(None, None)
 
+        @functools.cache
         def rough_need(way: tuple[str, int]) -> int:
             changed = self._with(*way)
             forward = build.make_run_forward(changed, self._module(changed), self._data)

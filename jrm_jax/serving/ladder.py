@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jrm_jax.data.buckets import Bucket, Cost
+from jrm_jax.data.buckets import Bucket, Cost, as_table
 from jrm_jax.data.encode import Encoder
 from jrm_jax.data.processor import Processor
 from jrm_jax.data.schema import Candidate, Text
@@ -70,12 +70,12 @@ def cheapest(need: Bucket, buckets: Sequence[Bucket], cost: Cost) -> Bucket | No
     fit = [bucket for bucket in buckets if holds(bucket, need)]
     if not fit:
         return None
-    costs = cost(np.array([dataclasses.astuple(bucket) for bucket in fit], np.int64))
+    costs = cost(as_table(fit))
     return fit[int(np.argmin(costs))]
 
 
 def holds(bucket: Bucket, need: Bucket) -> bool:
-    return bool(bucket.fits(np.array([dataclasses.astuple(need)]))[0])
+    return bool(bucket.fits(as_table([need]))[0])
 
 
 def joined(buckets: Sequence[Bucket]) -> Bucket:

@@ -11,12 +11,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from jrm_jax.data.buckets import Bucket, Cost
+from jrm_jax.data.buckets import Bucket, Cost, as_table
 from jrm_jax.data.choosing import choose_buckets
 from jrm_jax.data.processor import Processor
 from jrm_jax.errors import UserError
@@ -222,12 +222,6 @@ class Programs:
             candidate=2 * bucket.candidate,
         )
         return self._rounded(wide)
-
-
-def as_table(buckets: Iterable[Bucket]) -> np.ndarray:
-    """[n, 6] int64, as `buckets.needs` makes it."""
-    table = [dataclasses.astuple(bucket) for bucket in buckets]
-    return np.array(table, np.int64).reshape(-1, 6)
 
 
 @dataclasses.dataclass

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[3]
 GROUPS = 800  # as many as give the buckets of the default data
 STEPS = 120  # of the second start
 PARITY = ("tests/test_parity.py",)
-PLATFORMS = {"gpu": "gpu", "tpu": "tpu"}  # a name of JAX: what the tests call it
+PLATFORMS = ("gpu", "tpu")  # that the tests know besides the CPU
 
 
 def start(tiny: bool) -> Iterator[Row]:
@@ -85,7 +85,7 @@ def parity(tiny: bool) -> Iterator[Row]:
         return
     asked = [sys.executable, "-c", "import jax; print(jax.default_backend())"]
     backend = subprocess.run(asked, capture_output=True, text=True).stdout.split()
-    platform = PLATFORMS.get(backend[-1] if backend else "", "cpu")
+    platform = backend[-1] if backend and backend[-1] in PLATFORMS else "cpu"
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", f"--junitxml={report}"]
