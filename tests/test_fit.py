@@ -1,5 +1,6 @@
 """What fits: recomputation by what the device holds, and refusals that say what would fit."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import jax
@@ -18,6 +19,7 @@ from jrm_jax.model import cudnn
 from jrm_jax.model.layers import CUDNN, REMAT, Linear, stack
 from jrm_jax.planning import compiling
 from jrm_jax.run import fit
+from jrm_jax.run.programs import Programs
 
 GIB = 2**30
 
@@ -91,12 +93,12 @@ def test_attention_kernels_run_once_unless_everything_is_computed_again(
 def rough():
     """remat, groups, microbatches -> bytes (by the shapes, of state and batch and gradients)."""
 
-    def count(remat, groups=4, accumulation=1):
-        config, backbone, bucket = small_case()
+    def count(remat, groups=4, accumulation=1, bucket=None):
+        config, backbone, small = small_case()
         config.remat, config.batch_size, config.accumulation = remat, groups, accumulation
         config.backbone.scan_unroll = 1
         forward, state, _ = compiling.train_parts(config, backbone, one_device())
-        batch = compiling.abstract_batch(config, backbone, bucket, one_device())
+        batch = compiling.abstract_batch(config, backbone, bucket or small, one_device())
         held = fit.bytes_per_device((state, batch, state.trainable))
         return fit.rough_bytes(forward, state, batch, accumulation), held
 
@@ -124,18 +126,19 @@ def test_what_shapes_need_follows_the_batch_and_its_parts(rough):
 class Compiler:
     """A `Programs` that compiles nothing: a step needs so many GiB of a device."""
 
-    def __init__(self, needs, has, bucket, given_up=False):
-        self.needs, self.has, self.bucket, self.given_up = needs, has, bucket, given_up
-        self.tried, self.step = [], None
+    def __init__(self, needs, has, buckets, given_up=False):
+        self.needs, self.has, self.buckets, self.given_up = needs, has, buckets, given_up
+        self.tried, self.met, self.step = [], [], None
 
-    def largest(self, kind):
-        return kind, self.bucket
+    def outermost(self, kind):
+        return [(kind, bucket) for bucket in self.buckets]
 
     def use(self, kind, step):
         self.step = step
 
     def prepare(self, inputs, limit):
         self.tried.append(self.step)
+        self.met += [bucket for _, bucket in inputs]
         remat, parts = self.step
         need = self.needs[remat] / parts
         if need > self.has:
@@ -147,7 +150,7 @@ class Compiler:
 def search(monkeypatch):
     """search(needs, has, **fields) -> (kept step, tried, said)."""
 
-    def run(needs, has, limit=None, given_up=False, **fields):
+    def run(needs, has, limit=None, given_up=False, buckets=(), met=None, **fields):
         config, backbone, bucket = small_case()
         config.update({"batch_size": 4, "remat": "auto"} | fields)
         _, state, _ = compiling.train_parts(config, backbone, one_device())
@@ -157,9 +160,13 @@ def search(monkeypatch):
         assert fitting.limit is None  # a CPU tells nothing
         fitting.limit = limit
         monkeypatch.setattr(fitting, "_step", lambda remat, parts: (remat, parts))
-        compiler = Compiler(dict(zip(REMAT, needs, strict=True)), has, bucket, given_up)
+        compiler = Compiler(
+            dict(zip(REMAT, needs, strict=True)), has, buckets or [bucket], given_up
+        )
         going_on = fitting.search(compiler, "train", kept.append)
         assert going_on is not given_up and kept[-1] == compiler.step
+        if met is not None:
+            met += compiler.met
         return compiler.step, [remat for remat, _ in compiler.tried], said
 
     return run
@@ -214,6 +221,30 @@ def test_a_batch_that_does_not_fit_is_refused_with_what_would(search, has, field
         search((40, 30, 20, 10), has, **fields)
     assert str(refused.value).startswith("config.batch_size 4 does not fit on 1 x cpu: ")
     assert words in str(refused.value)
+
+
+def test_the_program_that_must_fit_is_the_one_of_most_memory(search, rough):
+    """Not the dearest one: a tower of many layers takes more time, a long text more memory."""
+    _, _, bucket = small_case()
+    texts = dataclasses.replace(bucket, candidate=8 * bucket.candidate)
+    dearest = dataclasses.replace(bucket, patches=2 * bucket.patches)
+    limit = 2 * rough("none", bucket=texts)[0]
+    for has, most in ((limit, texts), (None, dearest)):  # nothing is known without a limit
+        met = []
+        search((1, 1, 1, 1), 2, has, buckets=[dearest, texts], met=met)
+        assert met == [most]
+
+
+def test_only_buckets_that_no_other_holds_are_asked():
+    _, _, bucket = small_case()
+    wide = dataclasses.replace(bucket, patches=bucket.patches + 4)
+    long = dataclasses.replace(bucket, critique=bucket.critique + 8)
+    wanted = {"train": {bucket, wide, long}, "eval": {bucket}}
+    steps = dict.fromkeys(wanted)
+    quiet = {"stop": None, "watchdog": None, "say": print, "show": print}
+    programs = Programs(steps, wanted, [bucket, wide, long], **quiet)
+    assert programs.outermost("train") == [("train", long), ("train", wide)]
+    assert programs.outermost("eval") == [("eval", bucket)]
 
 
 def test_a_search_can_be_given_up(search):

@@ -13,7 +13,7 @@ from jrm_jax.data.pipeline import (
     assemble_batch,
     make_iterator,
 )
-from jrm_jax.data.plan import Plan, Source, eval_plan
+from jrm_jax.data.plan import EvalPlan, Plan, Source
 from jrm_jax.data.schema import to_record
 from jrm_jax.data.sizes import measure
 from jrm_jax.data.template import render
@@ -77,7 +77,7 @@ def test_worker_processes_change_nothing(run):
 
 def test_eval_iterator_ends(run):
     plan, records, encoder = run
-    plan = eval_plan([Source(measure(records, encoder.sizes, encoder.key, name="v"))],
+    plan = EvalPlan([Source(measure(records, encoder.sizes, encoder.key, name="v"))],
                      plan.buckets, 8)  # fmt: skip
     batches = list(make_iterator(plan, [records], encoder))
     assert len(batches) == len(plan) == 4

@@ -10,7 +10,7 @@ import pytest
 
 from jrm_jax.data import sizes as sizes_module
 from jrm_jax.data.buckets import Bucket, assign, make_buckets, needs, select
-from jrm_jax.data.plan import Plan, Source, eval_plan
+from jrm_jax.data.plan import EvalPlan, Plan, Source
 from jrm_jax.data.schema import Candidate, PreferenceExample, Text, to_record
 from jrm_jax.data.sizes import Sizes, measure
 from jrm_jax.errors import UserError
@@ -127,7 +127,7 @@ def test_oversized_examples_are_counted_and_listed():
         select(sizes, Bucket(1, 0, 0, 0, 0, 0), True, True, "train")
     assert select(sizes, Bucket(0, 0, 0, 0, 0, 0), True, False, "x")[1] is None
     buckets = make_buckets([sizes], language=True)
-    plan = eval_plan([Source(sizes, kept=kept)], buckets, 4)
+    plan = EvalPlan([Source(sizes, kept=kept)], buckets, 4)
     seen = np.concatenate([plan.batch(step)[1] for step in range(len(plan))])
     assert sorted(seen[seen >= 0]) == kept.tolist()
 
@@ -256,7 +256,7 @@ def test_empty_mixture(weights):
 def test_eval_plan_sees_each_example_once():
     sizes = make_sizes(53)
     buckets = make_buckets([sizes], language=True, visual_cuts=(10,))
-    plan = eval_plan(sizes, buckets, 8)
+    plan = EvalPlan([Source(sizes)], buckets, 8)
     batches = [plan.batch(step) for step in range(len(plan))]
     ids = np.concatenate([ids for _, ids in batches])
     assert all(len(part) == 8 for _, part in batches)
@@ -264,7 +264,7 @@ def test_eval_plan_sees_each_example_once():
     assert (ids == -1).sum() == 8 * len(plan) - 53
     fillers = [(ids < 0).sum() for _, ids in batches]
     assert sum(f > 0 for f in fillers) <= len(buckets)
-    assert len(eval_plan(from_rows([]), buckets, 8)) == 0
+    assert len(EvalPlan([Source(from_rows([]))], buckets, 8)) == 0
 
 
 # Measuring

@@ -206,17 +206,6 @@ class EvalPlan(_Ids):
     __call__ = batch
 
 
-def eval_plan(
-    sizes: Sizes | Sequence[Source],
-    buckets: Sequence[Bucket],
-    batch_size: int,
-    language: bool = True,
-) -> EvalPlan:
-    """`EvalPlan` of one data set's sizes, or of several sources."""
-    sources = [Source(sizes)] if isinstance(sizes, Sizes) else sizes
-    return EvalPlan(sources, buckets, batch_size, language)
-
-
 def _by_bucket(
     ids: np.ndarray, bucket_of: np.ndarray, buckets: int, batch_size: int
 ) -> list[tuple[int, np.ndarray]]:

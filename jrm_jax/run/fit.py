@@ -190,19 +190,33 @@ class Fitting:
         Raises:
             UserError: none fits; it names what would.
         """
-        largest = programs.largest(kind)
-        if largest is None:  # no step is left
+        outermost = programs.outermost(kind)
+        if not outermost:  # no step is left
             return True
         config, given_up = self._config, False
         rows = len(sharding.local_rows(config.batch_size, self._mesh))
-        batch = place(config, empty_batch(rows, largest[1], self._data.encoder), self._mesh)
         failure = OutOfMemory(None, None)
+        batches = {}  # shapes: several batches would take memory that a step needs
+        for key in outermost:
+            batch = place(config, empty_batch(rows, key[1], self._data.encoder), self._mesh)
+            batches[key] = sharding.placed(batch, jax.tree.map(lambda x: x.sharding, batch))
 
         @functools.cache
-        def rough_need(way: tuple[str, int]) -> int:
+        def rough_needs(way: tuple[str, int]) -> dict[Any, int]:
             changed = self._with(*way)
             forward = build.make_run_forward(changed, self._module(changed), self._data)
-            return rough_bytes(forward, self._state, batch, way[1])
+            return {
+                key: rough_bytes(forward, self._state, batch, way[1])
+                for key, batch in batches.items()
+            }
+
+        def rough_need(way: tuple[str, int]) -> int:
+            return max(rough_needs(way).values())
+
+        def neediest(way: tuple[str, int]) -> Any:
+            if len(outermost) == 1 or self.limit is None:
+                return outermost[0]
+            return max(outermost, key=rough_needs(way).get)
 
         def use(way: tuple[str, int]) -> None:
             step = self._step(*way)
@@ -224,7 +238,8 @@ class Fitting:
             fine = True
             use(way)
             try:
-                inputs = {largest: (self._state, batch)}
+                key = neediest(way)
+                inputs = {key: (self._state, batches[key])}
                 given_up = not programs.prepare(inputs, limit=self.limit)
             except OutOfMemory as error:
                 failure, fine = error, False

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from jrm_jax.build_data import Data, place
-from jrm_jax.data.buckets import Bucket
+from jrm_jax.data.buckets import Bucket, as_table
 from jrm_jax.data.pipeline import empty_batch
 from jrm_jax.run.fit import compile_within
 from jrm_jax.shell.stop import StopRequest
@@ -115,10 +115,13 @@ class Programs:
         self._steps[kind] = step
         self._ready -= {key for key in self._ready if key[0] == kind}
 
-    def largest(self, kind: str) -> Key | None:
-        """Of those that will be wanted, the one of the dearest bucket."""
-        keys = [key for key in self.wanted if key[0] == kind]
-        return max(keys, key=lambda key: self._buckets.index(key[1]), default=None)
+    def outermost(self, kind: str) -> list[Key]:
+        """Of those that will be wanted, the ones whose bucket has no room in another: the program
+        that needs the most memory is among them. The dearest first."""
+        buckets = [bucket for one, bucket in self.wanted if one == kind]
+        holders = sum(bucket.fits(as_table(buckets)) for bucket in buckets)
+        outer = [bucket for bucket, count in zip(buckets, holders, strict=True) if count == 1]
+        return [(kind, bucket) for bucket in sorted(outer, key=self._buckets.index, reverse=True)]
 
     def prepare_ahead(self, config: ConfigDict, data: Data, mesh: Mesh, state: TrainState) -> bool:
         """All that will be wanted, before the first step, where a program is compiled by one core:
