@@ -115,11 +115,13 @@ def build_data(
             sets.setdefault(split, []).append(records)
     _check_splits(config, folders, held, say)
 
+    cost = group_cost(backbone, config.data.share_prompt)
+
     def choose(sources: dict[str, list[plan.Source]]) -> tuple[Bucket, ...]:
         return bucket_choice.choose(
             config,
             sources,
-            group_cost(backbone, config.data.share_prompt),
+            cost,
             language=language,
             merge=backbone.vision.merge,
             folder=folders[0][0],
@@ -133,6 +135,7 @@ def build_data(
     others = buckets
     if not bucket_choice.hold_all(buckets, read, language):
         others = (*buckets, *choose(read))
+    reading = bucket_choice.for_reading(config, others, sources, cost, language=language)
     size = config.batch_size
     held_out = [split for split in ("valid", "test", "hard") if split in sources]
     train_plan = plan.Plan(sources["train"], buckets, size, config.seed, language)
@@ -140,7 +143,7 @@ def build_data(
         encoder=encoder,
         train_plan=train_plan,
         train_sets=tuple(sets["train"]),
-        eval_plans={s: plan.EvalPlan(sources[s], others, size, language) for s in held_out},
+        eval_plans={s: plan.EvalPlan(sources[s], reading, size, language) for s in held_out},
         eval_sets={split: tuple(sets[split]) for split in held_out},
         buckets=others,
         stamp=protocol_stamp(

@@ -68,6 +68,29 @@ def test_what_is_seen_often_decides(choose):
     assert len(choose(sources(*[SMALL] * 40, *[LARGE] * 40), total_steps=200)) == 2
 
 
+def test_reading_has_fewer_programs_where_padding_costs_less(config):
+    few, many = (Source(Sizes.from_rows(rows)) for rows in ([SMALL] * 8, [SMALL] * 20_000))
+    both = (Bucket(2, 3, 16, 24, 16, 8), Bucket(4, 5, 16, 40, 32, 16))
+
+    def read(sources, **fields):
+        own = config.copy_and_resolve_references()
+        own.update_from_flattened_dict(fields)
+        return buckets.for_reading(own, both, sources, slots, language=True)
+
+    train = sources(*[LARGE] * 400)
+    assert read(train) == both[1:] or read(train) == both[:1]  # nothing is read
+    config.eval_interval = 10_000
+    assert read(train | {"valid": [few], "test": [Source(Sizes.from_rows([LARGE]))]}) == both[1:]
+    assert read(train | {"valid": [few], "test": [many]}) == both[:1]  # none needs the larger one
+    large = Source(Sizes.from_rows([LARGE] * 4))
+    assert read(train | {"test": [many, large]}) == both
+    assert read(train | {"test": [few, large]}) == both[1:]
+    # often is as much as many
+    assert read(train | {"valid": [few, large]}, eval_interval=1) == both
+    # classes that were asked for stay
+    assert read(train | {"test": [few, large]}, **{"data.candidate_cuts": (2, 4)}) == both
+
+
 def test_all_splits_and_only_what_is_kept_are_held(choose):
     sizes = Sizes.from_rows([SMALL] * 20 + [LARGE])
     found = {"train": [Source(sizes, kept=np.arange(20))]}

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
-from jrm_jax.data.buckets import Bucket, Cost, make_buckets, needs
+from jrm_jax.data.buckets import Bucket, Cost, as_table, assign, make_buckets, needs
 from jrm_jax.data.choosing import choose_buckets
 from jrm_jax.data.plan import Plan, Source
 from jrm_jax.data.sizes import Sizes, cache_places, write_cache
@@ -28,6 +28,7 @@ RECORD = "buckets.json"  # in the run's folder
 # The default run on one busy core of an AMD EPYC: 48 s for a training step's program, 25 steps; the
 # evaluation's comes on top. Programs of large models take minutes, and their steps seconds.
 COMPILE_STEPS = 30
+READ_STEPS = 8  # of these, what the evaluation's program takes: 10 to 18 s there
 UNIT = 64  # how often an example of weight 1 counts; fractions are rounded to its parts
 
 
@@ -90,6 +91,58 @@ def choose(
         if write_cache(place, lambda file: file.write(as_text(chosen).encode())):
             break
     return chosen
+
+
+def for_reading(
+    config: ConfigDict,
+    buckets: tuple[Bucket, ...],
+    sources: Mapping[str, Sequence[Source]],
+    cost: Cost,
+    *,
+    language: bool,
+) -> tuple[Bucket, ...]:
+    """Those of a run's buckets in which held-out splits are read: one is given up as long as the
+    padding that this brings into all of a run's evaluations costs less than to compile a program.
+
+    Args:
+        buckets: by growing cost; they hold all of `sources`.
+        sources: {split: data sets}, 'train' among them: its steps are the measure.
+        cost: of a group, `flops.group_cost`.
+    """
+    if config.data.candidate_cuts or config.data.visual_cuts:
+        return buckets
+    sizes = {
+        split: Sizes.from_rows(np.concatenate([_kept(source).rows() for source in each]))
+        for split, each in sources.items()
+    }
+
+    def forward(split: str, chosen: Sequence[Bucket]) -> float:
+        """What reading a split once costs, in whole batches."""
+        counts = np.bincount(assign(sizes[split], chosen, language), minlength=len(chosen))
+        rows = -(-counts // config.batch_size) * config.batch_size
+        return float(rows @ cost(as_table(chosen)).astype(float))
+
+    def reading(chosen: Sequence[Bucket]) -> float:
+        often = config.total_steps // config.eval_interval if config.eval_interval else 0
+        return sum(
+            forward(split, chosen) * (1 + often * (split == "valid"))
+            for split in sizes
+            if split != "train"
+        )
+
+    step = 3 * config.batch_size * forward("train", buckets) / len(sizes["train"])
+    now = reading(buckets)
+    while len(buckets) > 1:
+        fewer = [(*buckets[:i], *buckets[i + 1 :]) for i in range(len(buckets))]
+        held = {split: each for split, each in sources.items() if split != "train"}
+        costs = [
+            reading(chosen) if hold_all(chosen, held, language) else np.inf for chosen in fewer
+        ]
+        least = int(np.argmin(costs))
+        if costs[least] - now > READ_STEPS * step:
+            break
+        buckets, now = fewer[least], costs[least]
+    return buckets
 
 
 def _kept(source: Source) -> Sizes:
