@@ -118,6 +118,9 @@ REFUSED = {
         ("config.optimizer.learning_rate is -1.0: allowed is a number above 0",
          "config.eval_interval is -2: allowed is a whole number from 0"),
     ),
+    "a field before its config": (
+        ("--config.eval_interval=-2", "--config", "joint"), ("config.eval_interval is -2",)
+    ),
     "no backbone": (
         (f"{JOINT}:qwen3_vl_8b",),
         ("config.backbone.path is not set", "qwen3_vl_8b", "--config.backbone.path=FOLDER"),

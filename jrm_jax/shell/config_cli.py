@@ -60,18 +60,19 @@ def parse(argv: list[str], about: str, default: str = "") -> None:
 
 
 def _resolve(argv: list[str]) -> str:
-    """Write where the config is into `argv`; returns the value of --config, '' if there is none."""
-    given = ""
-    for i, word in enumerate(argv):
+    """Write where the config is into `argv`, before its fields, which may have come first; returns
+    the value of --config, '' if there is none."""
+    given, rest, words = [], [], iter(argv[1:])
+    for word in words:
         flag, equals, value = word.partition("=")
-        if flag.lstrip("-") != "config" or not flag.startswith("-"):
-            continue
-        if equals:
-            given = find_config(value)
-            argv[i] = f"{flag}={given}"
-        elif i + 1 < len(argv):
-            given = argv[i + 1] = find_config(argv[i + 1])
-    return given
+        if flag not in ("-config", "--config"):
+            rest.append(word)
+        elif (value := value if equals else next(words, None)) is not None:
+            given.append(find_config(value))
+        else:
+            rest.append(word)  # without a value: the flag library's to refuse
+    argv[1:] = [*(f"--config={value}" for value in given), *rest]
+    return given[-1] if given else ""
 
 
 def _load(value: str) -> ConfigDict:
