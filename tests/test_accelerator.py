@@ -17,6 +17,7 @@ from jrm_jax.benchmarks.accelerator.page import make_page  # noqa: E402
 from jrm_jax.benchmarks.accelerator.parts import PARTS  # noqa: E402
 from jrm_jax.model.config import load_config  # noqa: E402
 from jrm_jax.model.published import PUBLISHED  # noqa: E402
+from jrm_jax.optim import flatten  # noqa: E402
 from jrm_jax.run.flops import train_flops  # noqa: E402
 
 MODEL = "qwen3_vl_2b"
@@ -49,6 +50,24 @@ def test_the_batch_fills_the_slots_of_a_real_step():
         backbone, case.REAL.bucket(True), state.trainable, state.frozen, "full"
     )
     assert 4 * flops.model / 1e12 == pytest.approx(198.9, abs=0.05)
+
+
+@pytest.mark.parametrize("name", [MODEL, "qwen3_5_2b"])
+def test_the_small_case_is_of_the_same_kind(name):
+    backbone, whole = case.architecture(name, True), PUBLISHED[name]
+    assert bool(backbone.vision.deepstack) == bool(whole.vision.deepstack)
+    config = case.make_config(name, case.TINY)
+    mesh = build.make_mesh(config, backbone, jax.devices()[:1])
+    state, _ = build.abstract_state(config, backbone, mesh)
+    whole_state, _ = build.abstract_state(config, whole, mesh)
+
+    def names(state):
+        """The last two parts of every parameter's path."""
+        return {tuple(path.split("/")[-2:]) for path in flatten(state.trainable)}
+
+    assert names(state) == names(whole_state)
+    batch = case.make_batch(config, backbone, case.TINY)
+    assert batch["candidate_tokens"].max() < backbone.text.vocab
 
 
 def test_both_sides_begin_with_the_same_loss_and_gradient(tmp_path):

@@ -60,9 +60,14 @@ def architecture(name: str, tiny: bool) -> BackboneConfig:
         backbone.text, layers=2, hidden=64, heads=4, kv_heads=2, head_dim=16, mlp=96, vocab=512,
         mrope_section=(4, 2, 2),
     )  # fmt: skip
+    if text.delta is not None:
+        delta = dataclasses.replace(
+            text.delta, interval=2, key_heads=2, value_heads=4, key_dim=8, value_dim=12
+        )
+        text = dataclasses.replace(text, mrope_section=(2, 1, 1), rotary=8, delta=delta)
     vision = dataclasses.replace(
         backbone.vision, depth=2, hidden=48, heads=4, mlp=80, patch=4, out_hidden=64,
-        deepstack=(0,), num_positions=49,
+        deepstack=backbone.vision.deepstack and (0,), num_positions=49,
     )  # fmt: skip
     return BackboneConfig(backbone.family, vision, text, 500, 501, 502)
 

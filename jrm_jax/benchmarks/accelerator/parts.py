@@ -27,6 +27,7 @@ class Part(NamedTuple):
 
 def _table() -> dict[str, Part]:
     big, large = {"model": "qwen3_vl_2b"}, {"model": "qwen3_vl_8b"}
+    hybrid = {"model": "qwen3_5_2b", "remats": REMAT, "profile": True}
     adapters = {**large, "adapters": True, "remats": REMAT}
     parts = {
         "rate": Part("a matrix product", "ours", "product", {}, 60),
@@ -41,6 +42,7 @@ def _table() -> dict[str, Part]:
         "score_2b_torch": Part("the same in PyTorch", "theirs", "score", big, 60),
         "losses": Part("equal first losses", "theirs", "losses", big, 150),
         "parity": Part("parity tests", "commands", "parity", {}, 150),
+        "step_qwen3_5": Part("joint step, Qwen3.5 2B", "ours", "train", hybrid, 200),
         "step_8b": Part("joint step, 8B with adapters", "ours", "train", adapters, 200),
         "score_8b": Part("scoring, 8B", "ours", "score", large, 120),
         "score_8b_torch": Part("the same in PyTorch", "theirs", "score", large, 90),
