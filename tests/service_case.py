@@ -30,13 +30,14 @@ from jrm_jax.shell.stop import leave
 class FakeModel:
     """Scores by pixels: mean of the candidate less mean of the sources, plus the text's length.
 
-    It waits `seconds` in a call, fails while `broken` is set, and writes down its batches.
+    It waits `seconds` in a call, and for `held` if there is one. It fails while `broken` is set and
+    writes down its batches.
     """
 
     batch_size, dimensions = 4, ("overall", "following")
 
-    def __init__(self, seconds: float = 0.0):
-        self.seconds, self.broken, self.batches = seconds, "", []
+    def __init__(self, seconds: float = 0.0, held: threading.Event | None = None):
+        self.seconds, self.held, self.broken, self.batches = seconds, held, "", []
         self.card, self.work, self.critique_programs = {"step": 7}, Work(), set()
         tokenizer = SimpleNamespace(decode=lambda ids: "".join(map(chr, ids)))
         processor = SimpleNamespace(features=3, grid=lambda height, width: (8, 8))
@@ -65,6 +66,8 @@ class FakeModel:
         assert 0 < len(encoded) <= self.batch_size
         assert all(self.bucket_of(one) == bucket for one in encoded)
         time.sleep(self.seconds)
+        if self.held:
+            assert self.held.wait(30)
         self.batches.append([len(one.candidates) for one in encoded])
         if self.broken:
             raise RuntimeError(self.broken)

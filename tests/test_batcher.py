@@ -92,31 +92,31 @@ def test_callers_take_turns(device):
 
 
 def test_a_batch_with_room_waits_for_those_on_the_way_and_no_longer(device):
-    one = device(rows=3, wait=0.2)
+    one = device(rows=3, wait=1.0)
     with one.batcher.ticket(1) as ticket:
         start = time.monotonic()
         (job,) = put(ticket, "alone")
         job.future.result(5)
-        assert time.monotonic() - start < 0.15  # nobody else is on the way
+        assert time.monotonic() - start < 0.9  # nobody else is on the way
     with one.batcher.ticket(2) as ticket:
         start = time.monotonic()
         (job,) = put(ticket, "early")  # the other never comes
         job.future.result(5)
-        assert 0.15 < time.monotonic() - start < 2
+        assert 0.9 < time.monotonic() - start < 4
     with one.batcher.ticket(3) as ticket:
         start = time.monotonic()
         first = put(ticket, 1)
         time.sleep(0.02)
         jobs = first + put(ticket, 2, 3)
         [job.future.result(5) for job in jobs]
-        assert time.monotonic() - start < 0.15  # it is full
+        assert time.monotonic() - start < 0.9  # it is full
     assert one.calls[-1] == ("a", [1, 2, 3])
     with one.batcher.ticket(2) as ticket:
         start = time.monotonic()
         (job,) = put(ticket, "early")
         ticket.skip()  # it could not be read
         job.future.result(5)
-        assert time.monotonic() - start < 0.15
+        assert time.monotonic() - start < 0.9
 
 
 def test_the_queue_is_bounded_and_what_nobody_waits_for_is_dropped(device):

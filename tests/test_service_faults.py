@@ -103,21 +103,24 @@ def test_token_files(tmp_path):
 
 
 def test_a_full_queue_says_so_at_once_and_one_caller_cannot_fill_the_batches_of_others():
-    model = FakeModel(seconds=0.3)
+    model = FakeModel(held=threading.Event())
     service = make_service(model, max_queue=4, max_groups=4)
     with serving(service) as url, ThreadPoolExecutor(8) as pool:
         http = httpx.Client(base_url=url, trust_env=False)
         http.get("/health")
         waiting = [pool.submit(http.post, "/v1/score", **form(v)) for v in (1, 2, 3, 4)]
         wait_for(lambda: service.scorer.batcher.pending == 4)
-        start = time.perf_counter()
-        answer = http.post("/v1/score", **form())
-        taken = time.perf_counter() - start
-        assert answer.status_code == 429 and int(answer.headers["retry-after"]) >= 1
-        assert taken < 0.05
+        taken = []
+        for _ in range(5):
+            start = time.perf_counter()
+            answer = http.post("/v1/score", **form())
+            taken.append(time.perf_counter() - start)
+            assert answer.status_code == 429 and int(answer.headers["retry-after"]) >= 1
+        assert min(taken) < 0.05  # other programs may have the processor now and then
+        model.held.set()
         assert [reward(one.result()) for one in waiting] == [5, 6, 7, 8]
         assert http.post("/v1/score", **form()).status_code == 200
-        assert 'reason="queue_full"} 1.0' in http.get("/metrics").text
+        assert 'reason="queue_full"} 5.0' in http.get("/metrics").text
 
 
 def test_work_that_nobody_waits_for_is_dropped():
