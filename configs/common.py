@@ -1,7 +1,7 @@
 """What every config shares: the fields with their defaults, and the argument string.
 
-    --config=configs/joint.py:VARIANT,key=value     (see `parse_arg`)
-    --config.optimizer.learning_rate=1e-3           (any field, from the command line)
+--config=configs/joint.py:VARIANT,key=value     (see `parse_arg`)
+--config.optimizer.learning_rate=1e-3           (any field, from the command line)
 """
 
 import difflib
@@ -97,6 +97,17 @@ def base() -> ConfigDict:
     config.data.world.valid = 256
     config.data.world.test = 512
     config.data.world.hard = 512
+    # What becomes of labels and critiques of `train`; see data/world/life.py
+    config.data.world.labelled = 1.0  # share of the groups that have labels
+    config.data.world.pairs = 0  # labelled pairs of a group; 0: all
+    config.data.world.flip = 0.0  # chance that a vote turns over
+    config.data.world.vote_scale = 0.0  # points of gold that count one nat in a vote; 0: no chance
+    config.data.world.critiqued = 1.0  # share of the groups that have critiques
+    config.data.world.wrong_facts = 0.0  # share of what a critique states that is wrong
+    config.data.world.score_correlation = 1.0  # of a critique's last line with gold; 0.4 to 1
+    # So many groups of a batch have labels; the rest is drawn from all groups, for their critiques
+    # alone: labels of those do not count. 0: a batch is as it comes
+    config.data.labelled = 0
     config.data.rubric = "Judge the edit."
     config.data.dimensions = ("overall",)
     config.data.programs = 6  # buckets of static sizes at most, chosen by what they cost

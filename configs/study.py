@@ -7,6 +7,8 @@ start from `configs/joint.py` and differ from it by what `jrm_jax/study/cells.py
 
     --config=configs/study.py:tiny          a few steps, for the test that makes a cell again
     --config=configs/study.py:large         more data and steps, for a GPU
+    --config=configs/study.py:regimes       the second part: few and noisy labels; docs/regimes.md
+    --config=configs/study.py:regimes_tiny  a few steps of it, for the tests
 """
 
 from ml_collections import ConfigDict
@@ -22,10 +24,13 @@ TRIED = ("joint_words", "joint_through", "joint_fade", "joint_rate", "discrimina
 HEAD = ("discriminative_head", "joint_head")
 LONG = ("discriminative_long", "joint_long")
 EVERY = 0  # stands for the largest size
+REGIMES = ("regimes", "regimes_tiny")
 
 
 def get_config(arg: str | None = None):
-    parsed = parse_arg(arg, ("tiny", "large"))
+    parsed = parse_arg(arg, ("tiny", "large", *REGIMES))
+    if parsed["variant"] in REGIMES:
+        return regimes(parsed["variant"])
     config = ConfigDict()
     config.name, config.variant = "study", parsed["variant"]
     config.out = "docs/study"  # cells, figures and page; the text beside it, as OUT.md
@@ -102,4 +107,94 @@ def get_config(arg: str | None = None):
         config.train.update({"total_steps": 3200, "batch_size": 32})
         config.train.eval_interval = config.train.save_interval = 400
         config.train.keep_interval = 800
+    return config
+
+
+# The second part. Its arms are in `jrm_jax/study/regimes.py`.
+HEADLINE_ARMS = ("discriminative", "joint", "joint_words", "joint_shuffled")
+RIVALS = ("teacher", "words_masked", "joint_teacher")
+CONTROLS_OF_WORDS = (
+    "words_shuffled",
+    "joint_masked",
+    "joint_noisy",
+    "words_noisy",
+    "teacher_noisy",
+)
+OTHERS = ("joint_through", "regression", "staged", "staged_joint")
+CURVES = ("discriminative", "joint", "joint_words", "teacher")
+SIZES, FLIPS = (100, 400, 1600, 6400), (0.0, 0.2, 0.35)
+
+
+def regimes(variant: str) -> ConfigDict:
+    """One vote for each labelled group, wrong with a known chance; critiques of all 6,400."""
+    config = ConfigDict()
+    config.name, config.variant = "study", variant
+    config.out, config.workdir = "docs/regimes", "runs/regimes"
+    config.groups = 6400  # of training; all have critiques
+    config.labelled_rows = 8  # of every batch, in every arm; with critiques as many rows besides
+    config.stage_steps = 1600  # of critiques alone, 16 groups each, in the arms that begin so
+    config.sizes, config.flips = SIZES, FLIPS
+    config.headline = ConfigDict({"labelled": 1600, "flip": 0.35})
+
+    # Length and learning rate are chosen by the discriminative arm alone, on `valid`, from these:
+    # (arms, labelled groups, flips, ((learning rate, steps), ...)), seed 0.
+    config.trials = (
+        (("discriminative",), 1600, (0.0, 0.35), ((1.5e-3, 400), (5e-4, 400), (1.5e-3, 800))),
+    )
+    # (arms, labelled groups, flips, seeds), the most telling first: seeds run in the outer loop,
+    # arms in the inner one, and what stands in an earlier row is not repeated.
+    config.points = (
+        (HEADLINE_ARMS, (1600,), (0.35,), 1),
+        (("words_masked", "teacher"), (1600,), (0.35,), 1),
+        (HEADLINE_ARMS, (1600,), (0.35,), 5),
+        (RIVALS, (1600,), (0.35,), 5),
+        (CURVES, SIZES, FLIPS, 2),
+        (CONTROLS_OF_WORDS, (1600,), (0.35,), 2),
+        (OTHERS, (1600,), (0.35,), 2),
+        (("joint_teacher", *OTHERS), SIZES, FLIPS, 2),
+    )
+    # Written before the first cell was run: what the whole plan costs on one core of an AMD EPYC.
+    # A step of 8 groups without critiques takes about 0.35 s, one of 16 with them 0.85 s; a cell of
+    # 400 steps 3 to 7 minutes with measuring, so 300 cells take about 30 hours.
+    config.budget_hours = 30.0
+
+    config.train = ConfigDict()
+    config.train.total_steps = 400
+    config.train.eval_interval = config.train.save_interval = 100
+    config.train.data = ConfigDict({"programs": 1, "candidate_cuts": ()})
+    config.train.optimizer = ConfigDict({"learning_rate": 1.5e-3})
+    config.train.backbone = ConfigDict({"path": START, "scan_unroll": 0})
+    config.world = ConfigDict({"seed": 0, "valid": 256, "test": 512, "hard": 1024})
+
+    config.measure = get_config().measure
+    # What is kept of a trial, of a point, and of the headline's points of these seeds.
+    config.parts = ConfigDict()
+    config.parts.trial = ("valid",)
+    config.parts.point = ("valid", "test", "hard", "states")
+    config.parts.whole = (*config.parts.point, "pulls", "contests", "critiques", "attack", "cost")
+    config.whole_seeds = (1,)
+
+    # Fixed before the first cell was run; points of pair accuracy on `hard` at the headline.
+    config.verdict = ConfigDict()
+    config.verdict.arms = ("joint", "joint_words")  # each over discriminative:
+    config.verdict.gain = 3.0  # at least this ...
+    config.verdict.confidence = 0.95  # ... and an interval above zero, corrected for two arms
+    config.verdict.placebo = "joint_shuffled"
+    config.verdict.null = 1.0  # of the placebo: a gain below this, or an interval over zero
+    config.verdict.seeds = 5
+    config.verdict.draws = 2000  # of the bootstrap
+    config.verdict.efficiency = (0.58, 0.62)  # accuracies on `hard` at which labels are counted
+
+    if variant == "regimes_tiny":
+        config.groups, config.labelled_rows, config.stage_steps = 32, 2, 2
+        config.sizes, config.flips = (8, 32), (0.35,)
+        config.headline.labelled = 8
+        config.trials = ((("discriminative",), 8, (0.35,), ((1e-3, 2),)),)
+        config.points = ((("discriminative", "joint", "staged", "teacher"), (8,), (0.35,), 1),)
+        config.train.total_steps = config.train.eval_interval = config.train.save_interval = 2
+        config.train.backbone.scan_unroll = 1
+        config.world.update({"valid": 4, "test": 4, "hard": 8})
+        config.measure.update({"batch_size": 4, "max_tokens": 4, "critiques": 1, "contests": 1})
+        config.measure.update({"attempts": 8, "attack_groups": 4, "attack_steps": 1})
+        config.whole_seeds = ()
     return config

@@ -22,6 +22,7 @@ from jrm_jax.data.pipeline import BatchIterator, make_iterator, repeat_prompt
 from jrm_jax.data.sizes import as_example, measure
 from jrm_jax.data.template import Template, protocol_stamp
 from jrm_jax.data.world.facts import COUNT as FACTS
+from jrm_jax.data.world.life import of_config
 from jrm_jax.data.world.prepare import prepare_world
 from jrm_jax.errors import UserError
 from jrm_jax.model.config import BackboneConfig
@@ -37,7 +38,7 @@ class Data:
     """Everything about the examples of a run."""
 
     encoder: Encoder
-    train_plan: plan.Plan
+    train_plan: plan.Plan | plan.LabelledPlan
     train_sets: tuple[Sequence[Any], ...]
     eval_plans: dict[str, plan.EvalPlan]
     eval_sets: dict[str, Sequence[Any]]
@@ -95,7 +96,7 @@ def build_data(
     """
     language = reads_critiques(config)
     encoder = make_run_encoder(config, backbone)
-    folders = _data_folders(config)
+    folders = data_folders(config)
     store.check_dimensions(config.data.dimensions, [path for path, _ in folders])
     caps = make_caps(config, backbone)
     sources: dict[str, list[plan.Source]] = {}
@@ -138,7 +139,7 @@ def build_data(
     reading = bucket_choice.for_reading(config, others, sources, cost, language=language)
     size = config.batch_size
     held_out = [split for split in ("valid", "test", "hard") if split in sources]
-    train_plan = plan.Plan(sources["train"], buckets, size, config.seed, language)
+    train_plan = _train_plan(config, sources["train"], sets["train"], buckets, language)
     return Data(
         encoder=encoder,
         train_plan=train_plan,
@@ -158,6 +159,21 @@ def build_data(
             train_plan, sources["train"], language, config.data.share_prompt
         ),
     )
+
+
+def _train_plan(
+    config: ConfigDict,
+    sources: Sequence[plan.Source],
+    sets: Sequence[Sequence[Any]],
+    buckets: tuple[Bucket, ...],
+    language: bool,
+) -> plan.Plan | plan.LabelledPlan:
+    if not config.data.labelled:
+        return plan.Plan(sources, buckets, config.batch_size, config.seed, language)
+    labelled = [contents.find_labelled(records, config.data.dimensions) for records in sets]
+    (bucket,) = buckets  # config.data.programs is 1
+    size, count = config.batch_size, config.data.labelled
+    return plan.LabelledPlan(sources, labelled, bucket, size, count, config.seed, language)
 
 
 def _check_splits(
@@ -197,18 +213,24 @@ def make_caps(config: ConfigDict, backbone: BackboneConfig) -> Bucket:
     )
 
 
-def _data_folders(config: ConfigDict) -> list[tuple[Path, float]]:
+def data_folders(config: ConfigDict) -> list[tuple[Path, float]]:
+    """(folder, times per epoch) of a run's data sets; the built-in world is drawn if need be."""
     if config.data.mixture:
         return [(Path(path), float(weight)) for path, weight in config.data.mixture]
     if config.data.path:
         return [(Path(config.data.path), 1.0)]
     world = config.data.world
     counts = {s: world[s] for s in ("train", "valid", "test", "hard") if world[s]}
-    return [(prepare_world(config.data.cache, counts, world.seed, world.kind), 1.0)]
+    life = of_config(world)
+    return [(prepare_world(config.data.cache, counts, world.seed, world.kind, life), 1.0)]
 
 
 def batches(
-    config: ConfigDict, data: Data, which: str, mesh: jax.sharding.Mesh, start: int = 0,
+    config: ConfigDict,
+    data: Data,
+    which: str,
+    mesh: jax.sharding.Mesh,
+    start: int = 0,
     stop: int | None = None,
 ) -> BatchIterator:
     """This host's batches of a split, prepared ahead; 'train' follows the seeded plan."""

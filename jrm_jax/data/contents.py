@@ -60,6 +60,17 @@ def read_contents(
     return contents
 
 
+def find_labelled(records: Sequence[Any], dimensions: Sequence[str]) -> np.ndarray:
+    """[m] int64: indices of the records with a label in one of these reward dimensions."""
+
+    def is_labelled(record: Mapping[str, Any]) -> bool:
+        fields = json.loads(record["record"])
+        wanted = [name in dimensions for name in fields["dimensions"]]
+        return bool(np.asarray(fields["weight"], np.float32)[..., wanted].any())
+
+    return np.flatnonzero([is_labelled(records[i]) for i in track(range(len(records)), "labels")])
+
+
 def _marks(folder: Path, split: str) -> str:
     """Of a split's files: names, sizes, and their first, middle and last bytes."""
     digest = hashlib.sha256()

@@ -205,9 +205,10 @@ def repeat_prompt(batch: Mapping[str, np.ndarray]) -> Batch:
 
 
 class Batches(Protocol):
-    """What `make_iterator` follows: `plan.Plan` or `plan.EvalPlan`."""
+    """What `make_iterator` follows: `plan.Plan`, `plan.LabelledPlan` or `plan.EvalPlan`."""
 
     batch_size: int
+    labelled_rows: int | None
 
     def batch(self, step: int) -> tuple[Bucket, np.ndarray]: ...
 
@@ -228,8 +229,12 @@ class HostBatch:
         """Raises UserError for a broken picture; names the example."""
         bucket, ids = self.plan.batch(step)
         rows = len(ids) // self.process_count
-        ids = ids[self.process_index * rows : (self.process_index + 1) * rows]
-        return assemble_batch([self._encode(int(i)) for i in ids], bucket, self.encoder, ids)
+        first = self.process_index * rows
+        ids = ids[first : first + rows]
+        batch = assemble_batch([self._encode(int(i)) for i in ids], bucket, self.encoder, ids)
+        if self.plan.labelled_rows is not None:
+            batch["preference_weight"][max(0, self.plan.labelled_rows - first) :] = 0
+        return batch
 
     def _encode(self, example_id: int) -> EncodedExample | None:
         if example_id < 0:

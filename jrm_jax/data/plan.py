@@ -37,6 +37,8 @@ class Source:
 class _Ids:
     """Global ids and buckets of the sources' examples."""
 
+    labelled_rows: int | None = None  # of a batch, whose labels count; None: all
+
     def __init__(
         self, sources: Sequence[Source], buckets: Sequence[Bucket], batch_size: int, language: bool
     ):
@@ -179,6 +181,41 @@ class Plan(_Ids):
             bucket_of[kinds == kind] = np.repeat(np.arange(len(self.buckets)), shares)
         batches = _by_bucket(ids, bucket_of, len(self.buckets), self.batch_size)
         return [batches[i] for i in _shuffled(len(batches), self.seed, 0, 2 * epoch + 1)]
+
+
+class LabelledPlan:
+    """Training where every batch holds equally many groups with labels; used as a `Plan`.
+
+    The first `count` rows are a `Plan` of the groups with labels: the same ones at a step, however
+    large the batch. The other rows are a plan of all groups; labels do not count there.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        labelled: Sequence[np.ndarray],
+        bucket: Bucket,
+        batch_size: int,
+        count: int,
+        seed: int,
+        language: bool = True,
+    ):
+        """`labelled` [m] of each source: the indices of its groups with labels."""
+        own = [
+            dataclasses.replace(s, kept=found if s.kept is None else np.intersect1d(s.kept, found))
+            for s, found in zip(sources, labelled, strict=True)
+        ]
+        self._first = Plan(own, (bucket,), count, seed, language)
+        rest = batch_size - count
+        # other numbers than the first rows': where all have labels, other groups stand there
+        self._others = Plan(sources, (bucket,), rest, seed + 2**32, language) if rest else None
+        self.buckets, self.batch_size, self.labelled_rows = (bucket,), batch_size, count
+        self.locate, self.steps_per_epoch = self._first.locate, self._first.steps_per_epoch
+
+    def batch(self, step: int) -> tuple[Bucket, np.ndarray]:
+        bucket, ids = self._first.batch(step)
+        rest = [self._others.batch(step)[1]] if self._others else []
+        return bucket, np.concatenate([ids, *rest])
 
 
 class EvalPlan(_Ids):

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from jrm_jax import optim
 from jrm_jax.build import DTYPES
-from jrm_jax.data.world import describe, scenes
+from jrm_jax.data.world import describe, life, scenes
 from jrm_jax.errors import UserError
 from jrm_jax.model.attention import IMPLEMENTATIONS
 from jrm_jax.model.layers import REMAT
@@ -53,6 +53,11 @@ def _within(low: float, high: float) -> Rule:
     """`high` is not in it."""
     words = f"from {low:g} to below {high:g}"
     return Rule(lambda value: _number(value) and low <= value < high, words)
+
+
+def _between(low: float, high: float) -> Rule:
+    words = f"from {low:g} to {high:g}"
+    return Rule(lambda value: _number(value) and low <= value <= high, words)
 
 
 def _one_of(names: Any) -> Rule:
@@ -100,6 +105,7 @@ def _whole(low: int, words: str = "") -> Rule:
 
 ABOVE = Rule(lambda value: _number(value) and value > 0, "a number above 0")
 FRACTION = _within(0, 1)
+SHARE = _between(0, 1)
 COUNT = _whole(1)
 WEIGHT = _from_0("0: off")
 NEVER = _from_0("0: never")
@@ -143,6 +149,14 @@ RULES = {
     "data.world.valid": EXAMPLES,
     "data.world.test": EXAMPLES,
     "data.world.hard": EXAMPLES,
+    "data.world.labelled": SHARE,
+    "data.world.pairs": _whole(0, "0: all"),
+    "data.world.flip": SHARE,
+    "data.world.vote_scale": _from_0("0: no chance"),
+    "data.world.critiqued": SHARE,
+    "data.world.wrong_facts": SHARE,
+    "data.world.score_correlation": _between(life.LEAST_CORRELATION, 1),
+    "data.labelled": _whole(0, "0: as they come"),
     "data.rubric": TEXT,
     "data.dimensions": _each(_is_name, "a list of one or more names, each once", 1),
     "data.programs": COUNT,
@@ -197,8 +211,7 @@ NAMES = ("name", "variant")
 # (fields that count for nothing, when, in words why); said where one is not at its default
 UNUSED: tuple[tuple[tuple[str, ...], Callable[[ConfigDict], bool], str], ...] = (
     (
-        ("data.cache", "data.world.kind", "data.world.seed", "data.world.train",
-         "data.world.valid", "data.world.test", "data.world.hard"),
+        ("data.cache", *(name for name in RULES if name.startswith("data.world."))),
         lambda c: bool(c.data.path or c.data.mixture), "there are other data",
     ),
     (
@@ -271,6 +284,21 @@ def _contradictions(config: ConfigDict) -> Iterator[str]:
                 f"config.loss.{name} is {loss[name]} and config.loss.preference_weight is 0: this "
                 "loss is read off scored states, so both must be above 0, or this one 0"
             )
+    if data.labelled > config.batch_size:
+        yield (
+            f"config.data.labelled is {data.labelled}: allowed is up to config.batch_size, "
+            f"{config.batch_size}"
+        )
+    if data.labelled and (data.programs != 1 or data.candidate_cuts or data.visual_cuts):
+        yield (
+            f"config.data.labelled is {data.labelled}, so that large and small groups stand in one "
+            "batch: give config.data.programs=1 and no candidate_cuts or visual_cuts"
+        )
+    if life.of_config(data.world) != life.LIKE_PACKAGED and data.world.kind in describe.KINDS:
+        yield (
+            f"config.data.world.kind is {data.world.kind!r}, which has no labels and no critiques "
+            f"that could be {life.of_config(data.world).words}: leave these fields as they are"
+        )
     needs = METRICS.get(config.best_metric)
     if needs and not loss[needs]:
         yield (

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
 from jrm_jax import optim
+from jrm_jax.data.world.life import LIKE_PACKAGED
 from jrm_jax.data.world.prepare import VERSION as WORLD_VERSION
 from jrm_jax.errors import UserError
 from jrm_jax.run.backbones import find_folder
@@ -24,7 +26,8 @@ LATER = {
     "loss.language_end": 1.0, "loss.through_reward": False, "loss.words_weight": 0.0,
     "head.anew": False, "data.max_candidates": 0, "data.max_pictures": 0,
     "data.max_picture_tokens": 0, "data.max_prompt": 0, "data.max_candidate": 0,
-    "data.programs": 6,
+    "data.programs": 6, "data.labelled": 0,
+    **{f"data.world.{name}": value for name, value in LIKE_PACKAGED._asdict().items()},
 }  # fmt: skip
 
 
@@ -32,7 +35,8 @@ class Arm(NamedTuple):
     """words: what it is. changes: fields of the training config. scaled: the field that the weight
     axis sets, '' for none. steps: times those of the others. judge: its score is read from the
     critique that it writes. until: the arm whose accuracy on `valid` it is to reach. idea: why it
-    was tried, of an arm that came after the first results."""
+    was tried, of an arm that came after the first results. first: fields of a run that comes before
+    it, from whose backbone it starts."""
 
     words: str
     changes: Mapping[str, Any]
@@ -41,6 +45,7 @@ class Arm(NamedTuple):
     judge: bool = False
     until: str = ""
     idea: str = ""
+    first: Mapping[str, Any] | None = None
 
 
 _ALONE = {LANGUAGE: 0.0}
@@ -118,6 +123,8 @@ CHANGES = tuple(name for name, arm in ARMS.items() if arm.idea)
 
 
 class Cell(NamedTuple):
+    """One run of the first part. `regimes.Point` is one of the second, and has the same methods."""
+
     arm: str
     size: int
     weight: float
@@ -126,6 +133,34 @@ class Cell(NamedTuple):
     @property
     def name(self) -> str:
         return f"{self.arm}-n{self.size}-w{self.weight:g}-s{self.seed}"
+
+    @property
+    def what(self) -> Arm:
+        return ARMS[self.arm]
+
+    def changes(self, config: ConfigDict) -> dict[str, Any]:
+        """What the training config has instead of the base's fields."""
+        arm = self.what
+        return {
+            **shared_changes(config),
+            "data.world.train": self.size,
+            "total_steps": config.train.total_steps * arm.steps,
+            "seed": self.seed,
+            **arm.changes,
+            **({arm.scaled: self.weight} if arm.scaled else {}),
+        }
+
+    def measures(self, config: ConfigDict) -> dict[str, Any]:
+        """The settings of `measure.py`."""
+        return config.measure.to_dict()
+
+    def first(self, config: ConfigDict) -> dict[str, Any] | None:
+        """The training config's changes of the run that comes before, if there is one."""
+        return None
+
+    def depends(self, config: ConfigDict) -> list[Any]:
+        """What else the numbers depend on."""
+        return []
 
 
 def plan(config: ConfigDict) -> list[Cell]:
@@ -147,18 +182,12 @@ def plan(config: ConfigDict) -> list[Cell]:
     return list(dict.fromkeys(cells))
 
 
-def changes(config: ConfigDict, cell: Cell) -> dict[str, Any]:
-    """What a cell's training config has instead of the base's fields."""
-    arm = ARMS[cell.arm]
+def shared_changes(config: ConfigDict) -> dict[str, Any]:
+    """Of all cells, by the name of the training config's field."""
     shared = optim.flatten(config.train.to_dict())
     return {
         **{path.replace("/", "."): value for path, value in shared.items()},
         **{f"data.world.{name}": value for name, value in config.world.items()},
-        "data.world.train": cell.size,
-        "total_steps": config.train.total_steps * arm.steps,
-        "seed": cell.seed,
-        **arm.changes,
-        **({arm.scaled: cell.weight} if arm.scaled else {}),
     }
 
 
@@ -166,7 +195,7 @@ def training_config(config: ConfigDict, cell: Cell) -> ConfigDict:
     from configs import joint
 
     base = joint.get_config()
-    base.update_from_flattened_dict(changes(config, cell))
+    base.update_from_flattened_dict(cell.changes(config))
     return base
 
 
@@ -175,13 +204,14 @@ def fingerprint(config: ConfigDict, cell: Cell) -> str:
     starts from."""
     settings = training_config(config, cell).to_dict()
     for name, value in LATER.items():
-        part, field = name.split(".")
-        if settings[part][field] == value:
-            del settings[part][field]
+        *path, field = name.split(".")
+        part = functools.reduce(dict.__getitem__, path, settings)
+        if part[field] == value:
+            del part[field]
     settings["backbone"]["path"] = backbone_digest(settings["backbone"]["path"])
     for name in ("cache", "workers", "prefetch"):
         settings["data"].pop(name)
-    content = [settings, config.measure.to_dict(), WORLD_VERSION, VERSION]
+    content = [settings, cell.measures(config), WORLD_VERSION, VERSION, *cell.depends(config)]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -200,16 +230,18 @@ def path_of(config: ConfigDict, cell: Cell) -> Path:
     return Path(config.out) / "cells" / f"{cell.name}.json"
 
 
-def load_cells(config: ConfigDict) -> dict[Cell, dict[str, Any]]:
-    """The results there are, of cells whose fingerprint is still the config's."""
-    found = {}
-    for cell in plan(config):
-        path = path_of(config, cell)
-        if path.is_file():
-            result = json.loads(path.read_text())
-            if result["fingerprint"] == fingerprint(config, cell):
-                found[cell] = result
-    return found
+def load_cells(config: ConfigDict, every: Sequence[Cell] | None = None) -> dict[Cell, dict]:
+    """The results there are, of cells whose fingerprint is still the config's; of `every` cell, or
+    of those of `plan`."""
+    read = {cell: _read(config, cell) for cell in (plan(config) if every is None else every)}
+    return {cell: result for cell, result in read.items() if result is not None}
+
+
+def _read(config: ConfigDict, cell: Cell) -> dict | None:
+    """None: there is none, or it is of another config."""
+    path = path_of(config, cell)
+    result = json.loads(path.read_text()) if path.is_file() else {}
+    return result if result and result["fingerprint"] == fingerprint(config, cell) else None
 
 
 def save_cell(config: ConfigDict, cell: Cell, result: Mapping[str, Any]) -> None:
@@ -228,12 +260,12 @@ def unneeded(cell: Cell, found: Mapping[Cell, Mapping[str, Any]]) -> str:
     A longer run is needed while no shorter one of its seed has reached the other arm's accuracy on
     `valid`.
     """
-    arm = ARMS[cell.arm]
+    arm = cell.what
     goal = found.get(cell._replace(arm=arm.until)) if arm.until else None
     if goal is None:
         return ""
     for other, result in found.items():
-        shorter = ARMS[other.arm].steps < arm.steps and ARMS[other.arm].changes == arm.changes
+        shorter = other.what.steps < arm.steps and other.what.changes == arm.changes
         if shorter and other[1:] == cell[1:] and result["valid"] >= goal["valid"]:
             return f"{other.name} has reached {arm.until}'s {goal['valid']:.4f} on valid"
     return ""
@@ -243,9 +275,9 @@ def estimate(cell: Cell, found: Mapping[Cell, Mapping[str, Any]]) -> float | Non
     """Seconds, from measured cells of its arm, else from the slowest others; None at first."""
 
     def seconds(others: list[Cell], pick) -> float:
-        rates = [found[c]["seconds"]["train"] / ARMS[c.arm].steps for c in others]
+        rates = [found[c]["seconds"]["train"] / c.what.steps for c in others]
         rest = [found[c]["seconds"]["measure"] for c in others]
-        return pick(rates) * ARMS[cell.arm].steps + pick(rest)
+        return pick(rates) * cell.what.steps + pick(rest)
 
     same = [c for c in found if c.arm == cell.arm]
     return seconds(same, statistics.median) if same else seconds([*found], max) if found else None

@@ -50,6 +50,7 @@ from jrm_jax.study import why
 from jrm_jax.study.programs import make_attack, make_probe
 
 SPLITS = ("valid", "test", "hard")
+PARTS = (*SPLITS, "contests", "critiques", "states", "pulls", "attack", "cost")
 TIMED = 5  # batches
 _SCORES = re.compile(r"following (\w+) preservation (\w+)\s*$")
 
@@ -72,7 +73,7 @@ class Model:
         self.card, self.params = trained.card, trained.params
         self.encoder = dataclasses.replace(trained.encoder, language=False)
         self.merge = trained.config.vision.merge**2
-        self.world = trained.card["config"]["data"]["world"]
+        self.world = {**trained.card["config"]["data"]["world"], **settings.get("world", {})}
         self._open_world(trained)
         processor = self.encoder.processor
         pixels = (processor.mean, processor.std)
@@ -99,10 +100,11 @@ class Model:
         self._compiled: dict[str, Any] = {}
 
     def _open_world(self, trained: Trained) -> None:
-        counts = {s: self.world[s] for s in ("train", *SPLITS) if self.world[s]}
-        folder = prepare_world(
-            trained.card["config"]["data"]["cache"], counts, self.world["seed"], self.world["kind"]
-        )
+        alone = "world" in self.settings  # other splits than the run's: drawn once for all cells
+        counts = {s: self.world[s] for s in ("train", *SPLITS)[alone:] if self.world[s]}
+        kind = "edits" if alone else self.world["kind"]
+        cache = trained.card["config"]["data"]["cache"]
+        folder = prepare_world(cache, counts, self.world["seed"], kind)
         self.records = store.open_dataset(folder)
         self.sizes = {
             split: measure_sizes(
@@ -181,10 +183,10 @@ def _present(batch: dict, values_BKX: np.ndarray) -> list[list[Any]]:
 # The measures
 
 
-def measure_scores(model: Model) -> dict[str, list]:
+def measure_scores(model: Model, splits: Sequence[str]) -> dict[str, list]:
     return {
-        split: [row for batch in model.batches(split) for row in model.score(batch)]
-        for split in SPLITS
+        f"scores/{split}": [row for batch in model.batches(split) for row in model.score(batch)]
+        for split in splits
     }
 
 
@@ -204,11 +206,10 @@ def measure_contests(model: Model) -> list[list[float | None]]:
     return [scores[i : i + count] for i in range(0, len(scores), count)]
 
 
-def measure_states(model: Model) -> dict[str, dict[str, Any]]:
-    """'ranks' and 'says', by kept step: effective rank and spectrum of the reward token's state on
-    `test`, and how well the facts of critiques can be read off it. 'pulls': `why.pull`, at the last
-    step."""
-    steps = complete_steps(model.workdir / CHECKPOINTS)
+def measure_states(model: Model, steps: Sequence[int], pulls: bool) -> dict[str, dict[str, Any]]:
+    """'ranks' and 'says', by step: effective rank and spectrum of the reward token's state on
+    `test`, and how well the facts of critiques can be read off it. 'pulls', if asked for:
+    `why.pull`, at the last step."""
     stated_NF, group_N = why.stated_facts("test", model.world["test"], model.world["seed"])
     found: dict[str, dict[str, Any]] = {"ranks": {}, "says": {}}
     for step in steps:
@@ -225,7 +226,7 @@ def measure_states(model: Model) -> dict[str, dict[str, Any]]:
             "spectrum": [float(f"{s:.4g}") for s in share[: model.settings.spectrum]],
         }
         found["says"][str(step)] = why.probe_facts(states_ND, stated_NF, group_N)
-    return {**found, "pulls": why.pull(model, params)}
+    return {**found, "pulls": why.pull(model, params)} if pulls else found
 
 
 def measure_attack(model: Model) -> dict[str, Any] | None:
@@ -306,38 +307,45 @@ def curve(workdir: Path) -> list[list[float]]:
 
 
 def measure(workdir: Path, settings: ConfigDict, judge: bool) -> dict[str, Any]:
-    """Everything that is kept of a cell, in JSON types."""
+    """Everything that is kept of a cell, in JSON types; of PARTS those that the settings name."""
     model = Model(workdir, settings, judge)
     results = json.loads((workdir / "results.json").read_text())
     began, tell = time.monotonic(), lambda words: print(f"  {words}", flush=True)
-    tell("scores of valid, test and hard")
-    scores = measure_scores(model)
-    tell("many attempts at one instruction")
-    contests = measure_contests(model)
-    tell("critiques")
-    critiques = []
-    if model.card["config"]["loss"]["language_weight"]:  # it has learnt to write some
-        wanted = model.batches("hard", settings.critiques)
-        critiques = [row for batch in wanted for row in model.say(batch)]
-    tell("states of the reward token, and gradients")
-    states = measure_states(model)
-    tell("attack on the pixels")
-    attack = measure_attack(model)
-    tell("cost")
-    cost = measure_cost(model)
+    parts = tuple(settings.get("parts", PARTS))
+    splits = tuple(split for split in SPLITS if split in parts)
+    found: dict[str, Any] = {}
+    tell(f"scores of {', '.join(splits)}")
+    scores = measure_scores(model, splits)
+    if "contests" in parts:
+        tell("many attempts at one instruction")
+        found["contests"] = measure_contests(model)
+    if "critiques" in parts:
+        tell("critiques")
+        found["critiques"] = []
+        if model.card["config"]["loss"]["language_weight"]:  # it has learnt to write some
+            wanted = model.batches("hard", settings.critiques)
+            said = [row for batch in wanted for row in model.say(batch)]
+            found["critiques"] = said[: settings.critiques]
+    if "states" in parts:
+        tell("states of the reward token, and gradients")
+        every = complete_steps(model.workdir / CHECKPOINTS)
+        steps = every[-1:] if "parts" in settings else every
+        found |= measure_states(model, steps, "pulls" in parts)
+    if "attack" in parts:
+        tell("attack on the pixels")
+        found["attack"] = measure_attack(model)
+    if "cost" in parts:
+        tell("cost")
+        found["cost"] = measure_cost(model)
     return {
         "step": results["step"],
         "language": {s: results.get(f"{s}/language") for s in SPLITS},
         "curve": curve(workdir),
-        "cost": cost,
         "machine": machine(),
         "seconds": {"train": results["seconds"], "measure": round(time.monotonic() - began, 1)},
-        **states,
         "training": why.read_training(workdir),
-        "attack": attack,
-        "contests": contests,
-        **{f"scores/{split}": values for split, values in scores.items()},
-        "critiques": critiques[: settings.critiques],
+        **found,
+        **scores,
     }
 
 

@@ -1,28 +1,53 @@
 """Runs the study's cells: each is trained by `jrm_jax.main` and measured, both in processes of
-their own, and its numbers are kept. What is kept is not run again."""
+their own, and its numbers are kept. What is kept is not run again.
+
+Several cells are made at a time by several threads here (`jobs`), or by several of these commands:
+who makes a cell holds a lock on a file, which its processes hold, too, so that a cell whose
+processes outlived their runner is left to them.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import hashlib
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+from jrm_jax import build_data
 from jrm_jax.errors import UserError
 from jrm_jax.shell.terminal import duration
-from jrm_jax.study import cells
-from jrm_jax.study.cells import ARMS, Cell
+from jrm_jax.shell.user_cache import may_use_an_accelerator
+from jrm_jax.study import cells, regimes
+from jrm_jax.study.cells import Cell
 
 GRACE = 120  # seconds that a run has to save itself when the time is over
+LOOK = 0.2  # seconds between looks at a process
 
 
 class OutOfTime(Exception):
     """The limit was reached in the middle of a cell; its run goes on from there next time."""
+
+
+def plan(config: ConfigDict) -> list[Cell]:
+    """The cells of the config's part of the study, in their order."""
+    return regimes.plan(config) if "points" in config else cells.plan(config)
+
+
+def load(config: ConfigDict) -> dict[Cell, dict]:
+    """The results there are."""
+    return cells.load_cells(config, plan(config))
 
 
 def find_cell(config: ConfigDict, name: str) -> Cell:
@@ -30,7 +55,7 @@ def find_cell(config: ConfigDict, name: str) -> Cell:
     Raises:
         UserError: the config has no such cell.
     """
-    every = cells.plan(config)
+    every = plan(config)
     found = [cell for cell in every if cell.name == name]
     if not found:
         names = ", ".join(cell.name for cell in every)
@@ -38,31 +63,27 @@ def find_cell(config: ConfigDict, name: str) -> Cell:
     return found[0]
 
 
-def run(config: ConfigDict, minutes: float = 0.0, keep: bool = False) -> None:
+def run(config: ConfigDict, minutes: float = 0.0, keep: bool = False, jobs: int = 1) -> None:
     """Make what is missing, in order, and say before each cell what is left.
 
     Raises:
         UserError: a cell failed.
     """
     ends = time.monotonic() + 60 * minutes if minutes else None
-    while True:
-        found = cells.load_cells(config)
-        todo = []
-        for cell in cells.plan(config):
-            if cell not in found and not cells.unneeded(cell, found):
-                todo.append(cell)
-        print(budget(todo, found), flush=True)
-        if not todo:
-            return
-        if ends is not None and time.monotonic() >= ends:
-            print(f"the {minutes:g} minutes are over; the same command goes on", flush=True)
-            return
-        print(f"cell {todo[0].name}: {ARMS[todo[0].arm].words}", flush=True)
-        try:
-            make_cell(config, todo[0], keep, ends)
-        except OutOfTime:
-            print(f"the {minutes:g} minutes are over in {todo[0].name}; the same command goes on")
-            return
+    shared = _Shared(config, keep, ends, jobs)
+    threads = [threading.Thread(target=shared.work, args=(job,)) for job in range(jobs)]
+    for thread in threads:
+        thread.start()
+    try:
+        for thread in threads:
+            while thread.is_alive():
+                thread.join(LOOK)
+    finally:  # Ctrl-C and SIGTERM end the processes, too: they must not outlive this one
+        shared.stop.set()
+        for thread in threads:
+            thread.join()
+    for error in shared.errors[:1]:
+        raise error
 
 
 def budget(todo: list[Cell], found: dict[Cell, dict]) -> str:
@@ -76,29 +97,113 @@ def budget(todo: list[Cell], found: dict[Cell, dict]) -> str:
     return f"{words}, about {duration(sum(costs))}"
 
 
-def make_cell(
-    config: ConfigDict, cell: Cell, keep: bool = False, ends: float | None = None
-) -> dict:
-    """Train, measure, keep.
+class _Shared:
+    """What the threads of one command share."""
 
-    Args:
-        ends: time.monotonic() at which to stop.
+    def __init__(self, config: ConfigDict, keep: bool, ends: float | None, jobs: int):
+        self.config, self.keep, self.ends, self.jobs = config, keep, ends, jobs
+        self.stop, self.errors = threading.Event(), []
+        self._choosing = threading.Lock()
+
+    def work(self, job: int) -> None:
+        """Make one cell after another, until none is left that nobody makes."""
+        say = f"job {job}: " if self.jobs > 1 else ""
+        try:
+            while not self.stop.is_set():
+                with contextlib.ExitStack() as held:
+                    chosen = self._choose(held)
+                    if chosen is None:
+                        return
+                    cell, claim = chosen
+                    print(f"{say}cell {cell.name}: {cell.what.words}", flush=True)
+                    place = Place(claim, self.ends, self.stop, self.jobs, job)
+                    make_cell(self.config, cell, self.keep, place)
+        except OutOfTime:
+            print(f"{say}stopped in {cell.name}; the same command goes on", flush=True)
+        except BaseException as error:
+            self.errors.append(error)
+            self.stop.set()
+
+    def _choose(self, held: contextlib.ExitStack) -> tuple[Cell, int] | None:
+        """The first missing cell that nobody makes, and the file of its lock."""
+        with self._choosing:
+            if self.ends is not None and time.monotonic() >= self.ends:
+                print("the time is over; the same command goes on", flush=True)
+                return None
+            found = load(self.config)
+            todo = [
+                cell for cell in plan(self.config)
+                if cell not in found and not cells.unneeded(cell, found)
+            ]  # fmt: skip
+            print(budget(todo, found), flush=True)
+            for cell in todo:
+                claim = held.enter_context(_locked(self.config, cell.name))
+                # another may have made it since it was looked for
+                if claim is not None and not cells.load_cells(self.config, [cell]):
+                    return cell, claim
+                held.close()
+            if todo:
+                print("others are making them", flush=True)
+            return None
+
+
+class Place(NamedTuple):
+    """Where a cell's processes run: the file whose lock they hold, when they end, and which of how
+    many jobs this is."""
+
+    claim: int | None = None
+    ends: float | None = None
+    stop: threading.Event = threading.Event()
+    jobs: int = 1
+    job: int = 0
+
+
+ANYWHERE = Place()
+
+
+@contextlib.contextmanager
+def _locked(config: ConfigDict, name: str, wait: Place | None = None) -> Iterator[int | None]:
+    """The descriptor of a locked file, or None where another holds it; `wait`: a `Place`, to wait
+    until it is free.
+
+    Raises:
+        OutOfTime: while waiting.
+    """
+    path = Path(config.workdir) / "locks" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                if wait is None:
+                    yield None
+                    return
+                _check_time(wait)
+                time.sleep(LOOK)
+                continue
+            yield file.fileno()
+            return
+
+
+def make_cell(config: ConfigDict, cell: Cell, keep: bool = False, place: Place = ANYWHERE) -> dict:
+    """Train, measure, keep.
 
     Raises:
         UserError: training or measuring failed; it has said why.
-        OutOfTime: at `ends`.
+        OutOfTime: at `place.ends`.
     """
     # another config has another folder, so that an unfinished run is never gone on with wrongly
     fingerprint = cells.fingerprint(config, cell)
     workdir = Path(config.workdir) / f"{cell.name}-{fingerprint}"
-    fields = cells.changes(config, cell)
-    command = ["jrm_jax.main", f"--config={cells.BASE}", f"--workdir={workdir}"]
-    command += [f"--config.{name}={value}" for name, value in fields.items()]
-    _call(command, cell, ends)
+    fields = cell.changes(config)
+    with _locked(config, "data", place):  # drawn once, not by every job
+        build_data.data_folders(cells.training_config(config, cell))
+    _train(workdir, {**fields, **_start(config, cell, place)}, cell, place)
     out = workdir / "measured.json"
     command = ["jrm_jax.study.measure", f"--workdir={workdir}", f"--out={out}"]
-    command += [f"--settings={json.dumps(config.measure.to_dict())}"]
-    _call(command + ["--judge"] * ARMS[cell.arm].judge, cell, ends)
+    command += [f"--settings={json.dumps(cell.measures(config))}"]
+    _call(command + ["--judge"] * cell.what.judge, cell, place)
     measured = json.loads(out.read_text())
     result = {
         "cell": cell.name,
@@ -116,6 +221,31 @@ def make_cell(
     return result
 
 
+def _train(workdir: Path, fields: dict[str, Any], cell: Cell, place: Place) -> None:
+    command = ["jrm_jax.main", f"--config={cells.BASE}", f"--workdir={workdir}"]
+    _call([*command, *(f"--config.{name}={value}" for name, value in fields.items())], cell, place)
+
+
+def _start(config: ConfigDict, cell: Cell, place: Place) -> dict[str, Any]:
+    """Fields that let a run start from the backbone of the run that comes before it, if there is
+    one: made once, and exported without a reward head."""
+    fields = cell.first(config)
+    if fields is None:
+        return {}
+    start = cells.backbone_digest(config.train.backbone.path)
+    content = json.dumps([fields, cells.WORLD_VERSION, start])
+    name = f"first-s{cell.seed}-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
+    workdir = Path(config.workdir) / name
+    folder = workdir.with_name(f"{name}-export")
+    with _locked(config, name, place):
+        if not folder.is_dir():
+            _train(workdir, fields, cell, place)
+            command = ["jrm_jax.export", f"--checkpoint={workdir}", f"--out={folder}"]
+            _call([*command, "--backbone_only"], cell, place)
+            shutil.rmtree(workdir)
+    return {"backbone.path": folder}
+
+
 def _valid(config: ConfigDict, scores: list) -> float:
     from jrm_jax.study import analysis
 
@@ -123,21 +253,35 @@ def _valid(config: ConfigDict, scores: list) -> float:
     return round(float(analysis.correct(pairs, scores).mean()), 6)
 
 
-def _call(command: list[str], cell: Cell, ends: float | None) -> None:
-    process = subprocess.Popen([sys.executable, "-m", *command])
+def _check_time(place: Place) -> None:
+    over = place.ends is not None and time.monotonic() >= place.ends
+    if over or place.stop.is_set():
+        raise OutOfTime
+
+
+def _call(command: list[str], cell: Cell, place: Place) -> None:
+    settings = dict(os.environ)
+    if place.jobs > 1:  # on a GPU each takes its part of the memory, not three quarters of it
+        settings["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{0.9 / place.jobs:.3f}"
+    process = subprocess.Popen(
+        [sys.executable, "-m", *command],
+        env=settings,
+        pass_fds=() if place.claim is None else (place.claim,),
+    )
+    if place.jobs > 1 and not may_use_an_accelerator():
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(process.pid, {cores[place.job % len(cores)]})
     try:
-        status = process.wait(None if ends is None else max(1.0, ends - time.monotonic()))
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGTERM)  # training saves where it is
+        while (status := process.poll()) is None:
+            _check_time(place)
+            time.sleep(LOOK)
+    except BaseException:  # training saves where it is
+        process.send_signal(signal.SIGTERM)
         try:
             process.wait(GRACE)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-        raise OutOfTime from None
-    except BaseException:  # Ctrl-C reaches the process too; it must not outlive this one
-        process.terminate()
-        process.wait()
         raise
     if status:
         raise UserError(f"cell {cell.name}: {command[0]} ended with status {status}, see above")

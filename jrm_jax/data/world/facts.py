@@ -22,7 +22,7 @@ from jrm_jax.data.world.vocabulary import (
     Thing,
 )
 
-_VERDICTS = (
+VERDICTS = (
     "Correct", "Too much", "Nothing changed", "Wrong object", "Not done", "Half done",
     "Wrong colour", "Wrong shape", "Wrong size", "Wrong place", "Wrong background",
     *(quality.capitalize() for quality in QUALITIES),
@@ -36,8 +36,8 @@ _LEVELS = tuple(range(11))
 _EDITED = {"recolour": "colour", "replace": "shape", "move": "cell", "resize": "size"}
 
 # Slot -> the values of which at most one is stated.
-_SLOTS: dict[str, tuple] = {
-    "verdict": _VERDICTS,
+SLOTS: dict[str, tuple] = {
+    "verdict": VERDICTS,
     "quality": QUALITIES,
     "more": (True,),
     "nothing else": (True,),
@@ -49,18 +49,18 @@ _SLOTS: dict[str, tuple] = {
 _ROLES = {"subject": ("colour", "shape"), "other": ("colour", "shape")}
 _ROLES |= {"goal": tuple(_FIELDS), "now": tuple(_FIELDS)}
 for _clause in ("first", "second"):
-    _SLOTS[f"{_clause}/kind"] = KINDS
-    _SLOTS[f"{_clause}/state"] = ("done", "still", "now", "gone", "absent", "new")
+    SLOTS[f"{_clause}/kind"] = KINDS
+    SLOTS[f"{_clause}/state"] = ("done", "still", "now", "gone", "absent", "new")
 for _clause, _roles in (
     ("first", tuple(_ROLES)), ("second", tuple(_ROLES)), ("extra", ("subject", "now"))
 ):  # fmt: skip
-    _SLOTS |= {f"{_clause}/{r}/{field}": _FIELDS[field] for r in _roles for field in _ROLES[r]}
+    SLOTS |= {f"{_clause}/{r}/{field}": _FIELDS[field] for r in _roles for field in _ROLES[r]}
 
-FACTS = tuple(f"{slot}={value}" for slot, values in _SLOTS.items() for value in values)  # [F]
+FACTS = tuple(f"{slot}={value}" for slot, values in SLOTS.items() for value in values)  # [F]
 COUNT = len(FACTS)
 _INDEX = {
     (slot, value): index
-    for index, (slot, value) in enumerate((s, v) for s, values in _SLOTS.items() for v in values)
+    for index, (slot, value) in enumerate((s, v) for s, values in SLOTS.items() for v in values)
 }
 
 
@@ -129,9 +129,7 @@ def _outcome(
     field = _EDITED[edit.kind]
     if now is None:
         return said | {"state": "gone", f"goal/{field}": edit.value}
-    return said | _against(
-        getattr(thing, field), getattr(now, field), edit.value, field, alone
-    )
+    return said | _against(getattr(thing, field), getattr(now, field), edit.value, field, alone)
 
 
 def _against(before, now, goal, field: str, alone: bool) -> dict[str, object]:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from jrm_jax.data.schema import to_record
-from jrm_jax.data.store import write_dataset
+from jrm_jax.data.schema import from_record, to_record
+from jrm_jax.data.store import open_dataset, write_dataset
+from jrm_jax.data.world.life import LIKE_PACKAGED, Life, make_lifelike
 from jrm_jax.errors import UserError
 from jrm_jax.shell.terminal import Bar
 
 VERSION = 5  # raise it when the same seed gives other examples
+LIFE_VERSION = 1  # the same, of those that `life` changes
 
 
 def _world_record(task: tuple[str, str, int, int]) -> dict:
@@ -29,19 +31,45 @@ def _world_record(task: tuple[str, str, int, int]) -> dict:
 
 
 def prepare_world(
-    cache: str | Path, counts: Mapping[str, int], seed: int, kind: str = "edits"
+    cache: str | Path,
+    counts: Mapping[str, int],
+    seed: int,
+    kind: str = "edits",
+    life: Life = LIKE_PACKAGED,
 ) -> Path:
     """Draw the built-in world once; later calls with the same arguments find it.
+
+    A world like life is made from the packaged one, whose pictures it has.
 
     Args:
         counts: examples per split.
         kind: one of `scenes.KINDS_OF_EXAMPLE` (preferences and critiques), or of `describe.KINDS`
             (pretraining; only train and valid).
+        life: what becomes of labels and critiques of `train`; not for pretraining.
     """
+    drawn = _draw(cache, counts, seed, kind)
+    if life == LIKE_PACKAGED:
+        return drawn
+    path = drawn.with_name(f"{drawn.name}-life{LIFE_VERSION}-{life.words}")
+    count = counts["train"]
+
+    def stream(split: str, records: Sequence) -> Iterator[dict]:
+        for index in range(len(records)):
+            record = records[index]
+            if split == "train":
+                example = make_lifelike(from_record(record), life, index, seed, count)
+                record = to_record(example)
+            yield record
+
+    if not path.is_dir():
+        splits = {split: stream(split, records) for split, records in open_dataset(drawn).items()}
+        _write(path, splits, {"kind": kind, "seed": seed, "life": life._asdict()})
+    return path
+
+
+def _draw(cache: str | Path, counts: Mapping[str, int], seed: int, kind: str) -> Path:
     # Before the bar's thread starts: while this import runs, rich cannot import its own parts.
     import tensorflow_datasets  # noqa: F401
-
-    from jrm_jax.data.world import scenes
 
     sizes = "-".join(f"{split}{count}" for split, count in counts.items())
     path = Path(cache) / f"world-{kind}-v{VERSION}-seed{seed}-{sizes}"
@@ -62,9 +90,15 @@ def prepare_world(
                 yield record
 
         splits = {split: stream(split, count) for split, count in counts.items() if count}
-        try:
-            write_dataset(path, splits, scenes.DIMENSIONS, "world", {"kind": kind, "seed": seed})
-        except UserError:
-            if not path.is_dir():  # else another process finished it first
-                raise
+        _write(path, splits, {"kind": kind, "seed": seed})
     return path
+
+
+def _write(path: Path, splits: Mapping[str, Iterator[dict]], manifest: Mapping) -> None:
+    from jrm_jax.data.world import scenes
+
+    try:
+        write_dataset(path, splits, scenes.DIMENSIONS, "world", manifest)
+    except UserError:
+        if not path.is_dir():  # else another process finished it first
+            raise
