@@ -140,6 +140,11 @@ def base() -> ConfigDict:
     config.loss.centering_weight = 0.01
     config.loss.score_line = True  # False: critiques' last lines, which state scores, are masked
     config.loss.facts_weight = 0.0  # of what critiques say, as facts (built-in world of kind facts)
+    # Of the scores that critiques' last lines state, as soft preferences in any group that has them
+    config.loss.teacher_weight = 0.0
+    config.loss.teacher_scale = 1.0  # points of such a score that count one nat
+    # ((name, weight), ...): 'overall' where a line states other scores; empty: their plain mean
+    config.loss.teacher_mix = ()
     config.loss.chunk = 0  # critique positions per group at a time; 0: all
 
     config.optimizer = ConfigDict()

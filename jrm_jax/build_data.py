@@ -76,6 +76,7 @@ def make_run_encoder(config: ConfigDict, backbone: BackboneConfig) -> Encoder:
         score_line=config.loss.score_line,
         positions=config.backbone.positions,
         facts=FACTS if config.loss.facts_weight else 0,
+        teacher=config.loss.teacher_mix if config.loss.teacher_weight else None,
     )
 
 
@@ -115,6 +116,9 @@ def build_data(
             sources.setdefault(split, []).append(plan.Source(sizes, weight, kept))
             sets.setdefault(split, []).append(records)
     _check_splits(config, folders, held, say)
+    if config.loss.teacher_weight:
+        names = ", ".join(str(path) for path, _ in folders)
+        check_data.check_teacher(config, sets["train"], names)
 
     cost = group_cost(backbone, config.data.share_prompt)
 

@@ -63,11 +63,25 @@ def centering_loss(reward_BKR: jax.Array, mask_BK: jax.Array) -> Term:
     return Term(jnp.sum(square_BK * mask_BK), jnp.sum(mask_BK))
 
 
+def teacher_preferences(
+    scores_BKR: jax.Array, mask_BKR: jax.Array, scale: float
+) -> tuple[jax.Array, jax.Array]:
+    """What a teacher's scores say about pairs: (preference, weight), each [B, K, K, R] float32.
+
+    The share for i over j is sigmoid((score_i - score_j) / scale), so that a reward trained on it
+    tends to score / scale, up to an offset for each group. Weight 1 where both have a score.
+    """
+    gap_BKKR = (scores_BKR[:, :, None, :] - scores_BKR[:, None, :, :]) / scale
+    weight_BKKR = mask_BKR[:, :, None, :] * mask_BKR[:, None, :, :]
+    return jax.nn.sigmoid(gap_BKKR), weight_BKKR
+
+
 def facts_loss(logits_BKF: jax.Array, facts_BKF: jax.Array, mask_BK: jax.Array) -> Term:
-    """Logistic loss of every fact, stated or not, of the candidates present; divided by the number
-    of facts stated, as a critique's loss is by its tokens."""
+    """Logistic loss of every fact, stated or not, of the candidates present of whom any is stated;
+    divided by the number of facts stated, as a critique's loss is by its tokens."""
     nll_BKF = jax.nn.softplus(logits_BKF) - facts_BKF * logits_BKF
-    return Term(jnp.sum(nll_BKF * mask_BK[..., None]), jnp.sum(facts_BKF))
+    told_BK = mask_BK * jnp.max(facts_BKF, axis=-1)  # without a critique there are no facts
+    return Term(jnp.sum(nll_BKF * told_BK[..., None]), jnp.sum(facts_BKF))
 
 
 def pair_counts(
@@ -94,8 +108,12 @@ def ranked_candidates(batch: dict) -> jax.Array:
 
 def term_weights(batch: dict) -> dict[str, jax.Array]:
     """The global weight of every term, from the batch alone, before any forward pass."""
-    facts = {"facts": jnp.sum(batch["facts"])} if "facts" in batch else {}
-    return facts | {
+    others = {"facts": jnp.sum(batch["facts"])} if "facts" in batch else {}
+    if "teacher_mask" in batch:
+        mask_BKR = batch["teacher_mask"]
+        weight_BKKR = mask_BKR[:, :, None, :] * mask_BKR[:, None, :, :]
+        others["teacher"] = jnp.sum(_upper(weight_BKKR))
+    return others | {
         "preference": jnp.sum(_upper(batch["preference_weight"])),
         "centering": jnp.sum(ranked_candidates(batch)),
         "language": jnp.sum(batch["critique_weights"]),

@@ -32,6 +32,7 @@ from jrm_jax.losses import (
     pair_counts,
     preference_loss,
     ranked_candidates,
+    teacher_preferences,
     term_weights,
 )
 from jrm_jax.model.backbone import Backbone, cast_projections, normalise_patches
@@ -52,7 +53,8 @@ class LossConfig(NamedTuple):
 
     `first_weight`: weight of a critique's first token, the one that the reward token predicts, in
     training; the others have 1. `language_end`: what the language weight is multiplied by at the
-    end of training; it goes there from 1 in a straight line.
+    end of training; it goes there from 1 in a straight line. `teacher_scale`: see
+    `teacher_preferences`.
     """
 
     preference_weight: float = 1.0
@@ -64,6 +66,8 @@ class LossConfig(NamedTuple):
     facts_weight: float = 0.0
     language_end: float = 1.0
     words_weight: float = 0.0
+    teacher_weight: float = 0.0
+    teacher_scale: float = 1.0
 
 
 class Outputs(NamedTuple):
@@ -100,6 +104,11 @@ def make_forward(
             )
             if loss.centering_weight:
                 terms["centering"] = centering_loss(reward_BKR, ranked_candidates(batch))
+            if loss.teacher_weight:
+                soft = teacher_preferences(
+                    batch["teacher_scores"], batch["teacher_mask"], loss.teacher_scale
+                )
+                terms["teacher"] = preference_loss(reward_BKR, *soft)
             if loss.facts_weight:
                 logits_BKF = apply_facts_head(params["facts_head"], hidden_BKD)
                 terms["facts"] = facts_loss(logits_BKF, batch["facts"], batch["candidate_mask"])
@@ -159,6 +168,7 @@ def make_train_step(
         "language": loss.language_weight,
         "facts": loss.facts_weight,
         "words": loss.words_weight,
+        "teacher": loss.teacher_weight,
     }
 
     def coefficients_at(step: jax.Array) -> dict[str, float | jax.Array]:

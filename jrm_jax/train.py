@@ -40,7 +40,7 @@ from jrm_jax.shell.report import describe_run, in_words, json_safe, print_result
 from jrm_jax.shell.stop import Stopped, StopRequest
 from jrm_jax.watch import Trace, Watchdog, describe_memory
 
-LESSONS = ("preference", "language", "words", "facts")
+LESSONS = ("preference", "language", "words", "facts", "teacher")
 SCALARS = ("loss", "grad_norm", "param_norm")
 
 

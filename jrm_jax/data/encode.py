@@ -24,6 +24,7 @@ from jrm_jax.data.schema import (
     PreferenceExample,
     in_dimensions,
 )
+from jrm_jax.data.stated import teacher_scores
 from jrm_jax.data.template import (
     END_THINK,
     THINK,
@@ -65,6 +66,7 @@ class EncodedExample(NamedTuple):
     preference: np.ndarray  # [K, K, R] float32
     weight: np.ndarray  # [K, K, R] float32
     facts: np.ndarray | None = None  # [K, F] float32, where the encoder is asked for facts
+    teacher: np.ndarray | None = None  # [K, R] float32, likewise; NaN = not stated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +78,7 @@ class Encoder:
     score_line: let the loss see score lines; else they are fed but masked.
     positions: 'mrope', or '1d' (see `model.rope.mrope_positions`).
     facts: how many facts of a candidate are fed (the built-in world's `facts.COUNT`); 0: none.
+    teacher: feed the scores that critiques state, mixed so (`stated.teacher_scores`); None: do not.
     """
 
     tokenizer: Tokenizer
@@ -87,6 +90,7 @@ class Encoder:
     score_line: bool = True
     positions: str = "mrope"
     facts: int = 0
+    teacher: tuple[tuple[str, float], ...] | None = None
 
     def __post_init__(self):
         mine, theirs = self.processor, self.vision
@@ -166,7 +170,16 @@ class Encoder:
             preference=labels.preference,
             weight=labels.weight,
             facts=self._facts(example.candidates) if self.facts else None,
+            teacher=None if self.teacher is None else self._teacher(example.candidates),
         )
+
+    def _teacher(self, candidates: Sequence[Candidate]) -> np.ndarray:
+        mix = dict(self.teacher)
+        rows = [
+            teacher_scores(c.critique if c.score_line else None, self.dimensions, mix)
+            for c in candidates
+        ]
+        return np.asarray(rows, np.float32)
 
     def _facts(self, candidates: Sequence[Candidate]) -> np.ndarray:
         facts_KF = np.zeros((len(candidates), self.facts), np.float32)
@@ -257,6 +270,7 @@ def make_encoder(
     score_line: bool = True,
     positions: str = "mrope",
     facts: int = 0,
+    teacher: Sequence[tuple[str, float]] | None = None,
 ) -> Encoder:
     """Encoder of a Hugging Face folder.
 
@@ -279,4 +293,5 @@ def make_encoder(
         score_line,
         positions,
         facts,
+        None if teacher is None else tuple((name, float(weight)) for name, weight in teacher),
     )

@@ -27,6 +27,8 @@ N, P, C, T are those of the batch's bucket.
     preference           [B,K,K,R]  float32  1: i preferred to j, 1/2: tie
     preference_weight    [B,K,K,R]  float32  0 = diagonal, unlabelled or absent
     facts                [B,K,X]    float32  where config.loss.facts_weight > 0; X = facts.COUNT
+    teacher_scores       [B,K,R]    float32  where config.loss.teacher_weight > 0; 0 = not stated
+    teacher_mask         [B,K,R]    float32  1 = a critique states this score
     example_index        [B]        int32    global example id, -1 = filler row (all weights 0)
 
 T = 0 where the language loss is off: then no critique token is fed either, C ends at <|reward|>.
@@ -108,6 +110,9 @@ def assemble_batch(
         batch["preference_weight"][b, :count, :count] = group.weight
         if "facts" in batch:
             batch["facts"][b, :count] = group.facts
+        if "teacher_mask" in batch:
+            batch["teacher_mask"][b, :count] = np.isfinite(group.teacher)
+            batch["teacher_scores"][b, :count] = np.nan_to_num(group.teacher)
         batch["example_index"][b] = b if example_index is None else example_index[b]
     return batch
 
@@ -140,6 +145,9 @@ def empty_batch(groups: int, bucket: Bucket, encoder: Encoder) -> Batch:
     }
     if encoder.facts:
         batch["facts"] = np.zeros((B, K, encoder.facts), float32)
+    if encoder.teacher is not None:
+        batch["teacher_scores"] = np.zeros((B, K, R), float32)
+        batch["teacher_mask"] = np.zeros((B, K, R), float32)
     if encoder.vision.family == "qwen2_5_vl":
         batch["window_segments"] = np.zeros((B, I, N), int32)
     else:

@@ -29,6 +29,7 @@ METRICS = {
     "-language": "language_weight",
     "-words": "words_weight",
     "-facts": "facts_weight",
+    "-teacher": "teacher_weight",
 }
 
 
@@ -187,6 +188,9 @@ RULES = {
     "loss.centering_weight": WEIGHT,
     "loss.score_line": TRUTH,
     "loss.facts_weight": WEIGHT,
+    "loss.teacher_weight": WEIGHT,
+    "loss.teacher_scale": ABOVE,
+    "loss.teacher_mix": _each(_pair(_is_name), "a list of pairs (name of a score, weight)"),
     "loss.chunk": _whole(0, "0: all"),
     "optimizer.name": _one_of(optim.SCALINGS),
     "optimizer.learning_rate": ABOVE,
@@ -226,6 +230,10 @@ UNUSED: tuple[tuple[tuple[str, ...], Callable[[ConfigDict], bool], str], ...] = 
     (
         ("loss.language_end", "loss.score_line"), lambda c: not c.loss.language_weight,
         "loss.language_weight is 0",
+    ),
+    (
+        ("loss.teacher_scale", "loss.teacher_mix"), lambda c: not c.loss.teacher_weight,
+        "loss.teacher_weight is 0",
     ),
     (("optimizer.decay_patterns",), lambda c: not c.optimizer.weight_decay,
      "optimizer.weight_decay is 0"),
@@ -278,7 +286,7 @@ def _contradictions(config: ConfigDict) -> Iterator[str]:
             "config.loss.preference_weight and config.loss.language_weight are 0: nothing would "
             "be learnt; at least one must be above 0"
         )
-    for name in ("centering_weight", "words_weight", "facts_weight"):
+    for name in ("centering_weight", "words_weight", "facts_weight", "teacher_weight"):
         if loss[name] and not loss.preference_weight:
             yield (
                 f"config.loss.{name} is {loss[name]} and config.loss.preference_weight is 0: this "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,12 @@ from ml_collections import ConfigDict
 
 from jrm_jax.data import contents, store
 from jrm_jax.data.contents import Contents
+from jrm_jax.data.schema import from_record
+from jrm_jax.data.stated import teacher_scores
 from jrm_jax.errors import UserError
 from jrm_jax.shell.report import difference
+
+LOOKED_AT = 2000  # groups, for one that has what a loss needs
 
 
 def reads_critiques(config: ConfigDict) -> bool:
@@ -30,7 +35,10 @@ def check_lessons(config: ConfigDict, train: Sequence[Contents], name: str) -> l
     present = tuple(d for d in dimensions if any(c.labels.get(d) for c in train))
     absent = ", ".join(d for d in dimensions if d not in present)
     critiques = any(c.critiques for c in train)
-    ranks, reads = bool(config.loss.preference_weight), reads_critiques(config)
+    ranks = bool(config.loss.preference_weight)
+    # critiques are read for their words, for the scores they state, or for both
+    distils, reads = bool(config.loss.teacher_weight), reads_critiques(config)
+    reads = reads or distils
     if not (ranks and present) and not (reads and critiques):
         wanted = [f"label (ranks, scores or preference) in {absent}"] * ranks + ["critique"] * reads
         other = ""
@@ -42,17 +50,42 @@ def check_lessons(config: ConfigDict, train: Sequence[Contents], name: str) -> l
             f"{name}: no training group has a {' or a '.join(wanted)}, and this config learns from "
             f"nothing else{other}"
         )
-    if ranks and present and absent:
+    if ranks and present and absent and not distils:
         raise UserError(
             f"{name}: no training group has a label in {absent}, so that reward would stay random: "
             f"give --config.data.dimensions={present}"
         )
     said = []
-    if ranks and not present:
+    if ranks and not present and not distils:
         said.append(f"WARNING: {name} has critiques but no labels: the reward head is not trained")
     if reads and not critiques:
         said.append(f"WARNING: {name} has labels but no critiques: no language is learnt")
     return said
+
+
+def check_teacher(config: ConfigDict, sets: Sequence[Sequence[Any]], name: str) -> None:
+    """
+    Args:
+        sets: records of the training splits; `LOOKED_AT` of each are looked at.
+
+    Raises:
+        UserError: scores of critiques are to be learnt, and no critique states one that is asked
+            for.
+    """
+    mix = dict(config.loss.teacher_mix)
+    for records in sets:
+        for index in range(min(len(records), LOOKED_AT)):
+            for c in from_record(records[index]).candidates:
+                said = c.critique if c.score_line else None
+                if not all(map(math.isnan, teacher_scores(said, config.data.dimensions, mix))):
+                    return
+    wanted = ", ".join(mix) or ", ".join(config.data.dimensions)
+    raise UserError(
+        f"{name}: config.loss.teacher_weight is {config.loss.teacher_weight}, but no critique of "
+        f"the first {LOOKED_AT} groups states a score ({wanted}) in a last line that is marked by "
+        "score_line: set config.loss.teacher_weight to 0, or name the scores that it states in "
+        "config.loss.teacher_mix"
+    )
 
 
 def describe_unused(config: ConfigDict, folders: Sequence[Path]) -> list[str]:

@@ -121,4 +121,5 @@ def _part(encoded: EncodedExample, which: range) -> EncodedExample:
         preference=encoded.preference[own, own],
         weight=encoded.weight[own, own],
         facts=None if encoded.facts is None else encoded.facts[own],
+        teacher=None if encoded.teacher is None else encoded.teacher[own],
     )

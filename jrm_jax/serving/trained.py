@@ -117,7 +117,7 @@ def _load_run(
     if (scale := build.lora_scale(config)) is not None:
         params = lora.merge_adapters(params, scale, lambda path: laid[path].dtype)
     params = {n: p for n, p in params.items() if n not in heads.TRAINING_HEADS}
-    encoder = dataclasses.replace(encoder, facts=0)
+    encoder = dataclasses.replace(encoder, facts=0, teacher=None)
     results = read_results(workdir)
     if results is None or results["step"] != found:
         results = meta["valid"]

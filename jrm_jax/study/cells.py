@@ -27,6 +27,7 @@ LATER = {
     "head.anew": False, "data.max_candidates": 0, "data.max_pictures": 0,
     "data.max_picture_tokens": 0, "data.max_prompt": 0, "data.max_candidate": 0,
     "data.programs": 6, "data.labelled": 0,
+    "loss.teacher_weight": 0.0, "loss.teacher_scale": 1.0, "loss.teacher_mix": (),
     **{f"data.world.{name}": value for name, value in LIKE_PACKAGED._asdict().items()},
 }  # fmt: skip
 

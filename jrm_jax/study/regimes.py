@@ -15,7 +15,11 @@ from jrm_jax.data.world.prepare import LIFE_VERSION
 from jrm_jax.errors import UserError
 from jrm_jax.study.cells import FACTS, LANGUAGE, Arm, shared_changes
 
-TEACHER = {"loss.teacher_weight": 1.0}
+# `overall` as gold has it, in tenths of its points.
+TEACHER = {
+    "loss.teacher_weight": 1.0,
+    "loss.teacher_mix": (("following", 0.6), ("preservation", 0.4)),
+}
 ALONE = {LANGUAGE: 0.0}
 WORDS = {"loss.words_weight": 1.0}
 MASKED = {"loss.score_line": False}

@@ -10,12 +10,9 @@ from __future__ import annotations
 import random
 import re
 
+from jrm_jax.data.stated import NUMBERS
 from jrm_jax.data.world.edits import Change, Edit, Gold
 from jrm_jax.data.world.vocabulary import PLACES, Scene, Thing
-
-NUMBERS = (
-    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten",
-)  # fmt: skip
 
 _TEMPLATES = {
     "recolour": (
