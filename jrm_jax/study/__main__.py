@@ -1,11 +1,11 @@
 """Does joint training help, and why? One command runs what is missing and writes the page.
 
-    python -m jrm_jax.study --config=configs/study.py                all of it; go on where it was
-    python -m jrm_jax.study --config=configs/study.py --minutes=60   so much of it, then the page
-    python -m jrm_jax.study --config=configs/study.py --report       the page alone, from the cells
-    python -m jrm_jax.study --config=configs/study.py --cell=NAME    one cell, also if it is there
-    python -m jrm_jax.study --config=configs/study.py --jobs=4       four cells at a time
-    python -m jrm_jax.study --config=configs/study.py:regimes        the second part, likewise
+python -m jrm_jax.study --config=configs/study.py                all of it; go on where it was
+python -m jrm_jax.study --config=configs/study.py --minutes=60   so much of it, then the page
+python -m jrm_jax.study --config=configs/study.py --report       the page alone, from the cells
+python -m jrm_jax.study --config=configs/study.py --cell=NAME    one cell, also if it is there
+python -m jrm_jax.study --config=configs/study.py --jobs=4       four cells at a time
+python -m jrm_jax.study --config=configs/study.py:regimes        the second part, likewise
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _KEEP = flags.DEFINE_bool("keep", False, "Keep the folders of the runs after mea
 def main() -> None:
     try:
         config_cli.parse(sys.argv, __doc__, default="configs/study.py")
-        from jrm_jax.study import report, runner
+        from jrm_jax.study import design, regimes_report, report, runner
 
         config = _CONFIG.value
         with ending("stopped; the same command goes on"):  # the run of a cell ends, too
@@ -39,7 +39,8 @@ def main() -> None:
                 return
             if not _REPORT.value:
                 runner.run(config, _MINUTES.value, _KEEP.value, _JOBS.value)
-            for path in report.write(config):
+            page = regimes_report if design.is_second(config) else report
+            for path in page.write(config):
                 print(path)
     except cli.REPORTED as error:
         if not cli.is_expected(error) and flags.FLAGS.is_parsed():

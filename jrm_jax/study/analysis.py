@@ -64,6 +64,18 @@ def load_distances(split: str, count: int, seed: int) -> tuple[tuple[float, ...]
     return tuple(found)
 
 
+@functools.lru_cache(maxsize=4)
+def load_damage(split: str, count: int, seed: int) -> tuple[tuple[float, ...], ...]:
+    """Per group, per candidate: 1 where the picture has lost quality, else 0."""
+    groups = (scenes.make_group(split, index, seed) for index in range(count))
+    return tuple(tuple(float(a.quality is not None) for a in g.attempts) for g in groups)
+
+
+def preference_loss(pairs: Pairs, scores: Scores) -> float:
+    """Mean of -log sigmoid(difference), nats a pair: what the preference loss is on true labels."""
+    return float(np.logaddexp(0.0, -gaps(pairs, scores)).mean())
+
+
 def gaps(pairs: Pairs, scores: Scores) -> np.ndarray:
     """[N]: score of the better minus that of the worse; NaN where either has none."""
     rows = [[math.nan if s is None else s for s in row] for row in scores]

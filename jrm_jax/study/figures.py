@@ -16,8 +16,15 @@ COLOURS = {  # of the arms that are drawn; changes tried later are in the tables
 Numbers = Mapping[str, Any]
 
 
-def draw(numbers: Numbers, folder: Path) -> list[Path]:
+Figures = Mapping[str, tuple[Callable[..., bool], int]]
+
+
+def draw(numbers: Numbers, folder: Path, figures: Figures | None = None) -> list[Path]:
     """Write every figure there are numbers for; returns their paths.
+
+    Args:
+        figures: FIGURES, unless others are given: name -> (fill, axes side by side); fill says
+            whether there was anything to draw.
 
     Raises:
         UserError: matplotlib is not installed.
@@ -31,7 +38,7 @@ def draw(numbers: Numbers, folder: Path) -> list[Path]:
 
     folder.mkdir(parents=True, exist_ok=True)
     written = []
-    for name, (fill, width) in FIGURES.items():
+    for name, (fill, width) in (figures or FIGURES).items():
         figure, axes = plt.subplots(1, width, figsize=(4.6 * width, 3.6), squeeze=False)
         path = folder / f"{name}.png"
         if fill(numbers, *axes[0]):
@@ -49,7 +56,7 @@ def _arms(numbers: Numbers) -> dict[str, Any]:
     return {arm: row for arm, row in numbers["arms"].items() if row and arm in COLOURS}
 
 
-def _line(axis, places, rows, label: str, arm: str) -> bool:
+def _line(axis, places, rows, label: str, colour: str) -> bool:
     """Accuracies with their intervals; places without a row are left out."""
     kept = [(x, row) for x, row in zip(places, rows, strict=True) if row]
     if not kept:
@@ -58,9 +65,7 @@ def _line(axis, places, rows, label: str, arm: str) -> bool:
     values = [100 * r["value"] for r in rows]
     below = [100 * (r["value"] - r["low"]) for r in rows]
     above = [100 * (r["high"] - r["value"]) for r in rows]
-    axis.errorbar(
-        x, values, (below, above), marker="o", capsize=3, label=label, color=COLOURS[arm]
-    )
+    axis.errorbar(x, values, (below, above), marker="o", capsize=3, label=label, color=colour)
     return True
 
 
@@ -68,7 +73,7 @@ def _sizes(numbers: Numbers, axis) -> bool:
     sizes, drawn = [int(s) for s in numbers["sizes"]], False
     for arm in ("discriminative", "joint"):
         rows = [numbers["sizes"][str(s)][arm] for s in sizes]
-        drawn |= _line(axis, sizes, [r and r["hard"] for r in rows], arm, arm)
+        drawn |= _line(axis, sizes, [r and r["hard"] for r in rows], arm, COLOURS[arm])
     axis.set(xscale="log", xlabel="training groups", ylabel="pair accuracy on hard, %")
     axis.set_xticks(sizes, [str(s) for s in sizes])
     axis.minorticks_off()
@@ -79,7 +84,7 @@ def _sizes(numbers: Numbers, axis) -> bool:
 def _weights(numbers: Numbers, axis) -> bool:
     weights = [float(w) for w in numbers["weights"]]
     rows = [numbers["weights"][w]["joint"] for w in numbers["weights"]]
-    drawn = _line(axis, weights, [r and r["hard"] for r in rows], "joint", "joint")
+    drawn = _line(axis, weights, [r and r["hard"] for r in rows], "joint", COLOURS["joint"])
     base = numbers["arms"]["discriminative"]
     if base:
         level = 100 * base["hard"]["value"]
@@ -149,8 +154,25 @@ def _best_of_n(numbers: Numbers, axis) -> bool:
     return drawn
 
 
-# name -> (fill, axes side by side); fill says whether there was anything to draw
-FIGURES: dict[str, tuple[Callable[..., bool], int]] = {
+def _curves(numbers: Numbers, *axes) -> bool:
+    """Of the second part: an axis for each share of wrong votes, arms of two sizes or more."""
+    drawn = False
+    for axis, (flip, by_size) in zip(axes, numbers["curves"].items(), strict=False):
+        arms = dict.fromkeys(arm for row in by_size.values() for arm in row)
+        sizes = [int(size) for size in by_size]
+        for place, arm in enumerate(arms):
+            found = [row[arm] and row[arm]["hard"] for row in by_size.values()]
+            if sum(map(bool, found)) > 1:
+                drawn |= _line(axis, sizes, found, arm, COLOURS.get(arm, f"C{place % 10}"))
+        axis.set(xscale="log", title=f"{100 * float(flip):g} % of the votes wrong",
+                 xlabel="labelled groups", ylabel="pair accuracy on hard, %")  # fmt: skip
+        axis.set_xticks(sizes, [str(size) for size in sizes])
+        axis.minorticks_off()
+        axis.legend(fontsize=7) if axis.has_data() else None
+    return drawn
+
+
+FIGURES: Figures = {
     "sizes": (_sizes, 1),
     "weights": (_weights, 1),
     "kinds": (_kinds, 2),
@@ -158,3 +180,4 @@ FIGURES: dict[str, tuple[Callable[..., bool], int]] = {
     "ranks": (_ranks, 2),
     "best_of_n": (_best_of_n, 1),
 }
+REGIMES: Figures = {"curves": (_curves, 3)}

@@ -13,7 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jrm_jax.evaluation.statistics import Interval
-from jrm_jax.study import analysis, cells
+from jrm_jax.study import analysis, cells, design
 from jrm_jax.study.cells import ARMS, Cell
 
 Found = Mapping[Cell, Mapping[str, Any]]
@@ -282,7 +282,7 @@ def longer(config: ConfigDict, found: Found, full: int) -> list[dict[str, Any]]:
 
 def budget(config: ConfigDict, found: Found) -> dict[str, Any]:
     """What was run, on what, how long; what is missing; what need not be run."""
-    every = cells.plan(config)
+    every = design.plan(config)
     spared = {c: cells.unneeded(c, found) for c in every if c not in found}
     machines: dict[str, int] = {}
     for result in found.values():

@@ -29,7 +29,7 @@ from jrm_jax import build_data
 from jrm_jax.errors import UserError
 from jrm_jax.shell.terminal import duration
 from jrm_jax.shell.user_cache import may_use_an_accelerator
-from jrm_jax.study import cells, regimes
+from jrm_jax.study import cells, design
 from jrm_jax.study.cells import Cell
 
 GRACE = 120  # seconds that a run has to save itself when the time is over
@@ -40,22 +40,12 @@ class OutOfTime(Exception):
     """The limit was reached in the middle of a cell; its run goes on from there next time."""
 
 
-def plan(config: ConfigDict) -> list[Cell]:
-    """The cells of the config's part of the study, in their order."""
-    return regimes.plan(config) if "points" in config else cells.plan(config)
-
-
-def load(config: ConfigDict) -> dict[Cell, dict]:
-    """The results there are."""
-    return cells.load_cells(config, plan(config))
-
-
 def find_cell(config: ConfigDict, name: str) -> Cell:
     """
     Raises:
         UserError: the config has no such cell.
     """
-    every = plan(config)
+    every = design.plan(config)
     found = [cell for cell in every if cell.name == name]
     if not found:
         names = ", ".join(cell.name for cell in every)
@@ -130,9 +120,9 @@ class _Shared:
             if self.ends is not None and time.monotonic() >= self.ends:
                 print("the time is over; the same command goes on", flush=True)
                 return None
-            found = load(self.config)
+            found = design.load(self.config)
             todo = [
-                cell for cell in plan(self.config)
+                cell for cell in design.plan(self.config)
                 if cell not in found and not cells.unneeded(cell, found)
             ]  # fmt: skip
             print(budget(todo, found), flush=True)

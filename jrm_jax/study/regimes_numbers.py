@@ -1,0 +1,268 @@
+"""All numbers of the second part's page, from the cells there are: one dict in JSON types.
+
+Letters: N pairs, G groups, S seeds, L numbers of labelled groups, D draws.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from jrm_jax.study import analysis
+from jrm_jax.study.numbers import budget
+from jrm_jax.study.regimes import ARMS, BASELINE, Point
+
+Found = Mapping[Point, Mapping[str, Any]]
+SPLITS = ("test", "hard")
+RULES = {
+    "closer to the source in pixels is better": analysis.load_distances,
+    "a degraded picture is worse": analysis.load_damage,
+}
+
+
+def collect(config: ConfigDict, found: Found) -> dict[str, Any]:
+    """Everything the page says in numbers."""
+    table = Table(config, found)
+    headline = config.headline.labelled, config.headline.flip
+    return {
+        "pairs": {split: len(p.group) for split, p in table.pairs.items()},
+        "rules": {name: table.rule(load) for name, load in RULES.items()},
+        "trials": [_trial(p, found[p]) for p in found if p.is_trial],
+        "headline": {arm: table.place(arm, *headline) for arm in ARMS},
+        "verdict": verdict(config, table),
+        "curves": {
+            f"{flip:g}": {
+                str(size): {arm: table.place(arm, size, flip) for arm in ARMS}
+                for size in config.sizes
+            }
+            for flip in config.flips
+        },
+        "efficiency": {
+            f"{flip:g}": {
+                arm: {
+                    f"{accuracy:g}": table.efficiency(arm, flip, accuracy)
+                    for accuracy in config.verdict.efficiency
+                }
+                for arm in ARMS if arm != BASELINE
+            }
+            for flip in config.flips
+        },
+        "cells": {p.name: table.cell(p) for p in found if not p.is_trial},
+        "budget": budget(config, found),
+    }  # fmt: skip
+
+
+def _trial(point: Point, result: Mapping[str, Any]) -> dict[str, Any]:
+    return {**point._asdict(), "valid": result["valid"], "curve": result["curve"]}
+
+
+class Table:
+    """Looks results up by place, an arm's labelled groups and flips, and compares them with the
+    discriminative arm's, seed by seed."""
+
+    def __init__(self, config: ConfigDict, found: Found):
+        self.config, self.found = config, {p: r for p, r in found.items() if not p.is_trial}
+        world = config.world
+        self.pairs = {s: analysis.load_pairs(s, world[s], world.seed) for s in SPLITS}
+        self._right = {
+            (point, split): analysis.correct(self.pairs[split], result[f"scores/{split}"])
+            for point, result in self.found.items() for split in SPLITS
+        }  # fmt: skip
+
+    def seeds(self, arm: str, labelled: int, flip: float) -> list[Point]:
+        return [p for p in self.found if p[:3] == (arm, labelled, flip)]
+
+    def spread(
+        self, values_SN: Sequence[np.ndarray], split: str, confidence: float | None = None
+    ) -> dict[str, Any] | None:
+        """Mean, interval and number of seeds; None without any."""
+        if not values_SN:
+            return None
+        settings = self.config.verdict
+        found = analysis.interval(
+            values_SN, self.pairs[split].group, settings.draws, confidence or settings.confidence
+        )
+        return {**found._asdict(), "seeds": len(values_SN)}
+
+    def gain(
+        self, arm: str, labelled: int, flip: float, split: str, confidence: float | None = None
+    ) -> dict[str, Any] | None:
+        """Over the discriminative arm, of the seeds that both have."""
+        both = [
+            self._right[point, split] - self._right[beside, split]
+            for point in self.seeds(arm, labelled, flip)
+            if (beside := point._replace(arm=BASELINE)) in self.found and beside != point
+        ]
+        return self.spread(both, split, confidence)
+
+    def place(self, arm: str, labelled: int, flip: float) -> dict[str, Any] | None:
+        """Every measure that all points have; None where none is made."""
+        points = self.seeds(arm, labelled, flip)
+        if not points:
+            return None
+        hard, results = self.pairs["hard"], [self.found[p] for p in points]
+        scores = [r["scores/hard"] for r in results]
+        return {
+            **{s: self.spread([self._right[p, s] for p in points], s) for s in SPLITS},
+            "gain": {s: self.gain(arm, labelled, flip, s) for s in SPLITS},
+            "valid": _mean([r["valid"] for r in results]),
+            "step": [r["step"] for r in results],
+            "preference": _mean([analysis.preference_loss(hard, s) for s in scores]),
+            "calibration": _mean([analysis.reliability(hard, s)["error"] for s in scores]),
+            "rank": _mean([_last(r["ranks"])["effective_rank"] for r in results]),
+            "says": _mean_by_name([_last(r["says"]) for r in results]),
+            "attack": _mean(
+                [analysis.attack_numbers(hard, r["attack"])["gain_in_spreads"]
+                 for r in results if r.get("attack")]
+            ),
+            "seconds": _mean([sum(r["seconds"].values()) for r in results]),
+        }  # fmt: skip
+
+    def rule(self, load: Any) -> dict[str, Any]:
+        """How right a rule that needs no model is, by split: the smaller number is the better."""
+        world, found = self.config.world, {}
+        for split, pairs in self.pairs.items():
+            scores = [[-x for x in row] for row in load(split, world[split], world.seed)]
+            found[split] = self.spread([analysis.correct(pairs, scores)], split)
+        return found
+
+    def cell(self, point: Point) -> dict[str, Any]:
+        """One run alone."""
+        beside = point._replace(arm=BASELINE)
+        own = float(self._right[point, "hard"].mean())
+        compared = beside in self.found and beside != point
+        other = float(self._right[beside, "hard"].mean()) if compared else None
+        return {
+            "valid": self.found[point]["valid"],
+            "test": float(self._right[point, "test"].mean()),
+            "hard": own,
+            "gain": None if other is None else own - other,
+            "step": self.found[point]["step"],
+        }
+
+    # Label efficiency
+
+    def efficiency(self, arm: str, flip: float, accuracy: float) -> dict[str, Any] | None:
+        """How many times fewer labelled groups this arm needs than the discriminative one to reach
+        an accuracy on `hard`: their curves are straight between the sizes that both have, by the
+        logarithm of the size. Draws are of seeds and whole groups; where one arm alone reaches the
+        accuracy the factor is infinite, or 0. None: fewer than two sizes, or neither reaches it.
+        """
+        shared = [
+            size for size in self.config.sizes
+            if all(self.seeds(a, size, flip) for a in (arm, BASELINE))
+        ]  # fmt: skip
+        if len(shared) < 2:
+            return None
+        curves = [[self._by_group(a, size, flip) for size in shared] for a in (arm, BASELINE)]
+        sizes_G = np.bincount(np.unique(self.pairs["hard"].group, return_inverse=True)[1])
+        rng, draws = np.random.default_rng(0), self.config.verdict.draws
+        groups = len(sizes_G)
+        picks_DG = rng.multinomial(groups, np.full(groups, 1 / groups), draws)
+        whole_1G = np.ones((1, groups), int)
+        needed = [
+            _needed(_accuracies(c, whole_1G, sizes_G, None), shared, accuracy) for c in curves
+        ]
+        value = _factor(*needed)[0]
+        if math.isnan(value):
+            return None
+        drawn = [_needed(_accuracies(c, picks_DG, sizes_G, rng), shared, accuracy) for c in curves]
+        factors_D = _factor(*drawn)
+        factors_D = factors_D[~np.isnan(factors_D)]
+        tail = 50 * (1 - self.config.verdict.confidence)
+        low, high = np.percentile(factors_D, (tail, 100 - tail), method="nearest")
+        return {
+            "value": _finite(value), "low": _finite(low), "high": _finite(high), "sizes": shared,
+            "seeds": min(len(c) for curve in curves for c in curve),
+        }  # fmt: skip
+
+    def _by_group(self, arm: str, labelled: int, flip: float) -> np.ndarray:
+        """[S, G]: right pairs of each group of `hard`."""
+        place_N = np.unique(self.pairs["hard"].group, return_inverse=True)[1]
+        points = self.seeds(arm, labelled, flip)
+        return np.stack([np.bincount(place_N, self._right[p, "hard"]) for p in points])
+
+
+def _accuracies(
+    curve: Sequence[np.ndarray],
+    picks_DG: np.ndarray,
+    sizes_G: np.ndarray,
+    rng: np.random.Generator | None,
+) -> np.ndarray:
+    """[D, L]; `rng` draws seeds, too."""
+    columns = []
+    for right_SG in curve:
+        seeds = len(right_SG)
+        picks_DS = np.ones((len(picks_DG), seeds))
+        if rng is not None:
+            picks_DS = rng.multinomial(seeds, np.full(seeds, 1 / seeds), len(picks_DG))
+        right_D = ((picks_DG @ right_SG.T) * picks_DS).sum(1) / seeds
+        columns.append(right_D / (picks_DG @ sizes_G))
+    return np.stack(columns, axis=1)
+
+
+def _needed(accuracy_DL: np.ndarray, sizes: Sequence[int], wanted: float) -> np.ndarray:
+    """[D]: labelled groups at which a curve first reaches the accuracy; infinite: never."""
+    found = np.full(len(accuracy_DL), np.inf)
+    for row, curve in enumerate(accuracy_DL):
+        for at, value in enumerate(curve):
+            if value >= wanted:
+                share = (wanted - curve[at - 1]) / (value - curve[at - 1]) if at else 1.0
+                first, last = math.log(sizes[max(0, at - 1)]), math.log(sizes[at])
+                found[row] = math.exp(first + share * (last - first))
+                break
+    return found
+
+
+def _factor(arm_D: np.ndarray, base_D: np.ndarray) -> np.ndarray:
+    """NaN where neither reaches the accuracy."""
+    with np.errstate(invalid="ignore"):
+        return base_D / arm_D
+
+
+def verdict(config: ConfigDict, table: Table) -> dict[str, Any]:
+    """Whether the claim holds, by the thresholds of the config: 'arms': {arm: its gain, with an
+    interval for as many comparisons as there are arms, and what it passes}, 'placebo', 'seeds',
+    'holds' (None: cells are missing)."""
+    settings, place = config.verdict, (config.headline.labelled, config.headline.flip)
+    confidence = 1 - (1 - settings.confidence) / len(settings.arms)
+    arms = {}
+    for arm in settings.arms:
+        gain = table.gain(arm, *place, "hard", confidence)
+        arms[arm] = gain and {
+            **gain,
+            "enough": bool(100 * gain["value"] >= settings.gain),
+            "above_zero": bool(gain["low"] > 0),
+        }
+    placebo = table.gain(settings.placebo, *place, "hard")
+    null = placebo and bool(100 * placebo["value"] < settings.null or placebo["low"] <= 0)
+    rows = [*arms.values(), placebo]
+    seeds = min((row["seeds"] if row else 0) for row in rows)
+    holds = None
+    if all(rows):
+        holds = bool(null) and all(row["enough"] and row["above_zero"] for row in arms.values())
+    return {
+        "arms": arms, "placebo": placebo and {**placebo, "null": null}, "seeds": seeds,
+        "confidence": confidence, "holds": holds,
+    }  # fmt: skip
+
+
+def _last(by_step: Mapping[str, Any]) -> Any:
+    return by_step[max(by_step, key=int)]
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return float(np.mean(values)) if len(values) else None
+
+
+def _mean_by_name(rows: Sequence[Mapping[str, float]]) -> dict[str, float | None]:
+    return {name: _mean([row[name] for row in rows if name in row]) for name in rows[0]}
+
+
+def _finite(value: float) -> float | str:
+    """Infinity is none of JSON's numbers."""
+    return "infinite" if math.isinf(value) else float(value)
