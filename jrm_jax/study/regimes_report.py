@@ -343,8 +343,8 @@ def _protocol(config: ConfigDict) -> list[str]:
         "`test` and `hard` are clean, with all pairs.",
         f"- Every batch of every arm holds {rows} labelled groups, the same ones in the same "
         f"order. An arm that learns from critiques has {rows} more rows, drawn from all groups; "
-        "their labels do not count. So labels are seen equally often in all arms, and critiques cost "
-        "time and nothing else.",
+        "their labels do not count. So labels are seen equally often in all arms, and critiques "
+        "cost time and nothing else.",
         f"- {train.total_steps} steps in all arms, and {config.stage_steps} of critiques alone "
         "before them in the two arms that begin so. The checkpoint with the best accuracy on "
         f"`valid` ({world.valid} groups) counts.",
