@@ -236,7 +236,7 @@ def head_start(config: ConfigDict, backbone: BackboneConfig) -> HeadStart:
 
 def reward_row(start: HeadStart, tokenizer: Tokenizer) -> int:
     """Of the embedding table, where the reward token's embedding begins: the spare row that an
-    export has filled, else <|im_end|>."""
+    export has filled (with a reward head or without), else <|im_end|>."""
     return tokenizer.reward_id if start.is_export else tokenizer.end_id
 
 

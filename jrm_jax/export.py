@@ -2,6 +2,9 @@
 
     python -m jrm_jax.export --checkpoint=WORKDIR [--step=N|best|latest] --out=FOLDER
 
+With --backbone_only it is a backbone for another run (--config.backbone.path=FOLDER): all that was
+learnt but the reward head. So a run that learnt from critiques alone can be gone on from.
+
 The folder appears under its name only when it is complete.
 """
 
@@ -22,6 +25,8 @@ from jrm_jax.data.processor import read_config as read_processor_config
 from jrm_jax.data.template import NO_THOUGHTS, Template, save_tokenizer
 from jrm_jax.errors import UserError
 from jrm_jax.model import weights
+from jrm_jax.model.tensor_files import INDEX_FILE
+from jrm_jax.run.backbones import FILES, TOKENIZER
 from jrm_jax.serving.rounding import Rounding, measure
 from jrm_jax.serving.trained import STAMP, Trained, describe_lessons, load_trained
 from jrm_jax.shell import disk
@@ -83,6 +88,29 @@ def export(
         (part / "README.md").write_text(_model_card(trained, dtype, said), encoding="utf-8")
         os.rename(part, out)
         return rounding
+    except OSError as error:
+        raise UserError(f"{out} could not be written: {disk.explain(error, out)}") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def export_backbone(trained: Trained, out: Path, dtype: str, max_shard_bytes: int) -> None:
+    """Write a folder that a run can start from: weights, with the reward token's embedding in its
+    row, and the files of the backbone that it began with. No reward head.
+
+    Raises:
+        UserError: `out` exists, or cannot be written.
+    """
+    part = out.with_name(f"{out.name}.incomplete-{os.getpid()}")
+    try:
+        part.mkdir(parents=True)
+        for name in set(FILES) - {INDEX_FILE, *TOKENIZER}:
+            if (trained.folder / name).is_file():
+                shutil.copy(trained.folder / name, part)
+        params = _with_reward_row(trained.params, trained.encoder.tokenizer.reward_id)
+        weights.save_params(part, params, trained.config, dtype, max_shard_bytes, {})
+        save_tokenizer(trained.folder, part, trained.config.text.vocab)
+        os.rename(part, out)
     except OSError as error:
         raise UserError(f"{out} could not be written: {disk.explain(error, out)}") from error
     finally:
@@ -240,6 +268,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--no_check", action="store_true", help="do not read the folder back and compare scores"
     )
+    parser.add_argument(
+        "--backbone_only", action="store_true", help="a backbone to start another run from"
+    )
     args = parser.parse_args(argv)
     if args.step not in ("best", "latest"):
         if not args.step.isdecimal():
@@ -255,9 +286,12 @@ def main(argv: list[str] | None = None) -> None:
     with ending():
         if args.out.exists():
             raise UserError(f"{args.out} exists: give another --out, or remove it first")
-        trained = load_trained(args.checkpoint, args.step, args.backbone)
-        shard = int(args.max_shard_gb * 1e9)
-        rounding = export(trained, args.out, args.dtype, shard, not args.no_check)
+        alone, shard = args.backbone_only, int(args.max_shard_gb * 1e9)
+        trained = load_trained(args.checkpoint, args.step, args.backbone, scores=not alone)
+        if alone:
+            rounding = export_backbone(trained, args.out, args.dtype, shard)
+        else:
+            rounding = export(trained, args.out, args.dtype, shard, not args.no_check)
     size = sum(path.stat().st_size for path in args.out.iterdir())
     print(f"{args.out}: step {trained.card.get('step')}, {size / 1e6:,.1f} MB, {args.dtype}")
     if rounding:

@@ -13,13 +13,14 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jrm_jax.data.template import names_reward
 from jrm_jax.errors import UserError
 from jrm_jax.model import weights
 from jrm_jax.model.config import BackboneConfig
 
 
 class HeadStart(NamedTuple):
-    """is_export: whether the folder has a reward head, and the reward token's row with it.
+    """is_export: whether the folder has the reward token's row, as exports have.
     kernel_DR: of the run's dimensions, NaN in columns of those that start anew; None: all do.
     words: what is to be said of it; '' for nothing."""
 
@@ -44,7 +45,7 @@ def read_head_start(
     """
     found = weights.load_reward_head(folder, backbone)
     if found is None:
-        return HeadStart()
+        return HeadStart(names_reward(folder))
     if anew:
         return HeadStart(True, None, "the reward head starts anew: config.head.anew is True")
     kernel_DR = np.asarray(found["kernel"])

@@ -233,6 +233,15 @@ def _read_tokenizer(folder: str | Path, vocab_rows: int) -> dict[str, Any]:
     return {"backend_json": json.dumps(content, ensure_ascii=False), "pad_id": int(pad_id)}
 
 
+def names_reward(folder: str | Path) -> bool:
+    """Whether the folder's own tokenizer has <|reward|>: then the token's row was filled here."""
+    path = Path(folder) / "tokenizer.json"
+    if not path.is_file():
+        return False
+    added = json.loads(path.read_text(encoding="utf-8")).get("added_tokens") or ()
+    return any(token.get("content") == REWARD for token in added)
+
+
 def save_tokenizer(folder: str | Path, out: str | Path, vocab_rows: int) -> None:
     """Write the folder's tokenizer with <|reward|> into `out` (for an export)."""
     wrapped = _load_wrapped(folder)

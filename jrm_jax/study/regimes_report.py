@@ -295,7 +295,7 @@ def _trials(config: ConfigDict, numbers: Numbers) -> list[str]:
         "## How length and learning rate were chosen",
         "",
         f"By the discriminative arm alone, on `valid`, seed 0. In use: {train.total_steps} steps, "
-        f"learning rate {train.optimizer.learning_rate:g}; `configs/study.py` says why.",
+        f"learning rate {train.optimizer.learning_rate:g}. {config.chosen}",
         "",
         *(table(head, rows) if rows else [f"{NOT_YET.capitalize()}.", ""]),
     ]

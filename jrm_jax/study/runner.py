@@ -231,7 +231,7 @@ def _start(config: ConfigDict, cell: Cell, place: Place) -> dict[str, Any]:
         if not folder.is_dir():
             _train(workdir, fields, cell, place)
             command = ["jrm_jax.export", f"--checkpoint={workdir}", f"--out={folder}"]
-            _call([*command, "--backbone_only"], cell, place)
+            _call([*command, "--backbone_only", "--dtype=float32"], cell, place)
             shutil.rmtree(workdir)
     return {"backbone.path": folder}
 
