@@ -162,7 +162,9 @@ def test_label_efficiency_by_hand(hand):
     curve = {100: 2, 400: 4, 1600: 6}
     found = {
         Point("discriminative", size, 0.35, 0): made(right(n)) for size, n in curve.items()
-    } | {Point("joint", size, 0.35, 0): made(right(4 + (size > 100))) for size in curve}  # fmt: skip
+    } | {
+        Point("joint", size, 0.35, 0): made(right(4 + (size > 100))) for size in curve
+    }  # fmt: skip
     table = regimes_numbers.Table(hand, found)
     # discriminative is at one half with 400 labels, joint with 100
     assert table.efficiency("joint", 0.35, 0.5)["value"] == pytest.approx(4.0)
