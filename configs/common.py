@@ -1,7 +1,7 @@
 """What every config shares: the fields with their defaults, and the argument string.
 
---config=configs/joint.py:VARIANT,key=value     (see `parse_arg`)
---config.optimizer.learning_rate=1e-3           (any field, from the command line)
+    --config=configs/joint.py:VARIANT,key=value     (see `parse_arg`)
+    --config.optimizer.learning_rate=1e-3           (any field, from the command line)
 """
 
 import difflib
@@ -105,8 +105,8 @@ def base() -> ConfigDict:
     config.data.world.critiqued = 1.0  # share of the groups that have critiques
     config.data.world.wrong_facts = 0.0  # share of what a critique states that is wrong
     config.data.world.score_correlation = 1.0  # of a critique's last line with gold; 0.4 to 1
-    # So many groups of a batch have labels; the rest is drawn from all groups, for their critiques
-    # alone: labels of those do not count. 0: a batch is as it comes
+    # So many groups of a batch have labels; the rest is drawn from all groups with critiques, for
+    # these alone: labels of those do not count. 0: a batch is as it comes
     config.data.labelled = 0
     config.data.rubric = "Judge the edit."
     config.data.dimensions = ("overall",)

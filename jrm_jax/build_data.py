@@ -174,10 +174,19 @@ def _train_plan(
 ) -> plan.Plan | plan.LabelledPlan:
     if not config.data.labelled:
         return plan.Plan(sources, buckets, config.batch_size, config.seed, language)
-    labelled = [contents.find_labelled(records, config.data.dimensions) for records in sets]
-    (bucket,) = buckets  # config.data.programs is 1
+    found = [contents.find_lessons(records, config.data.dimensions) for records in sets]
+    labelled, critiqued = zip(*found, strict=True)
     size, count = config.batch_size, config.data.labelled
-    return plan.LabelledPlan(sources, labelled, bucket, size, count, config.seed, language)
+    for what, which, rows in (("label", labelled, count), ("critique", critiqued, size - count)):
+        if rows and not any(map(len, which)):
+            raise UserError(
+                f"config.data.labelled is {count} of {size}, and no training group has a {what} "
+                f"for the {rows} rows that are to have one: set it to 0, or to config.batch_size"
+            )
+    (bucket,) = buckets  # config.data.programs is 1
+    return plan.LabelledPlan(
+        sources, labelled, critiqued, bucket, size, count, config.seed, language
+    )
 
 
 def _check_splits(

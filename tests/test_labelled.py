@@ -7,8 +7,9 @@ import pytest
 from test_plan import make_sizes
 
 from configs.joint import get_config
+from jrm_jax import build_data
 from jrm_jax.data.buckets import make_buckets
-from jrm_jax.data.contents import find_labelled
+from jrm_jax.data.contents import find_lessons
 from jrm_jax.data.pipeline import HostBatch
 from jrm_jax.data.plan import LabelledPlan, Source
 from jrm_jax.data.schema import to_record
@@ -20,11 +21,11 @@ from jrm_jax.run.check_config import check_config
 COUNT = 60
 
 
-def make_plan(labelled, batch, count=4, seed=7, sources=1):
+def make_plan(labelled, batch, count=4, seed=7, sources=1, critiqued=range(COUNT)):
     sizes = [make_sizes(COUNT, seed=s) for s in range(sources)]
     (bucket,) = make_buckets(sizes, language=True, candidate_cuts=())
-    which = [np.asarray(labelled, int)] * sources
-    return LabelledPlan([Source(s) for s in sizes], which, bucket, batch, count, seed)
+    which = ([np.asarray(w, int)] * sources for w in (labelled, critiqued))
+    return LabelledPlan([Source(s) for s in sizes], *which, bucket, batch, count, seed)
 
 
 def test_the_labelled_rows_do_not_depend_on_the_others():
@@ -39,6 +40,9 @@ def test_the_labelled_rows_do_not_depend_on_the_others():
     assert {seen.count(i) for i in labelled} == {seen.count(labelled[0])}
     rest = np.concatenate([beside.batch(step)[1][4:] for step in range(10)])
     assert set(rest) == set(range(COUNT))  # critiques of labelled groups, too
+    few = make_plan(labelled, 10, critiqued=range(0, COUNT, 3))
+    rest = np.concatenate([few.batch(step)[1][4:] for step in range(10)])
+    assert set(rest) - {-1} == set(range(0, COUNT, 3))
 
 
 def test_where_all_have_labels_other_groups_stand_beside():
@@ -84,13 +88,16 @@ def test_labels_beside_do_not_count(monkeypatch):
 
 
 def test_groups_with_labels_are_found():
-    life = Life(labelled=0.5)
+    life = Life(labelled=0.5, critiqued=0.25)
     made = [scenes.make_example("train", i, 0, pixels=48) for i in range(8)]
-    records = [to_record(make_lifelike(e, life, i, 0, 8)) for i, e in enumerate(made)]
-    found = find_labelled(records, ("following",))
-    weights = [make_lifelike(e, life, i, 0, 8).weight.any() for i, e in enumerate(made)]
-    assert found.tolist() == np.flatnonzero(weights).tolist() and len(found) == 4
-    assert not len(find_labelled(records, ("beauty",)))
+    made = [make_lifelike(e, life, i, 0, 8) for i, e in enumerate(made)]
+    records = [to_record(example) for example in made]
+    labelled, critiqued = find_lessons(records, ("following",))
+    assert labelled.tolist() == np.flatnonzero([e.weight.any() for e in made]).tolist()
+    told = [e.candidates[0].critique is not None for e in made]
+    assert critiqued.tolist() == np.flatnonzero(told).tolist()
+    assert (len(labelled), len(critiqued)) == (4, 2)
+    assert not len(find_lessons(records, ("beauty",))[0])
 
 
 @pytest.mark.parametrize(
@@ -107,3 +114,21 @@ def test_what_a_batch_cannot_hold(fields, words):
     config.data.update(fields)
     with pytest.raises(UserError, match=words):
         check_config(config)
+
+
+@pytest.mark.parametrize(
+    "life, words",
+    [
+        (Life(labelled=0.0), "no training group has a label for the 4 rows"),
+        (Life(critiqued=0.0), "no training group has a critique for the 12 rows"),
+    ],
+)
+def test_rows_that_nothing_could_fill(life, words):
+    config = get_config()
+    config.data.labelled = 4
+    examples = [scenes.make_example("train", i, 0, pixels=48) for i in range(4)]
+    records = [to_record(make_lifelike(e, life, i, 0, 4)) for i, e in enumerate(examples)]
+    sizes = make_sizes(4)
+    buckets = make_buckets([sizes], language=True, candidate_cuts=())
+    with pytest.raises(UserError, match=words):
+        build_data._train_plan(config, [Source(sizes)], [records], buckets, True)

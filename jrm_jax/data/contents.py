@@ -60,15 +60,19 @@ def read_contents(
     return contents
 
 
-def find_labelled(records: Sequence[Any], dimensions: Sequence[str]) -> np.ndarray:
-    """[m] int64: indices of the records with a label in one of these reward dimensions."""
-
-    def is_labelled(record: Mapping[str, Any]) -> bool:
-        fields = json.loads(record["record"])
+def find_lessons(
+    records: Sequence[Any], dimensions: Sequence[str]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Indices, [m] int64 each, of the records with a label in one of these reward dimensions, and
+    of those with a critique."""
+    found = np.zeros((len(records), 2), bool)
+    for index in track(range(len(records)), "which groups have labels"):
+        fields = json.loads(records[index]["record"])
         wanted = [name in dimensions for name in fields["dimensions"]]
-        return bool(np.asarray(fields["weight"], np.float32)[..., wanted].any())
-
-    return np.flatnonzero([is_labelled(records[i]) for i in track(range(len(records)), "labels")])
+        found[index, 0] = np.asarray(fields["weight"], np.float32)[..., wanted].any()
+        found[index, 1] = any(candidate[1] for candidate in fields["candidates"])
+    labelled, critiqued = found.T
+    return np.flatnonzero(labelled), np.flatnonzero(critiqued)
 
 
 def _marks(folder: Path, split: str) -> str:

@@ -187,28 +187,34 @@ class LabelledPlan:
     """Training where every batch holds equally many groups with labels; used as a `Plan`.
 
     The first `count` rows are a `Plan` of the groups with labels: the same ones at a step, however
-    large the batch. The other rows are a plan of all groups; labels do not count there.
+    large the batch. The other rows are a plan of all groups with critiques, of those with labels,
+    too; labels do not count there.
     """
 
     def __init__(
         self,
         sources: Sequence[Source],
         labelled: Sequence[np.ndarray],
+        critiqued: Sequence[np.ndarray],
         bucket: Bucket,
         batch_size: int,
         count: int,
         seed: int,
         language: bool = True,
     ):
-        """`labelled` [m] of each source: the indices of its groups with labels."""
-        own = [
-            dataclasses.replace(s, kept=found if s.kept is None else np.intersect1d(s.kept, found))
-            for s, found in zip(sources, labelled, strict=True)
-        ]
-        self._first = Plan(own, (bucket,), count, seed, language)
-        rest = batch_size - count
+        """`labelled`, `critiqued` [m] of each source: indices of its groups with such."""
+
+        def make(found: Sequence[np.ndarray], rows: int, seed: int) -> Plan:
+            kept = [
+                which if source.kept is None else np.intersect1d(source.kept, which)
+                for source, which in zip(sources, found, strict=True)
+            ]
+            own = [dataclasses.replace(s, kept=k) for s, k in zip(sources, kept, strict=True)]
+            return Plan(own, (bucket,), rows, seed, language)
+
+        self._first, rest = make(labelled, count, seed), batch_size - count
         # other numbers than the first rows': where all have labels, other groups stand there
-        self._others = Plan(sources, (bucket,), rest, seed + 2**32, language) if rest else None
+        self._others = make(critiqued, rest, seed + 2**32) if rest else None
         self.buckets, self.batch_size, self.labelled_rows = (bucket,), batch_size, count
         self.locate, self.steps_per_epoch = self._first.locate, self._first.steps_per_epoch
 
