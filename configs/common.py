@@ -59,9 +59,9 @@ def base() -> ConfigDict:
     config.seed = 0
     config.batch_size = 16  # groups per step, all hosts together
     config.accumulation = 1  # microbatches per step
-    config.total_steps = 700
-    config.eval_interval = 175  # steps between evaluations on `valid`
-    config.save_interval = 175  # steps between checkpoints
+    config.total_steps = 600
+    config.eval_interval = 150  # steps between evaluations on `valid`
+    config.save_interval = 150  # steps between checkpoints
     config.keep_interval = 0  # checkpoints at multiples of so many steps are all kept; 0: none
     config.log_interval = 10
     config.best_metric = "auto"  # of `valid`; auto: pair_accuracy, or -language without ranking

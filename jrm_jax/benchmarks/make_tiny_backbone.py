@@ -7,14 +7,18 @@ for each STAGE of describe, describe_lookups, describe_comparisons and describe_
     python -m jrm_jax.main --config=configs/generative.py:STAGE --config.backbone.path=FOLDER
     python -m jrm_jax.benchmarks.make_tiny_backbone --out=FOLDER --run=runs/generative-STAGE
 
-That is jrm_jax/assets/study_qwen3_vl, from which the study's runs start. Then the last stage twice
-more, each followed by the third command with its RUN:
+That is jrm_jax/assets/study_qwen3_vl, from which the study's runs start. Then the last stage three
+times more, each followed by the third command with its RUN:
 
     python -m jrm_jax.main --config=configs/generative.py:describe_changes --config.seed=1 \
         --config.data.world.seed=1 --config.backbone.path=FOLDER --workdir=RUN
     (stopped with Ctrl-C after step 1,050 of 3,200; the best step was 1,000)
     python -m jrm_jax.main --config=configs/generative.py:describe_changes --config.seed=2 \
         --config.data.world.seed=2 --config.data.world.train=16000 --config.total_steps=1000 \
+        --config.optimizer.learning_rate=1e-3 --config.backbone.path=FOLDER --workdir=RUN
+    python -m jrm_jax.main --config=configs/generative.py:describe_changes --config.seed=3 \
+        --config.data.world.seed=3 --config.data.world.train=32000 --config.total_steps=2000 \
+        --config.eval_interval=500 --config.save_interval=250 \
         --config.optimizer.learning_rate=1e-3 --config.backbone.path=FOLDER --workdir=RUN
 
 The folder has the layout of a Qwen3-VL folder on the Hugging Face hub. The tokenizer is a
