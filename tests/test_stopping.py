@@ -20,7 +20,7 @@ from save_case import gate  # noqa: F401
 from test_saving import FULL
 
 from configs import joint
-from jrm_jax import sharding, train
+from jrm_jax import build, sharding, train
 from jrm_jax.checkpoint import open_checkpoints
 from jrm_jax.errors import UserError
 from jrm_jax.run.saved import METRICS, complete_steps
@@ -43,9 +43,17 @@ class Asked(StopRequest):
 
 @pytest.fixture(scope="module", autouse=True)
 def one_device():
-    make = sharding.make_mesh
+    """All runs of a config share their jitted steps: each would trace the same programs again."""
+    make, make_steps, made = sharding.make_mesh, build.make_steps, {}
+
+    def shared_steps(config, *parts):
+        key = config.to_json()
+        made[key] = made.get(key) or make_steps(config, *parts)
+        return made[key]
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharding, "make_mesh", lambda *sizes: make(*sizes, devices=jax.devices()[:1]))
+        patch.setattr(build, "make_steps", shared_steps)
         patch.setattr(train, "StopRequest", Asked)
         yield
 
