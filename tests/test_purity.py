@@ -63,6 +63,7 @@ MODULES = {
 # A room imports from its own row and from rows below; the package itself only looks RewardModel up.
 ROWS = (
     {"main", "score", "export", "evaluate", "aot", "serve", "benchmarks"},
+    {"rl"},
     {"study", "service"},
     {"serving", "planning", "evaluation"},
     {"train", "run", "build", "build_data", "checkpoint", "metrics", "watch", "distributed", "cli",

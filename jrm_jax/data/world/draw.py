@@ -13,10 +13,11 @@ import zlib
 
 import numpy as np
 
-from jrm_jax.data.world.vocabulary import BACKGROUNDS, COLOURS, SIZES, Scene
+from jrm_jax.data.world.vocabulary import BACKGROUNDS, COLOURS, Scene
 
 PIXELS = 96  # default side of a picture
 _SAMPLES = 8  # samples per pixel and axis
+UNIT = 2 * _SAMPLES  # coordinates are in 1/16 pixel, samples at odd ones
 # Radius in 1/64 of a cell; with the largest offset (3/32) the large one stays in its cell.
 _RADII = {"small": 12, "medium": 18, "large": 25}
 _ROUND = 940  # radius of the circle, in thousandths of the nominal radius
@@ -36,15 +37,23 @@ _POLYGONS = {
 }  # fmt: skip
 
 
-@functools.cache
 def coverage(shape: str, size: str, cell: int) -> np.ndarray:
     """[side, side] int32 in 0..64: how many of a pixel's 8 x 8 samples the shape covers."""
-    assert size in SIZES
-    unit = 2 * _SAMPLES  # coordinates in 1/16 pixel, samples at odd coordinates
-    radius = _RADII[size] * cell * unit // 64
-    half = -(-radius // unit) + 1
-    axis = np.arange(-half * unit + 1, half * unit, 2, dtype=np.int64) * 1000
-    x, y = axis[None, :], axis[:, None]
+    return mask(shape, radius_of(size, cell))
+
+
+def radius_of(size: str, cell: int) -> int:
+    """In 1/16 pixel; `cell` in pixels."""
+    return _RADII[size] * cell * UNIT // 64
+
+
+@functools.lru_cache(maxsize=8192)
+def mask(shape: str, radius: int, right: int = 0, down: int = 0) -> np.ndarray:
+    """As `coverage`, of any radius; its middle is that of the mask, moved by `right` and `down`.
+    All three in 1/16 pixel; moved by less than a pixel."""
+    half = -(-(radius + max(right, down)) // UNIT) + 1
+    axis = np.arange(-half * UNIT + 1, half * UNIT, 2, dtype=np.int64)
+    x, y = (axis[None, :] - right) * 1000, (axis[:, None] - down) * 1000
     if shape == "circle":
         inside = x * x + y * y <= (radius * _ROUND) ** 2
     else:

@@ -173,7 +173,7 @@ def compare(source: Scene, target: Scene, candidate: Scene, quality: str | None)
     background, DEGRADED_COST for a degraded picture, and not below zero.
     """
     wanted, done = changes(source, target), changes(source, candidate)
-    credits = {change: _credit(change, wanted[change], done.get(change)) for change in wanted}
+    credits = {change: credit(change, wanted[change], done.get(change)) for change in wanted}
     extras = {change: pair for change, pair in done.items() if change not in wanted}
     spoiled = {key for key, _ in extras}
     cost = THING_COST * len(spoiled - {None}) + BACKGROUND_COST * (None in spoiled)
@@ -182,7 +182,7 @@ def compare(source: Scene, target: Scene, candidate: Scene, quality: str | None)
     return Gold((2 * total + count) // (2 * count), max(0, 10 - cost), credits, extras)
 
 
-def _credit(change: Change, wanted, done) -> int:
+def credit(change: Change, wanted, done) -> int:
     """0..10 for one requested change, given the (old, new) found in the candidate, if any."""
     if done is None:
         return 0

@@ -1,0 +1,77 @@
+"""A score under optimisation: best-of-n and online RL in the built-in world, where the truth is
+known.
+
+    python -m jrm_jax.rl --config=configs/rl.py --model=FOLDER_OR_RUN [--model=...]
+
+puts your own models under pressure and writes WORKDIR/report.md. docs/rl.md has its own results.
+
+    --config=configs/rl.py:comparison       the arms of the study, as docs/rl.md reports them
+    --config=configs/rl.py:tiny             a few iterations, for the test that makes a run again
+"""
+
+from ml_collections import ConfigDict
+
+from configs.common import parse_arg
+
+STUDIED = ("discriminative", "joint", "joint_words", "regression", "joint_shuffled")
+
+
+def get_config(arg: str | None = None):
+    parsed = parse_arg(arg, ("tiny", "comparison"))
+    config = ConfigDict()
+    config.name, config.variant = "rl", parsed["variant"]
+    config.out = ""  # the page's files, its text beside them; empty: WORKDIR/report
+    config.seed = 0  # of the first run of a model; the next ones count on
+    config.seeds = 1  # runs of each model
+    config.gold = True  # one more run whose reward is the gold score: what the optimiser can do
+    config.iterations = 200
+    config.groups = 16  # instructions of an iteration
+    config.edits = 8  # of each
+    config.problems = 1024  # instructions of `train` to draw from
+    config.world_seed = "0/rl"  # of all instructions: none is one that a model was trained on
+    config.eval_interval = 20  # iterations between evaluations on `test` and `hard`
+    config.eval_problems = 32  # of each of the two, the same edits' noise each time
+    config.save_interval = 20  # iterations between checkpoints
+    config.log_interval = 5
+
+    config.optimizer = ConfigDict()
+    config.optimizer.learning_rate = 3e-4
+    config.optimizer.clip_norm = 1.0  # of the gradient
+    config.optimizer.clip = 0.2  # of the ratio, either way
+    config.optimizer.kl_weight = 0.0  # of the divergence from the base, per nat
+    config.optimizer.updates = 2  # of one iteration's edits
+    config.optimizer.scale = "batch"  # advantages are divided by the spread of: batch or group
+
+    config.reward = ConfigDict()
+    config.reward.ensemble = False  # all --model are one reward, the mean of their scores
+    config.reward.penalty = 0.0  # times how unsure the reward is, taken off it
+    config.reward.unsure = "spread"  # between the models; or deviation, as each says of itself
+
+    config.best_of = ConfigDict()
+    config.best_of.attempts = 256  # edits of each instruction
+    config.best_of.problems = 32  # of `test` and of `hard`
+
+    # (arm, (folder, ...)): models by name, beside those of --model; a folder may hold wildcards.
+    config.arms = ()
+
+    # Fixed before the first run of the comparison. In gold score, 0 to 1.
+    config.verdict = ConfigDict()
+    config.verdict.gain = 0.02  # joint over discriminative: at least this, and above zero
+    config.verdict.confidence = 0.95
+    config.verdict.draws = 2000  # of the bootstrap
+    config.verdict.nats = (2.0, 5.0, 10.0, 20.0)  # where gold is compared at equal divergence
+    config.verdict.collapse = 0.02  # a run whose last gold is so far below the base's, or lower
+
+    if config.variant == "comparison":
+        config.out, config.seeds = "docs/rl", 2
+        config.arms = (
+            ("joint", ("runs/joint",)),
+            ("discriminative", ("runs/discriminative",)),
+            *((f"{arm}, study", (f"runs/study/{arm}-n6400-w1-s*",)) for arm in STUDIED),
+        )
+    if config.variant == "tiny":
+        config.iterations, config.eval_interval, config.save_interval = 4, 2, 2
+        config.groups, config.edits, config.problems, config.eval_problems = 2, 2, 8, 2
+        config.best_of.update({"attempts": 4, "problems": 2})
+        config.log_interval, config.verdict.draws = 1, 50
+    return config

@@ -1,0 +1,96 @@
+"""The figures of the page, from the numbers of `numbers.py`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from jrm_jax.errors import UserError
+from jrm_jax.rl import fits
+
+COLOURS = ("#c0392b", "#2471a3", "#1e8449", "#8e44ad", "#e59866", "#148f77", "#7d6608", "#555555")
+Numbers = Mapping[str, Any]
+
+
+def draw(numbers: Numbers, folder: Path) -> list[Path]:
+    """Write every figure there are numbers for; returns their paths.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise UserError("the figures need matplotlib: pip install matplotlib") from error
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    colours = {arm: COLOURS[i % len(COLOURS)] for i, arm in enumerate(numbers["arms"])}
+    written = []
+    for name, (part, fill, width) in FIGURES.items():
+        arms = {arm: row[part] for arm, row in numbers["arms"].items() if row[part]}
+        path = folder / f"{name}.png"
+        if not arms:
+            path.unlink(missing_ok=True)
+            continue
+        figure, axes = plt.subplots(1, width, figsize=(4.4 * width, 3.6), squeeze=False)
+        for arm, row in arms.items():
+            fill(row, arm, colours[arm], *axes[0])
+        axes[0][0].legend(fontsize=7)
+        figure.tight_layout()
+        # without the version of the library: equal numbers give equal files
+        figure.savefig(path, dpi=100, metadata={"Software": None})
+        plt.close(figure)
+        written.append(path)
+    return written
+
+
+def _roots(kl: list[float]) -> list[float]:
+    return [math.sqrt(max(0.0, nats)) for nats in kl]
+
+
+def _fitted(axis, row: Mapping[str, Any], start: float, form: str, colour: str) -> None:
+    alpha, beta = (row["fit"][name]["value"] for name in ("alpha", "beta"))
+    if alpha is None or not math.isfinite(alpha):
+        return
+    most = max(row["kl"] if "kl" in row else row["curves"]["kl"])
+    nats = [most * (i / 60) ** 2 for i in range(1, 61)]
+    values = [start + fits.value(alpha, beta, x, form) for x in nats]
+    axis.plot(_roots(nats), values, ls=":", color=colour, lw=1)
+
+
+def _best(row: Mapping[str, Any], arm: str, colour: str, gold, proxy) -> None:
+    values = [point["value"] for point in row["gold"]]
+    low, high = ([point[end] for point in row["gold"]] for end in ("low", "high"))
+    gold.plot(_roots(row["kl"]), values, marker="o", ms=3, label=arm, color=colour)
+    gold.fill_between(_roots(row["kl"]), low, high, color=colour, alpha=0.12, lw=0)
+    _fitted(gold, row, values[0], fits.BEST_OF_N, colour)
+    proxy.plot(_roots(row["kl"]), row["proxy"], marker="o", ms=3, color=colour)
+    gold.set(xlabel="root of KL, nats", ylabel="gold of the best of n", title="best of n")
+    proxy.set(xlabel="root of KL, nats", ylabel="its score, in the base's deviations")
+
+
+def _rl(row: Mapping[str, Any], arm: str, colour: str, gold, proxy, ranks, gap) -> None:
+    for own in row["by_run"]:
+        gold.plot(_roots(own["kl"]), own["gold"], color=colour, lw=0.7, alpha=0.6)
+    x, curves = _roots(row["curves"]["kl"]), row["curves"]
+    gold.plot(x, curves["gold"], marker="o", ms=3, color=colour, label=arm)
+    _fitted(gold, row, row["start"]["value"], fits.RL, colour)
+    gold.set(xlabel="root of KL, nats", ylabel="gold, test and hard", title="RL")
+    for axis, name, words in (
+        (proxy, "proxy", "score, in the base's deviations"),
+        (ranks, "spearman", "Spearman of score and gold in a group"),
+        (gap, "gap", "score ahead of gold, in deviations"),
+    ):
+        axis.plot(x, [math.nan if v is None else v for v in curves[name]], marker="o", ms=3,
+                  color=colour)  # fmt: skip
+        axis.set(xlabel="root of KL, nats", ylabel=words)
+
+
+# name -> (part of an arm's numbers, what draws it, axes side by side)
+FIGURES: dict[str, tuple[str, Callable[..., None], int]] = {
+    "best_of_n": ("best_of_n", _best, 2),
+    "rl": ("rl", _rl, 4),
+}

@@ -1,0 +1,263 @@
+"""Writes the page: text with tables, numbers as JSON, figures, a sheet of exploits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from jrm_jax.rl import base, examples, figures
+from jrm_jax.rl.numbers import BASELINE, TREATED, collect, load
+from jrm_jax.rl.runner import GOLD, RUNS
+from jrm_jax.shell.report import json_safe
+from jrm_jax.shell.terminal import duration
+from jrm_jax.study.tables import MISSING, number, table
+
+USERS, NOTES = "users.md", "notes.md"  # by hand: what users should do, what the numbers say
+EXPLOITS, SHOWN = "exploits.png", 4  # pictures of an arm
+Numbers = Mapping[str, Any]
+
+
+def write(config: ConfigDict, out: Path) -> list[Path]:
+    """OUT.md, OUT/numbers.json, the figures and the sheet, from OUT/runs alone; what was written.
+
+    Raises:
+        UserError: there are no runs of this config.
+    """
+    runs = load(config, out)
+    numbers = json_safe(collect(config, runs))
+    drawn = figures.draw(numbers, out)
+    (out / "numbers.json").write_text(json.dumps(numbers, indent=1) + "\n")
+    written = [out / "numbers.json", *drawn]
+    if arms := _exploits(runs):
+        examples.draw_sheet(arms, config.world_seed, out / EXPLOITS)
+        written.append(out / EXPLOITS)
+    said = [p.read_text() if (p := out / n).is_file() else "" for n in (USERS, NOTES)]
+    page = out.with_suffix(".md")
+    page.write_text(markdown(config, numbers, out.name, [p.name for p in written], *said))
+    return [page, *written]
+
+
+def _exploits(runs: Sequence[Mapping[str, Any]]) -> list[tuple[str, list]]:
+    """(words, the worst of the edits that the reward likes) of each arm's first model: after RL
+    where it was run, else the best of n."""
+    chosen: dict[str, Mapping[str, Any]] = {}
+    for run in sorted(runs, key=lambda r: (r["number"], r["seed"] is None, r["seed"] or 0)):
+        if run["arm"] != GOLD:
+            chosen.setdefault(run["arm"], run)
+    return [
+        (
+            f"{arm}: {'best of n' if run['seed'] is None else 'after RL'}",
+            sorted(run["worst"], key=lambda row: row["gold"])[:SHOWN],
+        )
+        for arm, run in chosen.items()
+        if run["worst"]
+    ]
+
+
+def markdown(
+    config: ConfigDict, numbers: Numbers, folder: str, shown: Sequence[str],
+    users: str = "", notes: str = "",
+) -> str:  # fmt: skip
+    def figure(name: str, words: str) -> list[str]:
+        return [f"![{words}]({folder}/{name})", ""] if name in shown else []
+
+    variant = f":{config.variant}" if config.variant else ""
+    parts = [
+        "# Scores under optimisation",
+        "",
+        _answer(config, numbers),
+        "",
+        f"Made by `python -m jrm_jax.rl --config=configs/rl.py{variant}` from the runs in "
+        f"`{folder}/{RUNS}/`; add `--report` to make this page, `{folder}/numbers.json` and the "
+        f"figures again from these files alone. It is overwritten: words of your own belong into "
+        f"`{folder}/{USERS}` and `{folder}/{NOTES}`, which are read into it.",
+        "",
+        *([users.strip(), ""] if users else []),
+        *_claim(config, numbers),
+        *([notes.strip(), ""] if notes else []),
+        *_best(numbers),
+        *figure("best_of_n.png", "gold and score of the best of n by divergence"),
+        *_rl(config, numbers),
+        *figure("rl.png", "gold, score, rank correlation and gap by divergence"),
+        *_flaws(numbers),
+        *figure(EXPLOITS, "edits that the score likes and that are worth little"),
+        *_predictors(numbers),
+        *_protocol(config, numbers),
+    ]
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def _points(row: Mapping[str, Any] | None) -> str:
+    """'+0.031 (+0.012 to +0.050)'"""
+    if not row:
+        return MISSING
+    return f"{row['value']:+.3f} ({row['low']:+.3f} to {row['high']:+.3f})"
+
+
+def _gold(row: Mapping[str, Any] | None) -> str:
+    return f"{row['value']:.3f} ({row['low']:.3f} to {row['high']:.3f})" if row else MISSING
+
+
+def _answer(config: ConfigDict, numbers: Numbers) -> str:
+    """The first sentence."""
+    gains = numbers["gains"].get(TREATED)
+    if not gains or not gains["last"]:
+        if BASELINE in numbers["arms"] or TREATED in numbers["arms"]:
+            return "Whether a joint score is better to optimise than a discriminative one is open."
+        arms = [arm for arm in numbers["arms"] if arm != GOLD]
+        return f"What optimisation makes of {', '.join(arms)}, where the truth is known."
+    peak, last = gains["peak"], gains["last"]
+    models = min(numbers["arms"][arm]["models"] for arm in (TREATED, BASELINE))
+    held = all(row["value"] >= config.verdict.gain and row["low"] > 0 for row in (peak, last))
+    words = "is borne out" if held else "is not borne out"
+    few = " That is too few for an answer." if models < 2 else ""
+    many = f"{models} model{'s' * (models != 1)} of each kind"
+    return (
+        f"With {many}, the claim that a joint score is better to optimise {words} here: gold is "
+        f"{_points(peak)} higher than with a discriminative score at the peak of RL, and "
+        f"{_points(last)} at its end.{few}"
+    )
+
+
+def _claim(config: ConfigDict, numbers: Numbers) -> list[str]:
+    if not numbers["gains"] or BASELINE not in numbers["arms"]:
+        return []
+    own = config.verdict
+    rows = [
+        (arm, _points(found["best_of_n"]), _points(found["peak"]), _points(found["last"]),
+         *(_points(found["at"][f"{nats:g}"]) for nats in own.nats))
+        for arm, found in numbers["gains"].items()
+    ]  # fmt: skip
+    head = ("gold over discriminative", f"best of {config.best_of.attempts}", "peak of RL",
+            "end of RL", *(f"at {nats:g} nats" for nats in own.nats))  # fmt: skip
+    return [
+        "## The claim",
+        "",
+        f"Fixed before running: with {TREATED} scores gold is at least {own.gain:g} higher than "
+        f"with {BASELINE} ones, at the peak of RL and at its end, and both "
+        f"{100 * own.confidence:g} % intervals lie above zero.",
+        "",
+        *table(head, rows),
+    ]
+
+
+def _best(numbers: Numbers) -> list[str]:
+    rows = []
+    for arm, found in numbers["arms"].items():
+        own = found["best_of_n"]
+        if own:
+            fit = own["fit"]
+            rows.append(
+                (arm, str(found["models"]), number(own["gold"][0]["value"]), _gold(own["gold"][-1]),
+                 f"{own['peak']['gold']:.3f} at n = {own['peak']['n']}", number(own["fall"]),
+                 number(own["spearman"], ".2f"), _fit(fit))
+            )  # fmt: skip
+    head = ("reward", "models", "base", f"best of {_most(numbers)}", "highest", "fall from it",
+            "Spearman on base edits", "alpha, beta")  # fmt: skip
+    return ["## Best of n", "", *(table(head, rows) if rows else [f"All {MISSING}.", ""])]
+
+
+def _most(numbers: Numbers) -> int:
+    return max((a["best_of_n"]["n"][-1] for a in numbers["arms"].values() if a["best_of_n"]),
+               default=0)  # fmt: skip
+
+
+def _fit(fit: Mapping[str, Any]) -> str:
+    def one(row: Mapping[str, Any]) -> str:
+        return f"{number(row['value'], '.3f')} ({number(row['low'])} to {number(row['high'])})"
+
+    return f"{one(fit['alpha'])}, {one(fit['beta'])}"
+
+
+def _rl(config: ConfigDict, numbers: Numbers) -> list[str]:
+    rows, at = [], []
+    for arm, found in numbers["arms"].items():
+        own = found["rl"]
+        if not own:
+            continue
+        last = {name: values[-1] for name, values in own["curves"].items()}
+        rows.append(
+            (arm, f"{found['models']} / {len(own['runs'])}", _gold(own["start"]),
+             f"{_gold(own['peak'])} at {own['peak_kl']:.1f}",
+             f"{_gold(own['last'])} at {own['last_kl']:.1f}", _gold(own["fall"]),
+             f"{len(own['collapsed'])}", number(last["spearman"], ".2f"),
+             number(last["gap"], "+.2f"), f"{100 * last['flat']:.0f} %", _fit(own["fit"]))
+        )  # fmt: skip
+        at.append((arm, *(_gold(own["at"][f"{x:g}"]) for x in config.verdict.nats)))
+    if not rows:
+        return ["## RL", "", f"All {MISSING}.", ""]
+    head = ("reward", "models / runs", "base", "peak, at nats", "end, at nats", "fall",
+            "collapsed", "Spearman, end", "gap, end", "flat groups", "alpha, beta")  # fmt: skip
+    nats = ("gold at equal divergence", *(f"{x:g} nats" for x in config.verdict.nats))
+    return ["## RL", "", *table(head, rows), *table(nats, at)]
+
+
+def _flaws(numbers: Numbers) -> list[str]:
+    lines = []
+    for arm, found in numbers["arms"].items():
+        if found["rl"] and arm != GOLD:
+            start, end = found["rl"]["lost"]["start"], found["rl"]["lost"]["end"]
+            change = {f: end.get(f, 0.0) - start.get(f, 0.0) for f in {*start, *end}}
+            worse = [f for f in sorted(change, key=change.get, reverse=True) if change[f] > 0.2]
+            words = ", ".join(f"{f} {start.get(f, 0):.1f} to {end.get(f, 0):.1f}" for f in worse)
+            left = sorted(end, key=end.get, reverse=True)[:3]
+            rest = ", ".join(f"{f} {end[f]:.1f}" for f in left)
+            lines.append((arm, words or "none", rest))
+    if not lines:
+        return []
+    head = ("reward", "grew under RL", "largest at the end")
+    return [
+        "## Flaws that policies find",
+        "",
+        "Points of 100 that the mean edit loses for a flaw, at the base and at the end of RL.",
+        "",
+        *table(head, lines),
+    ]
+
+
+def _predictors(numbers: Numbers) -> list[str]:
+    found = numbers["predictors"]
+    head = ("model", "pair accuracy, test", "Spearman on base edits", "pairs of base edits",
+            "best of 16", "peak of RL", "end of RL")  # fmt: skip
+    names = ("pair_accuracy", "spearman", "pairs", "best_of_16", "peak", "last")
+    rows = [(row["model"], *(number(row[name]) for name in names)) for row in found["models"]]
+    if not rows:
+        return []
+    known = {name: own for name, own in found["correlations"].items() if own["last"] is not None}
+    words = "; ".join(
+        f"{name.replace('_', ' ')} {own['peak']:+.2f} / {own['last']:+.2f}"
+        for name, own in known.items()
+    )
+    said = f"Rank correlation with the peak / the end of RL over the models: {words}." if words \
+        else "Too few models for rank correlations."  # fmt: skip
+    return ["## What can be seen before RL", "", *table(head, rows), said, ""]
+
+
+def _protocol(config: ConfigDict, numbers: Numbers) -> list[str]:
+    own, best = config.optimizer, config.best_of
+    return [
+        "## Protocol",
+        "",
+        f"- A policy writes edit programs (`jrm_jax/rl/editing.py`) and starts from the packaged "
+        f"base, which imitates {100 * base.PERFECT:.0f} % perfect edits and else the built-in "
+        "world's flaws. Pictures go through `RewardModel`; scores are in deviations of the base's.",
+        f"- RL: GRPO, {config.iterations} iterations of {config.groups} instructions x "
+        f"{config.edits} edits, {own.updates} updates each, Adam at {own.learning_rate:g}, ratio "
+        f"clipped at {own.clip:g}, weight of the divergence {own.kl_weight:g}, advantages over the "
+        f"{own.scale}'s spread.",
+        f"- Best of n: {best.attempts} base edits of {best.problems} instructions of `test` and as "
+        "many of `hard`. RL is evaluated on "
+        f"{config.eval_problems} of each, with the same noise in all runs.",
+        "- Divergences from the base are exact for RL, log n - (n - 1) / n for best of n. With d "
+        "= root of KL the dotted fits are d (alpha - beta d) and d (alpha - beta log d) (Gao et "
+        "al., arXiv 2210.10760).",
+        f"- Intervals: {100 * config.verdict.confidence:g} %, drawing runs and instructions with "
+        "replacement; differences are paired. With one model of a kind they say nothing of other "
+        "models.",
+        f"- {numbers['runs']} runs took {duration(numbers['seconds'])}.",
+        "",
+    ]

@@ -1,0 +1,164 @@
+"""The reward of a policy: the scores that trained models give to drawn pictures.
+
+All pictures of a run go through one bucket, so that nothing is compiled after the first time. What
+cannot be scored ends the run: a failure is never a reward of 0.
+
+Letters: G problems, K edits of each, M models.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from jrm_jax.data.buckets import Bucket
+from jrm_jax.data.world.draw import draw as draw_scene
+from jrm_jax.data.world.draw import encode_png
+from jrm_jax.errors import UserError
+from jrm_jax.rl.editing import Problem
+from jrm_jax.serving.groups import Group
+from jrm_jax.serving.ladder import UNIT, joined
+from jrm_jax.serving.planned import ahead
+from jrm_jax.serving.reward_model import RewardModel
+
+SPREAD, DEVIATION = "spread", "deviation"  # how unsure the reward is: between models, by the model
+
+
+class Scale(NamedTuple):
+    """Of each model's scores on edits of the base policy: lists of M numbers."""
+
+    mean: list[float]
+    deviation: list[float]
+
+
+class Reward:
+    """One trained model or the mean of several, less a multiple of how unsure they are.
+
+    Args:
+        names: of the models, for messages.
+        penalty: that multiple. unsure: SPREAD (the deviation between the models' normalised scores)
+            or DEVIATION (the mean of what the models say of themselves); read where penalty > 0.
+        problems: all that are ever scored; with `count` edits each they decide the bucket.
+
+    Raises:
+        UserError: a penalty for which the models have no measure.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[RewardModel],
+        names: Sequence[str],
+        problems: Sequence[Problem],
+        count: int,
+        penalty: float = 0.0,
+        unsure: str = SPREAD,
+    ):
+        self._models, self._names, self._count = models, names, count
+        self._penalty, self._unsure = penalty, unsure
+        if penalty and unsure not in (SPREAD, DEVIATION):
+            raise UserError(f"config.reward.unsure: {unsure!r} is none of {SPREAD}, {DEVIATION}")
+        if penalty and unsure == SPREAD and len(models) < 2:
+            raise UserError(
+                "config.reward.penalty on the spread needs several models as one reward: "
+                "--config.reward.ensemble=True and two or more --model"
+            )
+        pictures = [encode_png(draw_scene(problems[0].source))] * (count + 1)
+        self._buckets = [_bucket(model, problems, pictures) for model in models]
+        self.scale: Scale | None = None
+
+    def raw(
+        self, problems: Sequence[Problem], pictures_NHW3: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """(scores [M, G, K], the models' own deviations likewise, None where one has none).
+
+        Args:
+            pictures_NHW3: `count` for each problem, uint8.
+
+        Raises:
+            UserError: a score that is not finite, or pictures that cannot be scored.
+        """
+        encoded = [encode_png(picture) for picture in pictures_NHW3]
+        groups = [
+            Group(
+                problem.instruction,
+                encode_png(draw_scene(problem.source)),
+                encoded[index * self._count : (index + 1) * self._count],
+            )
+            for index, problem in enumerate(problems)
+        ]
+        found = [self._scored(place, groups) for place in range(len(self._models))]
+        scores_MGK = np.array([[s.reward_KR[:, 0] for s in own] for own in found], np.float32)
+        for name, scores_GK in zip(self._names, scores_MGK, strict=True):
+            if not np.isfinite(scores_GK).all():
+                bad = problems[int(np.argwhere(~np.isfinite(scores_GK))[0][0])]
+                raise UserError(
+                    f"{name}: a score is not finite, for {bad.instruction!r}; nothing of this "
+                    "iteration is kept"
+                )
+        own = [[s.deviation_KR for s in scores] for scores in found]
+        if any(deviation is None for row in own for deviation in row):
+            return scores_MGK, None
+        return scores_MGK, np.array([[d[:, 0] for d in row] for row in own], np.float32)
+
+    def _scored(self, place: int, groups: Sequence[Group]) -> list:
+        model, bucket, scores = self._models[place], self._buckets[place], []
+        encoded = list(ahead(model.encode, groups, len(groups)))
+        for start in range(0, len(encoded), model.batch_size):
+            scores += model.score_rows(bucket, encoded[start : start + model.batch_size])
+        return scores
+
+    def settle(self, problems: Sequence[Problem], pictures_NHW3: np.ndarray) -> Scale:
+        """Take the scale from these, edits of the base policy.
+
+        Raises:
+            UserError: as `raw`; a model that gives all of them one score; a penalty on deviations
+                that a model does not predict.
+        """
+        scores_MGK, own = self.raw(problems, pictures_NHW3)
+        if self._penalty and self._unsure == DEVIATION and own is None:
+            raise UserError(
+                f"{', '.join(self._names)}: no predicted deviation, which only models trained with "
+                "config.loss.gaussian have: use --config.reward.unsure=spread, or penalty 0"
+            )
+        flat_MN = scores_MGK.reshape(len(scores_MGK), -1).astype(float)
+        deviation = flat_MN.std(1)
+        for name, value in zip(self._names, deviation, strict=True):
+            if not value > 1e-6:
+                raise UserError(
+                    f"{name} gives every edit the same score: there is nothing to learn"
+                )
+        self.scale = Scale(flat_MN.mean(1).tolist(), deviation.tolist())
+        return self.scale
+
+    def __call__(
+        self, problems: Sequence[Problem], pictures_NHW3: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(reward, proxy) float32 [G, K]: what is optimised, and the same without the penalty. In
+        deviations of the base's scores.
+
+        Raises:
+            UserError: as `raw`.
+        """
+        if self.scale is None:
+            raise RuntimeError("settle first")
+        scores_MGK, own_MGK = self.raw(problems, pictures_NHW3)
+        mean_M, deviation_M = (np.float32(part)[:, None, None] for part in self.scale)
+        normal_MGK = (scores_MGK - mean_M) / deviation_M
+        proxy_GK = normal_MGK.mean(0)
+        if not self._penalty:
+            return proxy_GK, proxy_GK
+        unsure_MGK = normal_MGK.std(0)[None] if self._unsure == SPREAD else own_MGK / deviation_M
+        return proxy_GK - np.float32(self._penalty) * unsure_MGK.mean(0), proxy_GK
+
+
+def _bucket(model: RewardModel, problems: Sequence[Problem], pictures: list[bytes]) -> Bucket:
+    """The least that holds every problem with its pictures, which all have one size."""
+    texts = {problem.instruction for problem in problems}
+    needs = [model.need(Group(text, pictures[0], pictures[1:])).together for text in texts]
+    least = joined(needs)
+    up = {name: UNIT * math.ceil(getattr(least, name) / UNIT) for name in ("prompt", "candidate")}
+    return dataclasses.replace(least, **up)
