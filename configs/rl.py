@@ -35,12 +35,12 @@ def get_config(arg: str | None = None):
     config.log_interval = 5
 
     config.optimizer = ConfigDict()
-    config.optimizer.learning_rate = 3e-4
+    config.optimizer.learning_rate = 5e-4
     config.optimizer.clip_norm = 1.0  # of the gradient
     config.optimizer.clip = 0.2  # of the ratio, either way
     config.optimizer.kl_weight = 0.0  # of the divergence from the base, per nat
-    config.optimizer.updates = 2  # of one iteration's edits
-    config.optimizer.scale = "batch"  # advantages are divided by the spread of: batch or group
+    config.optimizer.updates = 4  # of one iteration's edits
+    config.optimizer.scale = "group"  # advantages are divided by the spread of: group or batch
 
     config.reward = ConfigDict()
     config.reward.ensemble = False  # all --model are one reward, the mean of their scores
@@ -64,6 +64,8 @@ def get_config(arg: str | None = None):
 
     if config.variant == "comparison":
         config.out, config.seeds = "docs/rl", 2
+        # A budget of about four minutes of one core a run, so that all models fit into an evening.
+        config.iterations, config.eval_problems, config.best_of.problems = 120, 16, 16
         config.arms = (
             ("joint", ("runs/joint",)),
             ("discriminative", ("runs/discriminative",)),

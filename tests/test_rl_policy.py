@@ -10,6 +10,9 @@ from jrm_jax.errors import UserError
 from jrm_jax.rl import base, editing, grpo, policy
 
 GROUPS, COUNT = 4, 8
+# one program each: run op by op they would be compiled op by op
+APPLY, SAMPLE, LOG_PROB = map(jax.jit, (policy.apply, policy.sample, policy.log_prob))
+DRAW = jax.jit(grpo.draw, static_argnums=3)
 SETTINGS = grpo.Settings(clip=0.2, kl_weight=0.01, updates=2, scale="batch")
 
 
@@ -33,37 +36,35 @@ def moved(params, size=0.02, seed=0):
 
 def test_the_divergence_is_what_samples_say(start, inputs):
     """Exact KL against the mean of log p - log q over programs that p draws; also the entropy."""
-    p, q = (policy.apply(params, inputs) for params in (moved(start), start))
+    p, q = (APPLY(params, inputs) for params in (moved(start), start))
     count = 20_000
     many = [jax.tree.map(lambda x: jnp.repeat(x[:1], count, 0), c) for c in (p, q)]
-    program = policy.sample(many[0], jax.random.key(3))
-    log_p, log_q = (policy.log_prob(choice, program) for choice in many)
-    exact = float(policy.divergence(p, q)[0])
+    program = SAMPLE(many[0], jax.random.key(3))
+    log_p, log_q = (LOG_PROB(choice, program) for choice in many)
+    exact = float(jax.jit(policy.divergence)(p, q)[0])
     assert exact > 1  # there is something to compare
     assert float((log_p - log_q).mean()) == pytest.approx(exact, rel=0.02)
-    entropy = sum(float(part[0]) for part in policy.entropy(p))
+    entropy = sum(float(part[0]) for part in jax.jit(policy.entropy)(p))
     assert -float(log_p.mean()) == pytest.approx(entropy, rel=0.02)
     # importance weights of a density that is normalised have a mean of one
-    near = jax.tree.map(
-        lambda x: jnp.repeat(x[:1], count, 0), policy.apply(moved(start, 0.002), inputs)
-    )
-    drawn = policy.sample(many[1], jax.random.key(4))
-    weights = jnp.exp(policy.log_prob(near, drawn) - policy.log_prob(many[1], drawn))
+    near = jax.tree.map(lambda x: jnp.repeat(x[:1], count, 0), APPLY(moved(start, 0.002), inputs))
+    drawn = SAMPLE(many[1], jax.random.key(4))
+    weights = jnp.exp(LOG_PROB(near, drawn) - LOG_PROB(many[1], drawn))
     assert float(weights.mean()) == pytest.approx(1, abs=0.05)
 
 
 def test_what_an_absent_object_would_be_counts_nowhere(start, inputs):
-    choice = policy.apply(start, inputs)
-    program = policy.sample(choice, jax.random.key(0))
+    choice = APPLY(start, inputs)
+    program = SAMPLE(choice, jax.random.key(0))
     gone = program._replace(present_NO=program.present_NO * 0)
     other = gone._replace(fields_NOF=(gone.fields_NOF + 1) % 3, knobs_NOV=gone.knobs_NOV + 1)
-    assert (policy.log_prob(choice, gone) == policy.log_prob(choice, other)).all()
+    assert (LOG_PROB(choice, gone) == LOG_PROB(choice, other)).all()
     impossible = ~np.asarray(inputs.possible_NO)
     assert impossible.any() and not np.asarray(program.present_NO)[impossible].any()
 
 
 def draw(params, inputs, seed=0):
-    return grpo.draw(params, inputs, jax.random.key(seed), COUNT)
+    return DRAW(params, inputs, jax.random.key(seed), COUNT)
 
 
 def test_the_ratio_is_exactly_one_at_the_first_update_and_not_at_the_second(start, inputs):
@@ -76,7 +77,7 @@ def test_the_ratio_is_exactly_one_at_the_first_update_and_not_at_the_second(star
     first, second = np.asarray(measures["ratio_off"])
     assert first == 0 and second > 0
     assert float(measures["clipped"][0]) == 0
-    again = policy.log_prob(grpo.repeated(policy.apply(params, inputs), COUNT), program)
+    again = LOG_PROB(grpo.repeated(APPLY(params, inputs), COUNT), program)
     np.testing.assert_allclose(again, before_N, rtol=1e-4, atol=1e-4)
 
 
@@ -104,14 +105,15 @@ def test_gradients_are_those_of_the_loss(start, inputs):
         features = editing.Features(*(
             jnp.asarray(x, jnp.float64 if x.dtype != bool else bool) for x in inputs
         ))  # fmt: skip
-        program, _ = grpo.draw(old, features, jax.random.key(1), COUNT)
+        program, _ = DRAW(old, features, jax.random.key(1), COUNT)
         advantage_N = jax.random.normal(jax.random.key(2), (GROUPS * COUNT,), jnp.float64)
         near = jax.tree.map(lambda a, b: b + 0.1 * (a - b), params, old)
 
+        @jax.jit
         def loss(p):
             return grpo.make_loss(SETTINGS)(p, old, old, features, program, advantage_N)[0]
 
-        grads = jax.grad(loss)(near)
+        grads = jax.jit(jax.grad(loss))(near)
         for seed in range(3):
             way = moved(jax.tree.map(jnp.zeros_like, near), 1.0, seed)
             there, back = (
@@ -122,10 +124,12 @@ def test_gradients_are_those_of_the_loss(start, inputs):
             assert float((there - back) / 2e-6) == pytest.approx(float(slope), rel=2e-3)
 
         def plain(p):
-            choice = grpo.repeated(policy.apply(p, features), COUNT)
-            return -jnp.mean(advantage_N * policy.log_prob(choice, program))
+            choice = grpo.repeated(APPLY(p, features), COUNT)
+            return -jnp.mean(advantage_N * LOG_PROB(choice, program))
 
-        for a, b in zip(*(jax.tree.leaves(jax.grad(f)(old)) for f in (loss, plain)), strict=True):
+        for a, b in zip(
+            *(jax.tree.leaves(jax.jit(jax.grad(f))(old)) for f in (loss, plain)), strict=True
+        ):
             np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-9)
 
 
@@ -164,6 +168,6 @@ def test_an_update_moves_towards_what_is_rewarded(start, inputs):
     means = []
     for sign in (1, -1):
         params, *_ = update(start, optimizer.init(start), start, inputs, program, sign * reward)
-        means.append(float(policy.apply(params, inputs).picture_NW[:, place].mean()))
-    level = float(policy.apply(start, inputs).picture_NW[:, place].mean())
+        means.append(float(APPLY(params, inputs).picture_NW[:, place].mean()))
+    level = float(APPLY(start, inputs).picture_NW[:, place].mean())
     assert means[0] > level > means[1]

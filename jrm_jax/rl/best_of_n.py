@@ -24,7 +24,7 @@ from jrm_jax.rl import base
 from jrm_jax.rl.editing import make_problem
 from jrm_jax.rl.examples import liked, worst
 from jrm_jax.rl.reward import Reward
-from jrm_jax.rl.rollout import BEST, SPLITS, Dice, make_pool, roll, together
+from jrm_jax.rl.rollout import BEST, SPLITS, Dice, batches, make_pool, roll, together
 from jrm_jax.run.workdir import write_whole
 from jrm_jax.shell.report import json_safe
 from jrm_jax.shell.stop import StopRequest
@@ -61,10 +61,10 @@ def measure(
                 return signal
             parts = [
                 roll(
-                    start, pool.pick(range(first, min(first + config.groups, len(problems)))),
-                    config.edits, Dice(0, BEST, 100 * block + first // config.groups), reward,
+                    start, pool.pick(rows), config.edits, Dice(0, BEST, 1000 * block + rows[0]),
+                    reward,
                 )
-                for first in range(0, len(problems), config.groups)
+                for rows in batches(len(problems), config.groups)
             ]  # fmt: skip
             found = together(parts)
             blocks.append((found.reward_GK, found.proxy_GK, found.gold_GK))

@@ -29,6 +29,11 @@ class Pool(NamedTuple):
         return Pool([self.problems[row] for row in rows], taken)
 
 
+def batches(count: int, size: int) -> list[range]:
+    """Numbers below `count`, `size` at a time."""
+    return [range(first, min(first + size, count)) for first in range(0, count, size)]
+
+
 def make_pool(problems: list[Problem]) -> Pool:
     return Pool(problems, features(problems))
 

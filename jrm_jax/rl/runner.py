@@ -26,8 +26,10 @@ from jrm_jax.shell.terminal import duration
 GOLD = "gold"  # the arm whose reward is the truth
 RUNS = "runs"
 # Of a config, what a run's numbers do not depend on.
-APART = ("arms", "seeds", "seed", "name", "variant", "gold", "verdict", "out", "log_interval",
-         "save_interval")  # fmt: skip
+APART = (
+    "arms", "iterations", "seeds", "seed", "name", "variant", "gold", "verdict", "out",
+    "log_interval", "save_interval",
+)  # fmt: skip
 
 
 class Model(NamedTuple):
@@ -110,6 +112,16 @@ def protocol(config: ConfigDict) -> dict[str, Any]:
     return {name: value for name, value in whole.items() if name not in APART}
 
 
+def settings_of(config: ConfigDict, job: Job) -> dict[str, Any]:
+    """What a run's file says of itself before it is made."""
+    model = job.model
+    return {
+        "arm": model.arm, "model": list(model.folders), "number": model.number, "seed": job.seed,
+        "iterations": None if job.seed is None else config.iterations,
+        "protocol": protocol(config), **_known(model),
+    }  # fmt: skip
+
+
 def folder_of(config: ConfigDict, workdir: Path) -> Path:
     """Where the page's files are: config.out, or inside the workdir."""
     return Path(config.out or workdir / "report")
@@ -148,11 +160,7 @@ def run(
         say(f"{job.name}: run {place + 1} of {len(todo)}, time left {left}")
         if job.model not in loaded:
             loaded = {job.model: _reward(config, job.model, every, say)}  # one at a time in memory
-        settings = {
-            "arm": job.model.arm, "model": list(job.model.folders), "number": job.model.number,
-            "seed": job.seed, "protocol": protocol(config), **_known(job.model),
-        }  # fmt: skip
-        args = (config, job.name, settings, loaded[job.model], pools)
+        args = (config, job.name, settings_of(config, job), loaded[job.model], pools)
         status = _make(*args, workdir, path, stop, say)
         if status:
             return status
@@ -163,15 +171,15 @@ def run(
 def is_made(config: ConfigDict, path: Path, job: Job) -> bool:
     if not path.exists():
         return False
-    kept, wanted = json.loads(path.read_text()), protocol(config)
-    more = wanted["iterations"] - kept["protocol"]["iterations"]
-    same = kept["protocol"] == {**wanted, "iterations": wanted["iterations"] - more}
-    if not same or kept["model"] != list(job.model.folders) or more < 0:
+    kept, wanted = json.loads(path.read_text()), settings_of(config, job)
+    more = (wanted["iterations"] or 0) - (kept["iterations"] or 0)
+    same = all(kept[name] == wanted[name] for name in ("protocol", "model"))
+    if not same or more < 0:
         raise UserError(
             f"{path} is of other settings or another model: use the same to go on, or another "
             "--workdir"
         )
-    return not more or job.seed is None
+    return not more
 
 
 def _reward(

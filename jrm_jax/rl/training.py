@@ -36,6 +36,7 @@ from jrm_jax.rl.rollout import (
     Dice,
     Pool,
     Rollout,
+    batches,
     make_pool,
     roll,
     together,
@@ -48,7 +49,7 @@ from jrm_jax.shell.stop import StopRequest
 SCALE, RUN = "scale.json", "run.json"
 SETTLING = 4  # batches of the base's edits, from which the scale of a reward is taken
 # A run may become longer than it was to be at first.
-FREE = ("protocol.iterations",)
+FREE = ("iterations",)
 
 
 def pools(config: ConfigDict) -> dict[str, Pool]:
@@ -182,9 +183,8 @@ class Run:
         pool, size = self.pools[split], self.config.groups
         first = 1000 * SPLITS.index(split)
         parts = [
-            self.edits(params, pool.pick(range(start, min(start + size, len(pool.problems)))), EVALUATE, first + start,
-                       self.reward)
-            for start in range(0, len(pool.problems), size)
+            self.edits(params, pool.pick(rows), EVALUATE, first + rows[0], self.reward)
+            for rows in batches(len(pool.problems), size)
         ]  # fmt: skip
         found = together(parts)
         own = self.describe(params, self.base, pool.features)
