@@ -186,7 +186,7 @@ def test_the_command_makes_a_page_and_makes_it_again_from_files(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     page = (workdir / "report.md").read_text()
     assert (workdir / "report" / "exploits.png").is_file()
-    files = sorted(p.name for p in (workdir / "report" / "runs").iterdir())
+    files = sorted(p.name for p in (workdir / "report" / "results").iterdir())
     assert files == ["gold-0-best.json", "gold-0-s0.json", "qwen3_vl-0-best.json",
                      "qwen3_vl-0-s0.json"] or len(files) == 4  # fmt: skip
     first = {p.name: p.read_bytes() for p in (workdir / "report").iterdir() if p.is_file()}

@@ -24,7 +24,7 @@ from jrm_jax.shell.stop import StopRequest
 from jrm_jax.shell.terminal import duration
 
 GOLD = "gold"  # the arm whose reward is the truth
-RUNS = "runs"
+RUNS = "results"
 # Of a config, what a run's numbers do not depend on.
 APART = (
     "arms", "iterations", "seeds", "seed", "name", "variant", "gold", "verdict", "out",
