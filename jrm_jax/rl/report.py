@@ -22,7 +22,7 @@ Numbers = Mapping[str, Any]
 
 
 def write(config: ConfigDict, out: Path) -> list[Path]:
-    """OUT.md, OUT/numbers.json, the figures and the sheet, from OUT/results alone; what was written.
+    """OUT.md, OUT/numbers.json, the figures and the sheet, from OUT/results alone; what it wrote.
 
     Raises:
         UserError: there are no runs of this config.
