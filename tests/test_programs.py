@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from export_case import FAMILIES, family_run
 
-from jrm_jax.data.buckets import Bucket
+from jrm_jax.data.buckets import Bucket, as_table
 from jrm_jax.data.encode import PartSizes
 from jrm_jax.data.processor import Processor
 from jrm_jax.data.schema import Candidate, Image, Text
 from jrm_jax.errors import UserError
 from jrm_jax.serving import ladder, rows
 from jrm_jax.serving.groups import read_picture
-from jrm_jax.serving.programs import Program, Programs, Work
+from jrm_jax.serving.programs import LIMIT, Program, Programs, Work
 from jrm_jax.serving.trained import load_trained
 
 PROCESSOR = Processor(patch=16, merge=2, min_pixels=4096, max_pixels=64 * 1024)
@@ -40,6 +40,10 @@ def encoder(request):
     return load_trained(family_run(request.param)).encoder
 
 
+def total(*buckets):
+    return int(slots(as_table(buckets)).sum())
+
+
 def a_group(encoder, rng, sources, candidates):
     def picture():
         sides = rng.integers(40, 200, 2)
@@ -49,14 +53,58 @@ def a_group(encoder, rng, sources, candidates):
     return encoder.encode_group(prompt, [Candidate((picture(),)) for _ in range(candidates)])
 
 
-def test_the_cheapest_rung_holds_a_group_and_the_ladder_is_short(encoder):
-    rungs = ladder.make_ladder(encoder)
-    assert len(rungs) <= 8 and len(set(rungs)) == len(rungs)
+def test_the_ladder_is_short_and_holds_what_is_expected(encoder):
+    rungs = ladder.make_ladder(encoder, slots)
+    assert len(set(rungs)) == len(rungs) <= LIMIT - 1
+    assert list(rungs) == sorted(rungs, key=total)
     for count in (1, 2, 3, 8):
         need = rows.need_of(a_group(encoder, np.random.default_rng(0), 1, count))
         rung = ladder.rung_of(need, rungs, slots, encoder.processor)
         assert rung in rungs and ladder.holds(rung, need)
-        assert rung.candidates == max(2, 2 ** int(np.ceil(np.log2(count))))
+        assert rung == min((r for r in rungs if ladder.holds(r, need)), key=total)
+
+
+def test_short_instructions_do_not_pay_for_long_ones(encoder):
+    rungs, found = ladder.make_ladder(encoder, slots), []
+    for seed in range(8):
+        need = rows.need_of(a_group(encoder, np.random.default_rng(seed), 1, 2))
+        found.append((need, ladder.rung_of(need, rungs, slots, encoder.processor)))
+    needed, taken = (total(*each) for each in zip(*found, strict=True))
+    assert taken < 1.5 * needed
+    # rungs for 128 tokens of text, as there were: twice the slots
+    assert taken < total(*(dataclasses.replace(need, prompt=need.prompt + 120) for need, _ in found))
+
+
+def test_what_a_model_was_trained_on_has_its_rungs(encoder):
+    plain = ladder.make_ladder(encoder, slots)
+    need = rows.need_of(a_group(encoder, np.random.default_rng(0), 2, 4))
+    lived = dataclasses.replace(need, prompt=-(-need.prompt // 8) * 8, candidate=400, critique=300)
+    rungs = ladder.make_ladder(encoder, slots, [lived])
+    found = ladder.cheapest(need, rungs, slots)
+    assert total(found) <= 1.1 * total(need) < total(ladder.cheapest(need, plain, slots)) / 1.1
+    assert len(rungs) <= LIMIT - 1
+    for odd in ([Bucket(2, 0, 0, 40, 20, 0)], [Bucket(1, 1, 4, 0, 4, 0)], [lived] * 20):
+        assert len(ladder.make_ladder(encoder, slots, odd)) <= LIMIT - 1
+    on_tpu = ladder.make_ladder(encoder, slots, [lived], 128)
+    assert not any(size % 128 for b in on_tpu for size in (b.patches, b.prompt, b.candidate))
+
+
+def test_the_same_group_meets_the_same_program_whatever_came_before(encoder):
+    rungs, rng = ladder.make_ladder(encoder, slots), np.random.default_rng(0)
+    groups = [a_group(encoder, rng, *rng.integers(1, (3, 9))) for _ in range(30)]
+    needs, met = [rows.need_of(group) for group in groups], []
+    for order in (needs, needs[::-1]):
+        shelf = Programs(rungs, slots, encoder.processor)
+        for rung in rungs[: shelf.spare]:
+            shelf.take(Program(rung, 8))
+        met.append({need: shelf.choose(need, [8]) for need in order})
+        assert all(shelf.choose(need, [8]) == met[-1][need] for need in needs if holds(need, rungs))
+    for need in needs:
+        assert met[0][need] == met[1][need] or not holds(need, rungs)
+
+
+def holds(need, rungs):
+    return ladder.cheapest(need, rungs, slots) is not None
 
 
 def test_what_no_rung_holds_is_rounded_up_coarsely():

@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -161,7 +162,22 @@ def _passes(config: ConfigDict, sources: Mapping[str, Sequence[Source]]) -> dict
 
 def as_text(buckets: Sequence[Bucket]) -> str:
     """What RECORD holds."""
-    return json.dumps([dataclasses.asdict(bucket) for bucket in buckets]) + "\n"
+    return json.dumps(as_rows(buckets)) + "\n"
+
+
+def as_rows(buckets: Sequence[Bucket]) -> list[dict[str, int]]:
+    """For JSON."""
+    return [dataclasses.asdict(bucket) for bucket in buckets]
+
+
+def from_rows(rows: Any) -> tuple[Bucket, ...] | None:
+    """What `as_rows` gave; None where it is something else."""
+    try:
+        found = tuple(Bucket(**fields) for fields in rows)
+    except TypeError:
+        return None
+    sizes = [size for bucket in found for size in dataclasses.astuple(bucket)]
+    return found if all(type(size) is int and size >= 0 for size in sizes) else None
 
 
 def read_record(workdir: Path) -> tuple[Bucket, ...] | None:
@@ -183,8 +199,8 @@ def read_record(workdir: Path) -> tuple[Bucket, ...] | None:
 
 def _parse(path: Path) -> tuple[Bucket, ...] | None:
     try:
-        return tuple(Bucket(**fields) for fields in json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError):
+        return from_rows(json.loads(path.read_text()))
+    except (OSError, ValueError):
         return None
 
 

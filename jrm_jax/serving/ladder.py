@@ -1,13 +1,16 @@
 """The buckets of single calls: a short ladder, agreed upon when a model is loaded. Pure.
 
 A set of groups is planned by its sizes (`planned.py`). What comes one by one cannot be: it goes to
-the cheapest rung that holds it, so that few programs serve whatever is asked.
+the cheapest rung that holds it, so that few programs serve whatever is asked. The rungs are chosen
+as a set's buckets are, by the sizes that requests are expected to have; they follow from the model
+and its training alone.
 
 Letters: K candidates, v visual tokens of a picture.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -15,46 +18,73 @@ from collections.abc import Sequence
 import numpy as np
 
 from jrm_jax.data.buckets import Bucket, Cost, as_table
+from jrm_jax.data.choosing import choose_buckets
 from jrm_jax.data.encode import Encoder
 from jrm_jax.data.processor import Processor
-from jrm_jax.data.schema import Candidate, Text
+from jrm_jax.data.schema import Candidate, Image, Text
+from jrm_jax.serving.groups import read_size
 from jrm_jax.serving.rows import MOST
 
-CANDIDATES = (2, 4, MOST)  # of a rung; a group of more is laid into several rows
-SIZES = 3  # rungs of picture sizes at most: the largest picture, a quarter of its tokens, ...
-SMALL = 64  # ... but no rung for pictures of fewer visual tokens than this
-WORDS = 128  # token slots for an instruction
-SLACK = 8  # token slots for what stands around a picture
+RUNGS = 7  # at most: one less than the programs of a model, so that each can be compiled
+CANDIDATES = (2, 4, MOST)  # of a request; a group of more is laid into several rows
+SIZES = 6  # of pictures: the largest, half as many visual tokens, a quarter, ...
+# Tokens of an instruction, and how many of 18 have so many and no fewer: most are short.
+WORDS = {16: 4, 32: 8, 64: 5, 128: 1}
+FINE = 16  # parts of the costliest kind of request, by which the others are weighed
 STEP = 16  # what no rung holds is rounded up to multiples of this, ever larger ones
 UNITS = {"tpu": 128}  # platform -> slots come in multiples of this, which its attention needs
 UNIT = 8  # elsewhere
 
 
-def make_ladder(encoder: Encoder, unit: int = UNIT) -> tuple[Bucket, ...]:
-    """Rungs for one source picture, an instruction and one picture for each candidate.
+def make_ladder(
+    encoder: Encoder, cost: Cost, trained: Sequence[Bucket] = (), unit: int = UNIT
+) -> tuple[Bucket, ...]:
+    """At most `RUNGS` buckets, by growing cost: those that waste least of what is expected.
 
-    The smallest come first. Picture sizes go down from the processor's largest.
+    Expected are an instruction, one source picture and one picture for each candidate, in all
+    sizes that the processor makes; and as often pictures and prompts as long as in training. Every
+    kind of request is taken to be an equal part of the work, however small it is.
 
     Args:
+        cost: of a group in a bucket.
+        trained: the buckets of the model's training, if they are known.
         unit: slots come in multiples of it.
     """
     processor = encoder.processor
-    bare = encoder.encode_group((Text(" "),), [Candidate((Text(" "),))])
-    words, own = len(bare.prompt.tokens), len(bare.candidates[0].tokens)
-    visual = [max(1, processor.max_pixels // (processor.patch * processor.merge) ** 2)]
-    while len(visual) < SIZES and visual[-1] // 4 >= SMALL:
-        visual.append(visual[-1] // 4)
-    return tuple(
-        Bucket(
-            candidates=count,
-            images=count + 1,
-            patches=_up(tokens * processor.merge**2, patch_unit(unit, processor)),
-            prompt=_up(words + WORDS + tokens + SLACK, unit),
-            candidate=_up(own + tokens + SLACK, unit),
-            critique=0,
-        )
-        for tokens in reversed(visual)
-        for count in CANDIDATES
+    block = processor.merge**2
+    side = processor.patch * processor.merge
+    picture = Image(read_size(np.zeros((side, side, 3), np.uint8)))
+    prompt, own = (
+        part.tokens - part.patches[0] // block  # what stands around a picture
+        for part in encoder.part_sizes((Text(" "), picture), [Candidate((picture,))])
+    )
+    visual = [max(1, processor.max_pixels // side**2)]
+    while len(visual) < SIZES and visual[-1] // 2 * side**2 >= processor.min_pixels:
+        visual.append(visual[-1] // 2)
+    often: collections.Counter[Bucket] = collections.Counter()
+    for v in visual:
+        for words, times in WORDS.items():
+            for count in CANDIDATES:
+                often[Bucket(count, count + 1, v * block, prompt + words + v, own + v, 0)] += times
+    known = [bucket for bucket in trained if bucket.patches >= block]
+    each = max(1, often.total() // max(1, len(CANDIDATES) * len(known)))
+    for bucket in known:
+        v = bucket.patches // block
+        sources = max(1, min(bucket.images - bucket.candidates, bucket.prompt // v))
+        for count in CANDIDATES:
+            like = Bucket(count, count + sources, v * block, bucket.prompt, own + v, 0)
+            often[like] += each
+    needs_n6 = as_table(often)
+    cost_n = cost(needs_n6)
+    times_n = np.array(list(often.values())) * (FINE * cost_n.max() // cost_n)
+    return choose_buckets(
+        needs_n6,
+        RUNGS,
+        cost,
+        round_to=unit,
+        round_patches=patch_unit(unit, processor),
+        weights_n=times_n,
+        refine=False,
     )
 
 

@@ -80,7 +80,9 @@ class RewardModel:
             compute_dtype=compute_dtype,
             say=say,
         )
-        self._runner = Runner(device, self.encoder, trained.config, batch_size, programs)
+        self._runner = Runner(
+            device, self.encoder, trained.config, batch_size, programs, trained.buckets
+        )
         self.batch_size = self._runner.rows
         self._headless = trained.config.text.headless
         self.buckets, self.work = self._runner.ladder, self._runner.work

@@ -28,6 +28,7 @@ class Runner:
     Args:
         batch_size: groups at a time on each place of the devices.
         limit: programs for each kind of output.
+        trained: the buckets of the model's training, as far as they are known.
 
     Attributes:
         rows, one: rows of the programs for many groups, and for few: one for each place.
@@ -45,14 +46,15 @@ class Runner:
         config: BackboneConfig,
         batch_size: int,
         limit: int = LIMIT,
+        trained: Sequence[Bucket] = (),
     ):
         if batch_size < 1:
             raise UserError(f"batch_size is {batch_size}, must be at least 1")
         self.device, self.encoder = device, encoder
         self.rows, self.one = batch_size * device.places, device.places
         self._unit = UNITS.get(device.platform, UNIT)
-        self.ladder, self.work = make_ladder(encoder, self._unit), Work()
-        self.cost, self._limit = group_cost(config), limit
+        self.cost, self._limit, self.work = group_cost(config), limit, Work()
+        self.ladder = make_ladder(encoder, self.cost, trained, self._unit)
         self._shelves: dict[tuple, Programs] = {}
 
     def shelf(self, kind: tuple) -> Programs:

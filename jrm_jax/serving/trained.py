@@ -19,13 +19,14 @@ from ml_collections import ConfigDict
 
 from jrm_jax import build, build_data, heads, lora, optim
 from jrm_jax.checkpoint import read_checkpoint
+from jrm_jax.data.buckets import Bucket
 from jrm_jax.data.encode import Encoder, make_encoder
 from jrm_jax.data.template import Template, protocol_stamp
 from jrm_jax.errors import UserError
 from jrm_jax.model import weights
 from jrm_jax.model.config import BackboneConfig, load_config
 from jrm_jax.reward_head import HeadStart
-from jrm_jax.run import backbones
+from jrm_jax.run import backbones, buckets
 from jrm_jax.run.workdir import CHECKPOINTS, CONFIG, read_config, read_results
 
 STAMP = "jrm.json"  # in an exported folder: the protocol stamp, reward statistics, origin
@@ -38,7 +39,8 @@ class Trained(NamedTuple):
     folder: a Hugging Face folder with its tokenizer, image processor and config.json.
     card: what is known of the training: 'stamp', 'reward_mean', 'reward_std' (of the training
         rewards, None if unknown), 'step', 'taught' (steps in which each loss had something to
-        teach), 'config', 'results'.
+        teach), 'config', 'results', 'buckets' (of the training, as `run.buckets.as_rows` writes
+        them; older folders have none).
     """
 
     config: BackboneConfig
@@ -51,6 +53,11 @@ class Trained(NamedTuple):
     def through_reward(self) -> bool:
         """Whether its critiques see their candidate by the reward token alone."""
         return bool(self.card.get("config", {}).get("loss", {}).get("through_reward"))
+
+    @property
+    def buckets(self) -> tuple[Bucket, ...]:
+        """Of the training; none where they are not known."""
+        return buckets.from_rows(self.card.get("buckets", ())) or ()
 
 
 # shapes of parameters -> the same with a dtype and a sharding each, as they are to be read
@@ -129,6 +136,7 @@ def _load_run(
         "taught": taught,
         "config": named.to_dict(),
         "results": results,
+        "buckets": buckets.as_rows(buckets.read_record(workdir) or ()),
     }
     _check_stamp(workdir, card["stamp"], encoder)
     return Trained(architecture, params, encoder, folder, card)
@@ -190,6 +198,8 @@ def _load_export(folder: Path, laid_out: LayOut) -> Trained:
     card = json.loads((folder / STAMP).read_text())
     architecture = weights.as_stored(folder, load_config(folder))
     stamp = card["stamp"]
+    if buckets.from_rows(card.get("buckets", ())) is None:
+        raise UserError(f"{folder / STAMP}: 'buckets' are not as jrm_jax.export writes them")
     encoder = make_encoder(
         folder,
         architecture,
