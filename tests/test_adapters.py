@@ -73,6 +73,60 @@ def test_flow_grpo_and_edit_r1(url, form, monkeypatch):
     np.testing.assert_array_equal(rewards, wanted(sources=(10,) * 3))
 
 
+def multi_score(score_dict, score_functions, calls):
+    """How the two trainers' `multi_score` makes their functions and calls them, read in their
+    code: by the name of the argument `device`, and by the name of the score."""
+    made = {}
+    for name in score_dict:
+        takes_device = "device" in score_functions[name].__code__.co_varnames
+        made[name] = score_functions[name]("cuda:0") if takes_device else score_functions[name]()
+
+    def score(images, prompts, metadata, ref_images=None, only_strict=True):
+        total = []
+        for name, weight in score_dict.items():
+            scores, _ = calls(name)(made[name], images, prompts, metadata, ref_images)
+            weighted = [weight * one for one in scores]
+            total = [a + b for a, b in zip(total, weighted, strict=True)] if total else weighted
+        return total
+
+    return score
+
+
+def plainly(score, images, prompts, metadata, ref_images):
+    return score(images, prompts, metadata)
+
+
+def test_inside_the_loop_of_edit_r1(url, monkeypatch):
+    monkeypatch.setenv("JRM_SERVER", url)
+
+    def calls(name):
+        first = lambda f, images, prompts, metadata, refs: f(refs, images, prompts, metadata)  # noqa: E731
+        return first if name.startswith("mllm_") else plainly
+
+    sources = list(map(PIL.Image.fromarray, nhwc(*SOURCES)))
+    for name in ("mllm_jrm", "jrm"):
+        score = multi_score({name: 2.0}, {name: jrm_score_edit_r1}, calls)
+        if name == "jrm":
+            with pytest.raises(ValueError, match='call it "mllm_jrm"'):
+                score(nchw(*EDITS), TEXTS, [{}] * 3, sources)
+        else:
+            found = score(nchw(*EDITS), TEXTS, [{}] * 3, sources)
+            np.testing.assert_array_equal(found, 2 * np.array(wanted()))
+
+
+def test_inside_the_loop_of_flow_grpo(url, monkeypatch):
+    monkeypatch.setenv("JRM_SERVER", url)
+
+    def calls(name):  # with the branch that `jrm_jax.adapters.flow_grpo` asks for
+        return lambda f, images, prompts, metadata, refs: f(
+            images, prompts, metadata, ref_images=refs
+        )
+
+    score = multi_score({"jrm": 1.0}, {"jrm": jrm_score}, calls)
+    found = score(nchw(*EDITS), TEXTS, {}, list(map(PIL.Image.fromarray, nhwc(*SOURCES))))
+    np.testing.assert_array_equal(found, wanted())
+
+
 def test_a_failed_item_raises_unless_the_caller_says_otherwise(url):
     images = [png(1), BROKEN]
     with pytest.raises(RewardError, match="not a readable"):
@@ -162,7 +216,12 @@ def test_verl_omni(url, tmp_path):
     (tmp_path / "bad.png").write_bytes(BROKEN)
     with pytest.raises(RewardError, match="source 0"):
         ask({"instruction": "a", "image": "bad.png"})
-    assert ask({"instruction": "a", "image": "bad.png"}, failed=-1.0) == {"score": -1.0}
+    failed = ask({"instruction": "a", "image": "bad.png"}, failed=-1.0)
+    assert failed == {"score": -1.0, "overall": -1.0, "following": -1.0}
+    # where a reward model runs beside it, verl-omni names that one to every function
+    more = {"reward_router_address": "10.0.0.1:80", "reward_model_tokenizer": None,
+            "model_name": "/models/judge", "sampling_params": {"max_tokens": 4096}}  # fmt: skip
+    assert ask({"instruction": "Make it red.", "image": "000001.png"}, **more) == found
 
     async def several():
         asks = [compute_score("", nhwc(v)[0], "Red.", {}, servers=url) for v in range(9)]

@@ -1,10 +1,15 @@
 """flow_grpo and Edit-R1: a factory that takes the device, and the function that it gives.
 
-flow_grpo calls `fn(images, prompts, metadata, ref_images=...)` and wants (scores, info); Edit-R1
-calls `fn(ref_images, images, prompts, metadatas)`. In flow_grpo's `rewards.py`:
+Both trainers have a table `score_functions` in `rewards.py`. Edit-R1 gives the source pictures to
+every name that begins with "mllm_", so one line there is all:
 
-    from jrm_jax.adapters.flow_grpo import jrm_score
-    score_functions["jrm"] = jrm_score        # JRM_SERVER=http://rewards:8080, JRM_TOKEN=...
+    "mllm_jrm": jrm_score_edit_r1,          # JRM_SERVER=http://rewards:8080, JRM_TOKEN=...
+
+flow_grpo gives them to `image_similarity` alone. Add "jrm": jrm_score to the table, and beside
+`image_similarity`, in the loop below it:
+
+    elif score_name == "jrm":
+        scores, rewards = score_fns[score_name](images, prompts, metadata, ref_images=ref_images)
 """
 
 from __future__ import annotations
@@ -50,10 +55,15 @@ def jrm_score(
 
 
 def jrm_score_edit_r1(device: Any = None, **options: Any) -> Callable[..., tuple]:
-    """The same for Edit-R1, whose order of arguments is another."""
+    """The same for Edit-R1, whose order of arguments is another.
+
+    The function raises ValueError where it stands under a name to which Edit-R1 gives no sources.
+    """
     score = jrm_score(device, **options)
 
     def edit_r1(ref_images, images, prompts, metadatas=None):
+        if not all(isinstance(prompt, str) for prompt in prompts):
+            raise ValueError('Edit-R1 gives no source pictures to this name: call it "mllm_jrm"')
         return score(images, prompts, metadatas, ref_images=ref_images)
 
     return edit_r1

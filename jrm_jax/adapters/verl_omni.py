@@ -18,6 +18,8 @@ from typing import Any
 
 from jrm_jax.client import AsyncRewardClient, first_column
 
+# What verl-omni adds where it runs a reward model of its own, too.
+OF_ITS_MODEL = ("reward_router_address", "reward_model_tokenizer", "model_name", "sampling_params")
 _CLIENTS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
@@ -31,7 +33,8 @@ async def compute_score(
     failed: float | None = None,
     **options: Any,
 ) -> dict[str, float]:
-    """{"score": ..., and one entry for each dimension}.
+    """{"score": ..., and one entry for each dimension}; every answer has the same entries, as
+    verl-omni makes a column of each.
 
     Args:
         solution_image: uint8 [3, h, w].
@@ -39,6 +42,7 @@ async def compute_score(
         extra_info: `image` or `images`: the source's name in `images`; none: text to image.
         images: folder of the sources.
         failed: stands for an edit without a score; None: it raises.
+        options: of `RewardClient`.
 
     Raises:
         RewardError: the edit has no score. ValueError: a name that leaves the folder.
@@ -47,11 +51,11 @@ async def compute_score(
     instruction = info.get("instruction") or ground_truth
     names = info.get("image") or info.get("images") or []
     sources = [_find(images, name) for name in ([names] if isinstance(names, str) else names)]
-    client = _client(servers, options)
+    client = _client(servers, {k: v for k, v in options.items() if k not in OF_ITS_MODEL})
     (scores,) = await client.score_groups([(instruction, sources, [solution_image])])
     ((reward,),) = first_column([scores], failed)
     if scores.errors[0] is not None:
-        return {"score": float(reward)}
+        return dict.fromkeys(("score", *scores.dimensions), float(reward))
     columns = zip(scores.dimensions, scores.reward_KR[0].tolist(), strict=True)
     return {"score": float(reward), **dict(columns)}
 
