@@ -1,6 +1,7 @@
 """Groups made in worker processes: the same bytes in the same order, whatever happens."""
 
 import argparse
+import errno
 import os
 import pickle
 import signal
@@ -74,6 +75,30 @@ def test_real_processes_give_the_same_bytes(source, whole, tmp_path, monkeypatch
     monkeypatch.setattr(building, "PARALLEL", 0)
     build_with(2, source, tmp_path / "out", valid_fraction=0.3)
     assert contents(tmp_path / "out") == whole
+
+
+@pytest.mark.parametrize("large", [0, 1000])
+def test_what_is_large_goes_through_files(source, whole, tmp_path, monkeypatch, late, large):
+    monkeypatch.setattr(making, "LARGE", large)
+    between = tmp_path / "out.building" / making.BETWEEN
+    stop_at(monkeypatch, 50)
+    with pytest.raises(KeyboardInterrupt):
+        build_with(2, source, tmp_path / "out", valid_fraction=0.3)
+    assert not between.exists()
+    between.mkdir()
+    (between / "of a killed build").write_text("half a gro")
+    build_with(1, source, tmp_path / "out", valid_fraction=0.3)
+    assert contents(tmp_path / "out") == whole
+
+
+def test_a_full_disk_between_processes_is_one_line(source, tmp_path, monkeypatch, late):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(making, "LARGE", 0)
+    monkeypatch.setattr(making.tempfile, "NamedTemporaryFile", full)
+    with pytest.raises(UserError, match="could not be written"):
+        build_with(2, source, tmp_path / "out")
 
 
 @pytest.mark.parametrize("memory", [0, waiting.MEMORY])

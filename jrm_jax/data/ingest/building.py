@@ -154,7 +154,7 @@ class _Work:
         self.waiting.forget_from(position)
         workers = self.workers if sum(total) - position >= PARALLEL else 1
         maker = Maker(self.layout, tuple(self.dimensions), self.options)
-        with Queue(maker, workers) as self.queue:
+        with Queue(maker, self.folder, workers) as self.queue:
             for number, where, row in self._rows(total, position):
                 self._take(number, where, row)
                 self._write(self.queue.take())
