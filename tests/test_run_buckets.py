@@ -132,12 +132,16 @@ def test_classes_where_the_config_asks_for_them(choose):
         assert small.critique == (8 if language else 0)
 
 
+# sizes that are no numbers
+TEXT = buckets.as_text([Bucket(2, 3, 16, 24, 16, 8)]).replace("16", '"16"')
+
+
 def test_a_run_keeps_its_buckets(tmp_path):
     assert buckets.read_record(tmp_path) is None
     chosen = (Bucket(2, 3, 16, 24, 16, 8), Bucket(4, 5, 16, 40, 32, 16))
     (tmp_path / buckets.RECORD).write_text(buckets.as_text(chosen))
     assert buckets.read_record(tmp_path) == chosen
-    for damaged in ("", "[", "[{}]", '[{"candidates": 2}]', "3", "null", "[]"):
+    for damaged in ("", "[", "[{}]", '[{"candidates": 2}]', "3", "null", "[]", TEXT):
         (tmp_path / buckets.RECORD).write_text(damaged)
         with pytest.raises(UserError, match=r"buckets.json is damaged: remove it") as raised:
             buckets.read_record(tmp_path)

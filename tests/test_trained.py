@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 import torch
 from entry_point import Runner, small_backbone  # noqa: F401  a fixture
-from export_case import give_head, make_folder, make_groups, write
+from export_case import family_run, give_head, make_folder, make_groups, write
 from export_case import start as start_run
 from safetensors.numpy import load_file, save_file
 from test_export import classifier, torch_rewards
 
 from configs import discriminative, generative, joint
-from jrm_jax import build, build_data, reward_head
+from jrm_jax import build, build_data, export, reward_head
 from jrm_jax.errors import UserError
 from jrm_jax.model.config import load_config
+from jrm_jax.run import buckets
 from jrm_jax.serving import trained
 from jrm_jax.serving.reward_model import RewardModel
 
@@ -207,3 +208,20 @@ def test_a_backbone_without_language_head_trains_and_scores(tmp_path):
     np.testing.assert_allclose(next(torch_rewards(loaded, [group])), found[0], rtol=0, atol=1e-4)
     with pytest.raises(UserError, match="missing .*lm_head.weight"):
         start_run(tmp_path, bare, "joint-run")
+
+
+def test_an_export_carries_the_buckets_of_its_training(tmp_path):
+    workdir, out = family_run("qwen3_vl"), tmp_path / "out"
+    found = trained.load_trained(workdir)
+    assert found.buckets == buckets.read_record(workdir) != ()
+    export.export(found, out, "float32", 10**9, check=False)
+    assert trained.load_trained(out).buckets == found.buckets
+    stamp = out / trained.STAMP
+    card = json.loads(stamp.read_text())
+    for rows in ([{"candidates": 2}], [dict.fromkeys(card["buckets"][0], "8")], 3, None):
+        stamp.write_text(json.dumps(card | {"buckets": rows}))
+        with pytest.raises(UserError, match="'buckets' are not as jrm_jax.export writes them"):
+            trained.load_trained(out)
+    del card["buckets"]  # older exports have none
+    stamp.write_text(json.dumps(card))
+    assert trained.load_trained(out).buckets == ()

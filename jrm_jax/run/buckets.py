@@ -176,7 +176,7 @@ def from_rows(rows: Any) -> tuple[Bucket, ...] | None:
         found = tuple(Bucket(**fields) for fields in rows)
     except TypeError:
         return None
-    sizes = [size for bucket in found for size in dataclasses.astuple(bucket)]
+    sizes = [size for bucket in found for size in bucket.sizes]
     return found if all(type(size) is int and size >= 0 for size in sizes) else None
 
 

@@ -11,8 +11,8 @@ Letters: K candidates, v visual tokens of a picture.
 from __future__ import annotations
 
 import collections
-import dataclasses
 import math
+import operator
 from collections.abc import Sequence
 
 import numpy as np
@@ -105,12 +105,12 @@ def cheapest(need: Bucket, buckets: Sequence[Bucket], cost: Cost) -> Bucket | No
 
 
 def holds(bucket: Bucket, need: Bucket) -> bool:
-    return bool(bucket.fits(as_table([need]))[0])
+    return all(map(operator.le, need.sizes, bucket.sizes))
 
 
 def joined(buckets: Sequence[Bucket]) -> Bucket:
     """The least bucket that holds all of these."""
-    return Bucket(*map(max, zip(*map(dataclasses.astuple, buckets), strict=True)))
+    return Bucket(*map(max, zip(*(bucket.sizes for bucket in buckets), strict=True)))
 
 
 def rounded(need: Bucket, processor: Processor, unit: int = UNIT) -> Bucket:

@@ -9,6 +9,7 @@ Letters: n groups of a set, 6 the fields of `Bucket`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import threading
 from collections.abc import Sequence
@@ -75,6 +76,7 @@ class Programs:
         self._limit, self._lock = limit, threading.RLock()
         self._taken: list[Program] = []
         self._known: dict[tuple, Program] = {}  # what `fit` answered last
+        self._rung = functools.lru_cache(KNOWN)(self._find_rung)
 
     @property
     def taken(self) -> list[Program]:
@@ -186,7 +188,7 @@ class Programs:
         new = self._total(needs_n6, planned, worth, 0) * (1 + worth * len(planned))
         return (new, planned) if new < BETTER * known or not there else (known, ())
 
-    def _rung(self, need: Bucket) -> Bucket:
+    def _find_rung(self, need: Bucket) -> Bucket:
         return rung_of(need, self._ladder, self._cost, self._processor, self._unit)
 
     def _rounded(self, need: Bucket) -> Bucket:

@@ -210,9 +210,14 @@ class RewardModel:
         Raises:
             UserError: as `score`; names the group.
         """
-        named = [(g, f"group {i}: " if len(groups) > 1 else "") for i, g in enumerate(groups)]
-        needs = list(ahead(lambda each: self.need(*each), named, self.batch_size))
-        return self._with_scale(self.score_lazily(needs, lambda index: self.encode(*named[index])))
+
+        def named(index: int) -> tuple[Group | tuple, str]:
+            return groups[index], f"group {index}: " if len(groups) > 1 else ""
+
+        known: dict[Needs, Needs] = {}  # equal ones are one object
+        needs = ahead(lambda index: self.need(*named(index)), range(len(groups)), self.batch_size)
+        needs = [known.setdefault(need, need) for need in needs]
+        return self._with_scale(self.score_lazily(needs, lambda index: self.encode(*named(index))))
 
     def iter_scores(
         self, groups: Iterable[Group | tuple], like: Sequence[Needs] = ()
