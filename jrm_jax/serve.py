@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -98,14 +99,18 @@ def _load(args: argparse.Namespace, service) -> Scorer:
         say=terminal.say,
     )  # fmt: skip
     warm = model.usual if args.warm < 0 else model.usual[: args.warm]
+    began = time.monotonic()
     model.warm(warm)
+    seconds = time.monotonic() - began
     service.model = {
         "name": Path(args.model).resolve().name,
         "step": model.card.get("step"),
         "template": model.card["stamp"]["template"],
     }
-    sizes = ", ".join(f"{b.candidates} candidates of {b.patches} patches" for b in warm)
-    terminal.say(f"ready: {len(warm)} programs of {model.batch_size} groups: {sizes or 'none yet'}")
+    many = f"{len(warm)} programs of {model.batch_size} groups"
+    terminal.say(f"ready: {many}, compiled or read in {seconds:.0f} s")
+    for bucket in warm:
+        terminal.say(f"  {bucket.words}")
     return Scorer(model, service.limits, service.metrics, warm)
 
 

@@ -2,10 +2,11 @@
 
     python -m jrm_jax.benchmarks.serve --model=runs/joint --out=FILE.json
 
-On one machine, one after another in one run, on the same groups of the built-in world (four
-candidates, pictures of the default model's size):
+On one machine, in turns (`--rounds`; the best of each side counts), on the same groups of the
+built-in world (four candidates, pictures of the default model's size):
 
-- `score_batch`: the model in this process, from encoded files to numbers, nothing else running;
+- `score_batch`: the model in this process, from encoded files to numbers, in programs of its own
+  choice, the server idle;
 - `program`: one call of the program that the service uses, one group in it;
 - `service`: a server process, `--clients` connections that each send their next group when the last
   is answered (the clients' own work is on the same cores);
@@ -66,26 +67,35 @@ def measure(args) -> dict:
     groups = load.make_groups(args.groups, 4)
     requests = [load.request_of([group]) for group in groups]
     model = RewardModel.load(args.model, batch_size=args.batch_size)
+    bare = model.score_batch(groups)  # first: it plans its programs as if there were no others
     rows = [model.encode(group) for group in groups]
     buckets = {model.bucket_of(row) for row in rows}
     model.warm(sorted(buckets, key=repr))
-    bare = model.score_batch(groups)  # compiles what is left
 
     def timed(work) -> float:
         start = time.perf_counter()
         work()
         return time.perf_counter() - start
 
-    spent = time.process_time()
-    batch = min(timed(lambda: model.score_batch(groups)) for _ in range(args.repeats))
-    spent = (time.process_time() - spent) / args.repeats / len(groups)
     calls = [timed(lambda r=r: model.score_rows(model.bucket_of(r), [r])) for r in rows[:20]]
+    rates: dict[str, list[float]] = {"score_batch": [], "service": []}
+    spent, many, found = {"score_batch": 0.0, "server": 0.0, "clients": 0.0}, [], {}
     with load.server_process(args.model, f"--batch_size={args.batch_size}") as (port, pid):
         asyncio.run(drive(port, requests, 8, 2.0))
-        before = load.cpu_seconds(pid), time.process_time()
-        rate, many, found = asyncio.run(drive(port, requests, args.clients, args.seconds))
-        server, clients = load.cpu_seconds(pid) - before[0], time.process_time() - before[1]
+        for _ in range(args.rounds):
+            before = time.process_time()
+            rates["score_batch"].append(len(groups) / timed(lambda: model.score_batch(groups)))
+            spent["score_batch"] += time.process_time() - before
+            before = load.cpu_seconds(pid), time.process_time()
+            part = drive(port, requests, args.clients, args.seconds / args.rounds)
+            rate, latencies, rewards = asyncio.run(part)
+            spent["server"] += load.cpu_seconds(pid) - before[0]
+            spent["clients"] += time.process_time() - before[1]
+            rates["service"].append(rate)
+            many += latencies
+            found |= rewards
         alone_rate, alone, _ = asyncio.run(drive(port, requests, 1, args.seconds / 3))
+    batch, rate = (max(each) for each in rates.values())
     with load.server_process(args.model, "--batch_size=1") as (port, _):
         asyncio.run(drive(port, requests, 1, 1.0))
         row_rate, row, _ = asyncio.run(drive(port, requests, 1, args.seconds / 3))
@@ -99,8 +109,8 @@ def measure(args) -> dict:
         "groups": len(groups), "candidates": 4, "clients": args.clients,
         "batch_size": args.batch_size, "buckets": [bucket.words for bucket in buckets],
         "groups_per_second": {
-            "score_batch": len(groups) / batch, "service": rate, "alone": alone_rate,
-            "one_row": row_rate,
+            "score_batch": batch, "service": rate, "alone": alone_rate, "one_row": row_rate,
+            "rounds": rates,
         },
         "seconds": {
             "program": statistics.median(calls),
@@ -109,10 +119,11 @@ def measure(args) -> dict:
             "one_row_p50": percentile(row, 0.5),
         },
         "cpu_seconds_of_a_group": {
-            "score_batch": spent, "server": server / len(many), "clients": clients / len(many),
+            "score_batch": spent["score_batch"] / args.rounds / len(groups),
+            "server": spent["server"] / len(many), "clients": spent["clients"] / len(many),
         },
         "ratios": {
-            "service/score_batch": rate * batch / len(groups),
+            "service/score_batch": rate / batch,
             "service/alone": rate / alone_rate,
             "service/one_row": rate / row_rate,
             "alone_p50/program": percentile(alone, 0.5) / statistics.median(calls),
@@ -129,7 +140,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--groups", type=int, default=128, help="different ones")
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=20.0, help="of load")
-    parser.add_argument("--repeats", type=int, default=3, help="of score_batch; the best counts")
+    parser.add_argument("--rounds", type=int, default=4, help="of score_batch and of load in turns")
     args = parser.parse_args(argv)
     if argv is None:
         cli.prepare()
