@@ -136,6 +136,9 @@ def base() -> ConfigDict:
     config.loss.language_end = 1.0  # times language_weight at the last step; from 1, in a line
     config.loss.through_reward = False  # True: critiques see their candidate by its reward token
     config.loss.words_weight = 0.0  # of a critique's words, all read off its reward token's state
+    # off: a reward is a number; log_of_mean, mean_of_log: a Gaussian, whose deviation is an output
+    # (`losses.preference_loss`)
+    config.loss.gaussian = "off"
     config.loss.margin = 0.0
     config.loss.centering_weight = 0.01
     config.loss.score_line = True  # False: critiques' last lines, which state scores, are masked
@@ -163,6 +166,7 @@ def base() -> ConfigDict:
 
     config.head = ConfigDict()
     config.head.scale = 1.0  # spread of the rewards before training
+    config.head.hidden = ()  # widths of its hidden layers; none: it is one linear
     config.head.anew = False  # True: it starts anew, whatever the backbone's folder has
 
     config.mesh = ConfigDict()

@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from ml_collections import ConfigDict
 
 from jrm_jax import heads, lora, optim, sharding
@@ -19,7 +18,7 @@ from jrm_jax.build_data import Data, backbone_folder
 from jrm_jax.data.encode import Encoder
 from jrm_jax.data.template import Tokenizer
 from jrm_jax.errors import UserError
-from jrm_jax.model import published, weights
+from jrm_jax.model import published, stored_head, weights
 from jrm_jax.model.backbone import Backbone, init_backbone
 from jrm_jax.model.config import BackboneConfig, load_config
 from jrm_jax.model.layers import unroll_all
@@ -36,6 +35,7 @@ from jrm_jax.step import (
 )
 
 EVERYTHING = ".*"  # the default of config.trainable
+OFF = "off"  # config.loss.gaussian: rewards are plain numbers
 AUTO = "auto"  # config.remat: a run takes what fits, see `run.fit`
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -150,13 +150,27 @@ def abstract_params(
     whole = {
         **jax.eval_shape(lambda: heads.init_training_heads(width, facts, words)),
         **weights.abstract_params(backbone),
-        "reward_head": {"kernel": jax.ShapeDtypeStruct((width, dimensions), jnp.float32)},
+        "reward_head": abstract_reward_head(config, width, dimensions),
         "reward_embedding": jax.ShapeDtypeStruct((width,), jnp.float32),
     }
     if lora_scale(config) is None:
         return whole
     adapters = lora.adapter_shapes(whole, config.lora.rank, tuple(config.lora.targets))
     return optim.merge_params(adapters, whole)
+
+
+def init_reward_head(
+    config: ConfigDict, key: jax.Array, width: int, dimensions: int
+) -> dict[str, Any]:
+    """The reward head of a run, as it begins where no folder has one."""
+    hidden, gaussian = tuple(config.head.hidden), config.loss.gaussian != OFF
+    return heads.init_reward_head(key, width, dimensions, config.head.scale, hidden, gaussian)
+
+
+def abstract_reward_head(config: ConfigDict, width: int, dimensions: int) -> dict[str, Any]:
+    return jax.eval_shape(
+        lambda: init_reward_head(config, jax.random.key(0), width, dimensions)
+    )
 
 
 def random_backbone(config: ConfigDict, backbone: BackboneConfig, shardings: Any = None) -> dict:
@@ -192,18 +206,18 @@ def init_state(
     if config.backbone.random:
         params = random_backbone(config, backbone, body)
     else:
-        params = weights.load_params(folder, backbone, body, dtype_of, ignore=("score.weight",))
+        params = weights.load_params(folder, backbone, body, dtype_of, ignore=(stored_head.PREFIX,))
     start = head_start(config, backbone)
-    head = {"kernel": start.kernel_DR}
-    if not start.is_whole:
-        head = jax.jit(
-            lambda k: heads.init_reward_head(k, width, dimensions, config.head.scale),
-            out_shardings=shardings["reward_head"],
-        )(jax.random.fold_in(key, 2))
-    if start.kernel_DR is not None:  # every process has the whole of it
-        new_DR = np.isnan(start.kernel_DR)
-        head = {"kernel": np.where(new_DR, head["kernel"], start.kernel_DR)}
-        head = jax.device_put(head, shardings["reward_head"])
+
+    def start_head(key: jax.Array, known: dict[str, Any] | None) -> dict[str, Any]:
+        new = init_reward_head(config, key, width, dimensions)
+        return new if known is None else jax.tree.map(
+            lambda old, new: jnp.where(jnp.isnan(old), new, old), known, new
+        )  # fmt: skip
+
+    head = jax.jit(start_head, out_shardings=shardings["reward_head"])(
+        jax.random.fold_in(key, 2), start.params
+    )
     row = reward_row(start, encoder.tokenizer)
     embedding = jax.jit(
         lambda table: table[row].astype(jnp.float32), out_shardings=shardings["reward_embedding"]
@@ -231,7 +245,9 @@ def head_start(config: ConfigDict, backbone: BackboneConfig) -> HeadStart:
     if config.backbone.random:
         return HeadStart()
     dimensions = tuple(config.data.dimensions)
-    return read_head_start(backbone_folder(config), backbone, dimensions, config.head.anew)
+    wanted = abstract_reward_head(config, backbone.text.hidden, len(dimensions))
+    folder = backbone_folder(config)
+    return read_head_start(folder, backbone, dimensions, config.head.anew, wanted)
 
 
 def reward_row(start: HeadStart, tokenizer: Tokenizer) -> int:

@@ -54,12 +54,14 @@ class Group(NamedTuple):
 
 class GroupScores(NamedTuple):
     """Columns stand in the order of `dimensions`; a candidate without a score has NaN in its row
-    and words in `errors` (None elsewhere)."""
+    and words in `errors` (None elsewhere). deviation_KR: how unsure the model is of each reward;
+    None of a model that does not say."""
 
     reward_KR: np.ndarray
     normalised_KR: np.ndarray
     dimensions: tuple[str, ...]
     errors: tuple[str | None, ...]
+    deviation_KR: np.ndarray | None = None
 
 
 class _Client:
@@ -290,18 +292,25 @@ def read_scores(found: dict[str, Any]) -> list[GroupScores]:
     scores = []
     for group in found["groups"]:
         reward_KR = np.full((len(group["candidates"]), len(dimensions)), np.nan, np.float32)
-        normalised_KR, errors = reward_KR.copy(), []
+        normalised_KR, deviation_KR, errors = reward_KR.copy(), reward_KR.copy(), []
         for k, one in enumerate(group["candidates"]):
             error = one.get("error")
             errors.append(error["message"] if error else None)
             for r, name in enumerate(dimensions if not error else ()):
-                reward_KR[k, r] = one["dimensions"][name]["reward"]
-                known = one["dimensions"][name]["normalised"]
+                own = one["dimensions"][name]
+                reward_KR[k, r] = own["reward"]
+                known = own["normalised"]
                 normalised_KR[k, r] = np.nan if known is None else known
+                unsure = own.get("deviation")
+                deviation_KR[k, r] = np.nan if unsure is None else unsure
             if not error and not np.isfinite(reward_KR[k]).all():
                 errors[k] = "no finite reward"
-                reward_KR[k] = normalised_KR[k] = np.nan
-        scores.append(GroupScores(reward_KR, normalised_KR, dimensions, tuple(errors)))
+                reward_KR[k] = normalised_KR[k] = deviation_KR[k] = np.nan
+        says = bool(np.isfinite(deviation_KR).any())
+        scores.append(
+            GroupScores(reward_KR, normalised_KR, dimensions, tuple(errors),
+                        deviation_KR if says else None)
+        )  # fmt: skip
     return scores
 
 

@@ -132,6 +132,10 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         result["step"], result["stamp"] = model.card.get("step"), model.card.get("stamp")
         result["work"] = model.describe_work()
         result["remarks"] += _dimension_remarks(model, benchmark)
+    if any(one.answer.deviations for one in judged):
+        from jrm_jax.evaluation.unsure import unsure
+
+        result["unsure"] = report.plain(unsure(judged))
     if args.probe:
         from jrm_jax.evaluation.probe import probe
 
@@ -245,8 +249,9 @@ def print_result(result: dict[str, Any]) -> None:
     console = terminal.console()
     if rules:
         console.print(f"Best rule: the best of {', '.join(rules)}, which need no model.")
-    for row in result.get("probe", {}).get("rows", ()):
-        console.print(f"{row['name']}: {row['value']}")
+    for block in report.SANITY:
+        for row in (result.get(block) or {}).get("rows", ()):
+            console.print(f"{row['name']}: {row['value']}")
     for kind, found in result["issues"].items():
         console.print(f"{found['count']} x {kind}; first: {found['items'][0]}")
     for remark in result["remarks"]:

@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 
 from jrm_jax import cli
 from jrm_jax.data.processor import read_config as read_processor_config
 from jrm_jax.data.template import NO_THOUGHTS, Template, save_tokenizer
 from jrm_jax.errors import UserError
-from jrm_jax.model import weights
+from jrm_jax.model import stored_head, weights
 from jrm_jax.model.tensor_files import INDEX_FILE
 from jrm_jax.run.backbones import FILES, TOKENIZER
 from jrm_jax.serving.rounding import Rounding, measure
@@ -39,6 +38,30 @@ ARCHITECTURES = {
     "qwen2_5_vl": "Qwen2_5_VLForSequenceClassification",
     "qwen3_vl": "Qwen3VLForSequenceClassification",
     "qwen3_5": "Qwen3_5ForSequenceClassification",
+}
+# What the card says: whether rewards are Gaussians, and whether the head has hidden layers
+DEVIATION = {
+    False: "The rewards are plain numbers, without a deviation.",
+    True: (
+        "The rewards are Gaussians. The score is their mean; `model.score_edits(..., "
+        "with_deviation=True)` also returns their standard deviations, in units of the score. The "
+        "outputs of `forward` are the means, then the **log** deviations, named in `id2label`: "
+        "only the means are rewards. The chance that people prefer one candidate to another is "
+        "the mean of sigmoid(difference), a Gaussian with the difference of the means and the sum "
+        "of the squared deviations. Whether the deviations are right, `jrm_jax.evaluate` measures."
+    ),
+}
+LAYOUT = {
+    False: (
+        "The layout is what vLLM documents for its sequence classifiers: `score.weight` without "
+        "bias, last-token pooling."
+    ),
+    True: (
+        "The reward head has hidden layers (`score.hidden.N`, `score.out`, with biases and ReLU), "
+        "so the layout that vLLM documents for its sequence classifiers, one `score.weight` "
+        "without bias, **is not met**: an engine must run the class in this folder "
+        "(`modeling_jrm.py`), or it cannot score. What follows holds for a head of one linear."
+    ),
 }
 # of pictures with text, and of videos
 PROCESSORS = {
@@ -68,7 +91,7 @@ def export(
             trained.config,
             dtype,
             max_shard_bytes,
-            {"score.weight": np.asarray(trained.params["reward_head"]["kernel"], np.float32).T},
+            stored_head.head_tensors(trained.params["reward_head"]),
         )
         save_tokenizer(trained.folder, part, trained.config.text.vocab)
         files = {
@@ -137,7 +160,9 @@ def _config(trained: Trained, dtype: str) -> dict[str, Any]:
     """The backbone's config.json as that of a sequence classifier."""
     config = json.loads((trained.folder / "config.json").read_text())
     architecture = ARCHITECTURES[trained.config.family]
-    names = {str(i): name for i, name in enumerate(trained.encoder.dimensions)}
+    head = trained.params["reward_head"]
+    outputs = stored_head.output_names(head, trained.encoder.dimensions)
+    names = {str(i): name for i, name in enumerate(outputs)}
     pad = trained.encoder.tokenizer.pad_id
     config.pop("torch_dtype", None)
     config |= {
@@ -151,6 +176,7 @@ def _config(trained: Trained, dtype: str) -> dict[str, Any]:
         "pad_token_id": pad,
         # transformers reads it here, whatever the text part says
         "tie_word_embeddings": trained.config.text.tie_embeddings,
+        **stored_head.describe(head),
     }
     # the classifier finds a row's last token by the padding token of the text part
     for part in ("text_config", "vision_config"):
@@ -234,6 +260,7 @@ def _model_card(trained: Trained, dtype: str, rounding: str) -> str:
             "but critiques were trained to see their candidate by the reward token alone, which "
             "`generate` does not know; `jrm_jax.score` writes them."
         )
+    head = trained.params["reward_head"]
     return (ASSETS / "model_card.md").read_text(encoding="utf-8").format(
         architecture=ARCHITECTURES[trained.config.family],
         dtype=dtype,
@@ -251,6 +278,8 @@ def _model_card(trained: Trained, dtype: str, rounding: str) -> str:
         reward_token_id=stamp["reward_token_id"],
         max_pixels=f"{stamp['max_pixels']:,}",
         spread=spread,
+        deviation=DEVIATION["deviation" in head],
+        layout=LAYOUT["hidden" in head],
         results="\n".join(["| number | value |", "|---|---|", *rows]) if rows else "None.",
     )
 

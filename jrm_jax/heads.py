@@ -2,33 +2,86 @@
 words of a critique or its facts. Pure: jax only.
 
 Letters: B groups, K candidates, R reward dimensions, P prompt slots, C candidate slots,
-S = P + K*C packed slots, T critique targets per candidate, X = K*T, D hidden width, W vocabulary,
-F facts.
+S = P + K*C packed slots, T critique targets per candidate, X = K*T, D hidden width, W vocabulary
+(of the reward head: the width that its last layer reads), F facts.
 """
 
 import functools
+import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
+from jrm_jax.gaussian import bounded
 from jrm_jax.losses import Term
 from jrm_jax.model.layers import precision
 
 TRAINING_HEADS = ("facts_head", "words_head")  # what a trained model does without
 
 
-def init_reward_head(key: jax.Array, width: int, dimensions: int, scale: float = 1.0) -> dict:
-    """{'kernel': [D, R] float32}, normal with deviation scale / sqrt(D)."""
-    kernel_DR = jax.random.normal(key, (width, dimensions), jnp.float32)
-    return {"kernel": kernel_DR * (scale / jnp.sqrt(jnp.float32(width)))}
+def init_reward_head(
+    key: jax.Array,
+    width: int,
+    dimensions: int,
+    scale: float = 1.0,
+    hidden: Sequence[int] = (),
+    deviation: bool = False,
+) -> dict:
+    """{'kernel': [W, R]}, normal with deviation scale / sqrt(W); float32, as all of the head.
+
+    hidden: widths of the layers before it, the last of which is W; none: W is D. Layer n is
+        {'hidden': {'n': {'kernel', 'bias'}}}, normal with deviation sqrt(2 / input) (He et al.,
+        arXiv 1502.01852). With them every layer has a bias, which begins at 0.
+    deviation: rewards are Gaussians. 'deviation' holds a second {'kernel'}, of log-deviations,
+        which begins at 0: at first every deviation is 1.
+    """
+    sizes = (width, *hidden)
+
+    def layer(kernel: jax.Array) -> dict:
+        bias = {"bias": jnp.zeros(kernel.shape[1:], jnp.float32)} if hidden else {}
+        return {"kernel": kernel, **bias}
+
+    def normal(key: jax.Array, inputs: int, outputs: int, gain: float) -> jax.Array:
+        kernel = jax.random.normal(key, (inputs, outputs), jnp.float32)
+        return kernel * (gain / jnp.sqrt(jnp.float32(inputs)))
+
+    layers = {
+        str(n): layer(normal(jax.random.fold_in(key, n), *sizes[n : n + 2], math.sqrt(2.0)))
+        for n in range(len(hidden))
+    }
+    last = sizes[-1], dimensions
+    return {
+        **({"hidden": layers} if hidden else {}),
+        **layer(normal(key, *last, scale)),
+        **({"deviation": layer(jnp.zeros(last, jnp.float32))} if deviation else {}),
+    }
 
 
 def apply_reward_head(params: dict, hidden_BKD: jax.Array) -> jax.Array:
-    """[B, K, R] float32: one bias-free linear on the final-normed state of the reward token."""
-    kernel_DR = params["kernel"].astype(jnp.float32)
-    return jnp.dot(
-        hidden_BKD.astype(jnp.float32), kernel_DR, precision=precision(kernel_DR.dtype)
-    )
+    """[B, K, R] float32, from the final-normed state of the reward token: one bias-free linear, or
+    that after hidden layers with ReLU."""
+    return _linear(params, _features(params, hidden_BKD))
+
+
+def apply_deviation_head(params: dict, hidden_BKD: jax.Array) -> jax.Array | None:
+    """[B, K, R] float32: the rewards' log-deviations; None where rewards are plain numbers."""
+    if "deviation" not in params:
+        return None
+    return bounded(_linear(params["deviation"], _features(params, hidden_BKD)))
+
+
+def _features(params: dict, hidden_BKD: jax.Array) -> jax.Array:
+    features_BKW = hidden_BKD.astype(jnp.float32)
+    for n in range(len(params.get("hidden", ()))):
+        features_BKW = jax.nn.relu(_linear(params["hidden"][str(n)], features_BKW))
+    return features_BKW
+
+
+def _linear(params: dict, features_BKW: jax.Array) -> jax.Array:
+    kernel = params["kernel"].astype(jnp.float32)
+    product = jnp.dot(features_BKW, kernel, precision=precision(kernel.dtype))
+    return product + params["bias"] if "bias" in params else product
 
 
 def init_facts_head(width: int, facts: int) -> dict:

@@ -11,6 +11,16 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jrm_jax.gaussian import expected_softplus, gap_deviation, log_expected_sigmoid
+
+# What a pair costs whose winner leads by `gap`, where rewards are Gaussians and `deviation` is that
+# of their difference; 'off': they are numbers
+GAUSSIAN = {
+    "off": lambda gap, deviation: jax.nn.softplus(-gap),
+    "log_of_mean": lambda gap, deviation: -log_expected_sigmoid(gap, deviation),
+    "mean_of_log": lambda gap, deviation: expected_softplus(-gap, deviation),
+}
+
 
 class Term(NamedTuple):
     """One loss before its division: both float32 scalars; the mean is sum / weight."""
@@ -38,6 +48,8 @@ def preference_loss(
     preference_BKKR: jax.Array,
     weight_BKKR: jax.Array,
     margin: float = 0.0,
+    log_deviation_BKR: jax.Array | None = None,
+    gaussian: str = "off",
 ) -> Term:
     """Bradley-Terry negative log-likelihood over all labelled pairs i < j.
 
@@ -46,12 +58,24 @@ def preference_loss(
     in the share, so votes that differ cost what their share costs with the sum of their weights.
     A margin is asked of decided pairs only; it fades to zero for a tie.
     Source: Bradley and Terry (1952), Biometrika 39; the margin as in Llama 2 (arXiv 2307.09288).
+
+    Args:
+        log_deviation_BKR: of rewards that are Gaussians, with `gaussian` one of GAUSSIAN:
+            'log_of_mean', -log of the expected sigmoid of the difference (Joint Reward Modeling,
+            arXiv 2602.07533); 'mean_of_log', the expected -log sigmoid (EditReward's code), which
+            never falls as a deviation grows. Both are the plain loss at a deviation of 0.
     """
+    cost = GAUSSIAN[gaussian]
+    deviation_BKKR = None
+    if log_deviation_BKR is not None:
+        deviation_BKKR = gap_deviation(
+            log_deviation_BKR[:, :, None, :], log_deviation_BKR[:, None, :, :]
+        )
     gap_BKKR = reward_BKR[:, :, None, :] - reward_BKR[:, None, :, :]
     wanted_BKKR = margin * jnp.abs(2.0 * preference_BKKR - 1.0)
-    nll_BKKR = preference_BKKR * jax.nn.softplus(wanted_BKKR - gap_BKKR) + (
+    nll_BKKR = preference_BKKR * cost(gap_BKKR - wanted_BKKR, deviation_BKKR) + (
         1.0 - preference_BKKR
-    ) * jax.nn.softplus(wanted_BKKR + gap_BKKR)
+    ) * cost(-gap_BKKR - wanted_BKKR, deviation_BKKR)
     weight_BKKR = _upper(weight_BKKR)
     return Term(jnp.sum(nll_BKKR * weight_BKKR), jnp.sum(weight_BKKR))
 

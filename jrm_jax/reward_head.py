@@ -1,75 +1,121 @@
 """Where the reward head of a run comes from: the backbone's folder, if an export of a run with the
-same reward dimensions lies there, or it starts anew.
-
-Letters: R reward dimensions of the run, D hidden width.
+same reward dimensions and hidden layers lies there, or it starts anew.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from jrm_jax.data.template import names_reward
 from jrm_jax.errors import UserError
-from jrm_jax.model import weights
 from jrm_jax.model.config import BackboneConfig
+from jrm_jax.model.stored_head import load_reward_head
+from jrm_jax.optim import flatten, unflatten
 
 
 class HeadStart(NamedTuple):
     """is_export: whether the folder has the reward token's row, as exports have.
-    kernel_DR: of the run's dimensions, NaN in columns of those that start anew; None: all do.
+    params: the head of the run, float32, NaN in the columns of what starts anew; None: all does.
     words: what is to be said of it; '' for nothing."""
 
     is_export: bool = False
-    kernel_DR: np.ndarray | None = None
+    params: dict[str, Any] | None = None
     words: str = ""
 
     @property
     def is_whole(self) -> bool:
         """Every dimension goes on from the folder."""
-        return self.kernel_DR is not None and not np.isnan(self.kernel_DR).any()
+        leaves = jax.tree.leaves(self.params)
+        return bool(leaves) and not any(np.isnan(leaf).any() for leaf in leaves)
 
 
 def read_head_start(
-    folder: Path, backbone: BackboneConfig, dimensions: Sequence[str], anew: bool
+    folder: Path,
+    backbone: BackboneConfig,
+    dimensions: Sequence[str],
+    anew: bool,
+    wanted: Mapping[str, Any],
 ) -> HeadStart:
     """Dimensions are found by their names, which an export writes into its config.json; where it
-    has none, by their order.
+    has none, by their order. Deviations that only one of the two has start anew, or are dropped.
+
+    Args:
+        wanted: shapes of the run's head.
 
     Raises:
-        UserError: the head is for other dimensions alone; or as `weights.load_params`.
+        UserError: the head is for other dimensions alone, or has other hidden layers; or as
+            `stored_head.load_reward_head`.
     """
-    found = weights.load_reward_head(folder, backbone)
-    if found is None:
+    head = load_reward_head(folder, backbone)
+    if head is None:
         return HeadStart(names_reward(folder))
     if anew:
         return HeadStart(True, None, "the reward head starts anew: config.head.anew is True")
-    kernel_DR = np.asarray(found["kernel"])
-    names, here = _names(folder), f"the reward head of {folder}"
-    if names is None or len(names) != kernel_DR.shape[1]:
-        if kernel_DR.shape[1] == len(dimensions):
-            return HeadStart(True, kernel_DR, f"{here} goes on for {', '.join(dimensions)}")
-        number = kernel_DR.shape[1]
-        return HeadStart(True, None, f"{here} has {number} outputs without names: it starts anew")
+    here, number = f"the reward head of {folder}", head["kernel"].shape[1]
+    has, needs = (_widths(one) for one in (head, wanted))
+    if has != needs:
+        raise UserError(
+            f"{here} has hidden layers of {_listed(has)}, this run of {_listed(needs)}: set "
+            f"--config.head.hidden={has}, or start anew with --config.head.anew=True"
+        )
+    names = _names(folder)
+    if names is not None and "deviation" in head and len(names) == 2 * number:
+        names = names[:number]  # those of the log-deviations follow
+    if names is None or len(names) != number:
+        if number != len(dimensions):
+            words = f"{here} has {number} outputs without names: it starts anew"
+            return HeadStart(True, None, words)
+        names = list(dimensions)
     known = [name for name in dimensions if name in names]
     if not known:
         raise UserError(
             f"{here} scores {', '.join(names)}, this run {', '.join(dimensions)}: name them alike "
             "in config.data.dimensions, or start anew with --config.head.anew=True"
         )
-    absent = np.full(len(kernel_DR), np.nan, np.float32)
-    columns = [kernel_DR[:, names.index(n)] if n in names else absent for n in dimensions]
+    columns = [names.index(name) if name in names else None for name in dimensions]
     words = f"{here} goes on for {', '.join(known)}"
     for rest, verb in (
         ([n for n in dimensions if n not in names], "starts anew"),
         ([n for n in names if n not in dimensions], "is dropped"),
-    ):
+        (["its deviation"] if "deviation" in wanted and "deviation" not in head else [],
+         "starts anew"),
+        (["its deviation"] if "deviation" in head and "deviation" not in wanted else [],
+         "is dropped"),
+    ):  # fmt: skip
         words += f"; {', '.join(rest)} {verb}" if rest else ""
-    return HeadStart(True, np.stack(columns, axis=1), words)
+    return HeadStart(True, _in_columns(flatten(head), columns, flatten(wanted)), words)
+
+
+def _in_columns(
+    found: Mapping[str, Any], columns: Sequence[int | None], wanted: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The leaves of `found` by path as those of `wanted`, a column for each dimension."""
+    leaves = {}
+    for path, shape in wanted.items():
+        if path.startswith("hidden/"):
+            leaves[path] = np.asarray(found[path])
+            continue
+        leaf = np.full(shape.shape, np.nan, np.float32)
+        for place, column in enumerate(columns):
+            if path in found and column is not None:
+                leaf[..., place] = found[path][..., column]
+        leaves[path] = leaf
+    return unflatten(leaves)
+
+
+def _widths(head: Mapping[str, Any]) -> tuple[int, ...]:
+    layers = head.get("hidden", {})
+    return tuple(layers[str(n)]["bias"].shape[0] for n in range(len(layers)))
+
+
+def _listed(widths: Sequence[int]) -> str:
+    return " and ".join(map(str, widths)) or "no width"
 
 
 def _names(folder: Path) -> list[str] | None:

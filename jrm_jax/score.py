@@ -114,13 +114,19 @@ def score_many(args: argparse.Namespace) -> int:
 
 def print_table(found: dict[str, Any]) -> None:
     columns = {"rank": "right", "picture": "left", "reward": "right", "normalised": "right"}
+    if any("deviation" in row for row in found["candidates"]):
+        columns["deviation"] = "right"
     if any("critique" in row for row in found["candidates"]):
         columns["critique"] = "left"
     rows = []
     for place, row in enumerate(found["candidates"], 1):
         shown = {"rank": place} | row
         cells = [shown.get(name) for name in columns]
-        rows.append(f"{c:+.4f}" if isinstance(c, float) else str(c or "-") for c in cells)
+        signs = ("" if name == "deviation" else "+" for name in columns)
+        rows.append(
+            f"{c:{sign}.4f}" if isinstance(c, float) else str(c or "-")
+            for c, sign in zip(cells, signs, strict=True)
+        )
     options = {name: {"justify": side, "overflow": "fold"} for name, side in columns.items()}
     terminal.print_table(found["instruction"], options, rows)
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from jrm_jax.heads import (
+    apply_deviation_head,
     apply_facts_head,
     apply_reward_head,
     critique_nll,
@@ -54,7 +55,7 @@ class LossConfig(NamedTuple):
     `first_weight`: weight of a critique's first token, the one that the reward token predicts, in
     training; the others have 1. `language_end`: what the language weight is multiplied by at the
     end of training; it goes there from 1 in a straight line. `teacher_scale`: see
-    `teacher_preferences`.
+    `teacher_preferences`. `gaussian`: see `preference_loss`.
     """
 
     preference_weight: float = 1.0
@@ -68,13 +69,16 @@ class LossConfig(NamedTuple):
     words_weight: float = 0.0
     teacher_weight: float = 0.0
     teacher_scale: float = 1.0
+    gaussian: str = "off"
 
 
 class Outputs(NamedTuple):
-    """reward_BKR float32, or None for a generative run; terms by name."""
+    """reward_BKR float32, or None for a generative run; terms by name; log_deviation_BKR float32 of
+    rewards that are Gaussians, else None."""
 
     reward_BKR: jax.Array | None
     terms: dict[str, Term]
+    log_deviation_BKR: jax.Array | None = None
 
 
 Forward = Callable[[dict, dict], Outputs]
@@ -94,13 +98,15 @@ def make_forward(
             {"params": own}, batch, params["reward_embedding"], patches_BINF
         )
         prompt, slots = batch["prompt_tokens"].shape[1], batch["candidate_tokens"].shape[2]
-        terms, reward_BKR = {}, None
+        terms, reward_BKR, log_deviation_BKR = {}, None, None
         if loss.preference_weight:
             index_BK1 = batch["reward_index"][:, :, None]
             hidden_BKD = gather_hidden(hidden_BSD, index_BK1, prompt, slots)[:, :, 0]
             reward_BKR = apply_reward_head(params["reward_head"], hidden_BKD)
+            log_deviation_BKR = apply_deviation_head(params["reward_head"], hidden_BKD)
+            spread = {"log_deviation_BKR": log_deviation_BKR, "gaussian": loss.gaussian}
             terms["preference"] = preference_loss(
-                reward_BKR, batch["preference"], batch["preference_weight"], loss.margin
+                reward_BKR, batch["preference"], batch["preference_weight"], loss.margin, **spread
             )
             if loss.centering_weight:
                 terms["centering"] = centering_loss(reward_BKR, ranked_candidates(batch))
@@ -108,7 +114,7 @@ def make_forward(
                 soft = teacher_preferences(
                     batch["teacher_scores"], batch["teacher_mask"], loss.teacher_scale
                 )
-                terms["teacher"] = preference_loss(reward_BKR, *soft)
+                terms["teacher"] = preference_loss(reward_BKR, *soft, **spread)
             if loss.facts_weight:
                 logits_BKF = apply_facts_head(params["facts_head"], hidden_BKD)
                 terms["facts"] = facts_loss(logits_BKF, batch["facts"], batch["candidate_mask"])
@@ -129,7 +135,7 @@ def make_forward(
                 backbone.reward_token_id,
                 loss.chunk,
             )
-        return Outputs(reward_BKR, terms)
+        return Outputs(reward_BKR, terms, log_deviation_BKR)
 
     return forward
 
@@ -147,6 +153,9 @@ def _measure(outputs: Outputs, batch: dict) -> dict[str, Term]:
         measured["reward_square"] = Term(
             jnp.sum(jnp.square(outputs.reward_BKR) * mask_BK1), count
         )
+        if outputs.log_deviation_BKR is not None:
+            deviation_BKR = jnp.exp(outputs.log_deviation_BKR)
+            measured["deviation"] = Term(jnp.sum(deviation_BKR * mask_BK1), count)
     return measured
 
 
@@ -237,12 +246,16 @@ def make_eval_step(forward: Forward) -> Callable[[dict, dict, dict], tuple[dict,
 def make_score_step(
     backbone: Backbone, mean: tuple, std: tuple
 ) -> Callable[[dict, dict], jax.Array]:
-    """score_step(params, batch) -> reward_BKR float32, from the discriminative path alone."""
+    """score_step(params, batch) -> reward_BKR float32, from the discriminative path alone; where
+    rewards are Gaussians [B, K, 2R]: their means, then their deviations."""
     backbone = backbone.clone(through_reward=False)  # nothing stands behind the reward token
     forward = make_forward(backbone, mean, std, LossConfig(language_weight=0.0))
 
     def score_step(params: dict, batch: dict) -> jax.Array:
-        return forward(params, batch).reward_BKR
+        found = forward(params, batch)
+        if found.log_deviation_BKR is None:
+            return found.reward_BKR
+        return jnp.concatenate([found.reward_BKR, jnp.exp(found.log_deviation_BKR)], axis=-1)
 
     return score_step
 

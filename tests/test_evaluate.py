@@ -15,6 +15,7 @@ from jrm_jax.errors import UserError
 from jrm_jax.evaluation import probe
 from jrm_jax.evaluation.cases import Case, Issues, Picture
 from jrm_jax.evaluation.scoring import column, score_cases
+from jrm_jax.serving.groups import Scores
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +112,7 @@ class Judge:
         return np.array(bright) - self.reads * len(words) * np.arange(len(bright))
 
     def score_encoded(self, encoded, one_bucket=False):
-        return [score_K[:, None] for score_K in encoded]
+        return [Scores(score_K[:, None], score_K[:, None], ("overall",)) for score_K in encoded]
 
 
 @pytest.mark.parametrize("reads", [0, 1])
@@ -147,9 +148,9 @@ def test_reward_states_are_what_the_head_reads(model):
 
     encoded = [encode_case(model, case)]
     (state_KD,) = model.reward_states(encoded)
-    (reward_KR,) = model.score_encoded(encoded)
+    (scores,) = model.score_encoded(encoded)
     kernel_DR = np.asarray(model._runner.device.params["reward_head"]["kernel"])
-    np.testing.assert_allclose(state_KD @ kernel_DR, reward_KR, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(state_KD @ kernel_DR, scores.reward_KR, rtol=1e-5, atol=1e-5)
 
 
 def test_special_tokens_in_a_benchmarks_texts_are_plain_text(model):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jrm_jax.heads import (
+    apply_deviation_head,
     apply_reward_head,
     critique_nll,
     gather_hidden,
@@ -37,6 +38,32 @@ def test_reward_head_is_float32_whatever_it_reads():
     np.testing.assert_allclose(
         reward, np.asarray(hidden, np.float64) @ np.asarray(params["kernel"]), rtol=1e-5
     )
+
+
+def test_a_head_with_layers_and_deviations():
+    """Its products by hand; every deviation begins at one; rewards begin with the spread asked."""
+    plain = init_reward_head(jax.random.key(0), D, 2)
+    assert "deviation" not in plain and apply_deviation_head(plain, jnp.ones((B, D))) is None
+    wide = init_reward_head(jax.random.key(0), 400, 3, 2.0, (900, 700), True)
+    states = jax.random.normal(jax.random.key(1), (500, 400))
+    reward = apply_reward_head(wide, states)
+    np.testing.assert_allclose(jnp.mean(jnp.square(reward)), 4.0, rtol=0.3)
+    np.testing.assert_array_equal(apply_deviation_head(wide, states), jnp.zeros((500, 3)))
+
+    head = init_reward_head(jax.random.key(0), D, 2, hidden=(5, 3), deviation=True)
+    keys = iter(jax.random.split(jax.random.key(2), 20))
+    head = jax.tree.map(lambda leaf: jax.random.normal(next(keys), leaf.shape), head)
+    hidden = jax.random.normal(jax.random.key(1), (B, 3, D), jnp.bfloat16)
+    features = np.asarray(hidden, np.float64)
+    for name in ("0", "1"):
+        layer = head["hidden"][name]
+        features = np.maximum(features @ np.asarray(layer["kernel"]) + layer["bias"], 0)
+    for part, apply in ((head, apply_reward_head), (head["deviation"], apply_deviation_head)):
+        found = apply(head, hidden)
+        assert found.dtype == jnp.float32 and found.shape == (B, 3, 2)
+        wanted = features @ np.asarray(part["kernel"], np.float64) + np.asarray(part["bias"])
+        wanted = np.clip(wanted, -20, 20) if part is not head else wanted
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_gather_reads_the_packed_axis():

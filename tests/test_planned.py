@@ -162,7 +162,7 @@ def test_pictures_are_kept_no_longer_than_they_are_needed():
         return [np.zeros((1, 1), np.float32)] * 200
 
     model = SimpleNamespace(
-        batch_size=4, need=lambda *_: None, _with_scale=list,
+        batch_size=4, need=lambda *_: None, _scores=list,
         _runner=SimpleNamespace(streamed=streamed),
     )  # fmt: skip
     groups = (Group("", None, [Picture()]) for _ in range(200))

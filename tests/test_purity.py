@@ -12,11 +12,11 @@ IO = {
     "absl", "logging", "os", "pathlib", "ml_collections", "orbax", "tensorflow_datasets", "grain",
     "transformers", "torch", "json", "rich", "tensorboardX",
 }  # fmt: skip
-CORE = [PACKAGE / f"{name}.py" for name in ("step", "losses", "heads")]
+CORE = [PACKAGE / f"{name}.py" for name in ("step", "losses", "heads", "gaussian")]
 CORE += [
     path
     for path in (PACKAGE / "model").glob("*.py")
-    if path.name not in ("weights.py", "tensor_files.py", "config.py")
+    if path.name not in ("weights.py", "stored_head.py", "tensor_files.py", "config.py")
 ]
 FILES = sorted(PACKAGE.rglob("*.py"))
 
@@ -69,18 +69,18 @@ ROWS = (
     {"train", "run", "build", "build_data", "checkpoint", "metrics", "watch", "distributed", "cli",
      "reward_head"},
     {"step", "data"},
-    {"heads", "losses", "optim", "lora", "sharding", "model"},
+    {"heads", "losses", "gaussian", "optim", "lora", "sharding", "model"},
     {"shell"},
     {"adapters"},
     {"client", "errors"},
 )
 ROW_OF = {room: row for row, rooms in enumerate(ROWS) for room in rooms}
-CORE_ROOMS = {"step", "losses", "heads", "optim", "lora", "sharding", "model", "errors"}
+CORE_ROOMS = {"step", "losses", "heads", "gaussian", "optim", "lora", "sharding", "model", "errors"}
 MAY = {  # exceptions that are narrower than their row
     "data": {"data", "model", "shell", "errors"},
     "adapters": {"adapters", "client"},  # they run in other people's processes: no JAX
     "client": {"client"},
-    **{room: CORE_ROOMS for room in ("step", "losses", "heads", "model")},
+    **{room: CORE_ROOMS for room in ("step", "losses", "heads", "gaussian", "model")},
 }
 
 

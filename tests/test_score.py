@@ -386,8 +386,9 @@ def test_any_number_of_groups_is_streamed(model, groups):
 def test_candidates_laid_apart_score_the_same(model, groups):
     encoded = [model.encode(group) for group in groups[:2]]
     wanted = model.score_encoded(encoded)
-    for group, reward_KR in zip(encoded, wanted, strict=True):
+    for group, scores in zip(encoded, wanted, strict=True):
         parts = rows.apart(group)
         assert all(len(part.candidates) == 1 and not part.prompt.tokens for part in parts)
-        found = np.concatenate(model.score_encoded(parts, one_bucket=True))
-        np.testing.assert_allclose(found, reward_KR, rtol=0, atol=1e-5)
+        found = model.score_encoded(parts, one_bucket=True)
+        found_KR = np.concatenate([one.reward_KR for one in found])
+        np.testing.assert_allclose(found_KR, scores.reward_KR, rtol=0, atol=1e-5)

@@ -20,7 +20,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from jrm_jax.errors import UserError
-from jrm_jax.heads import init_facts_head, init_words_head
+from jrm_jax.heads import init_facts_head, init_reward_head, init_words_head
 from jrm_jax.model.config import BackboneConfig, TextConfig, VisionConfig
 from jrm_jax.model.tensors import abstract_params, flatten
 from jrm_jax.sharding import (
@@ -91,7 +91,9 @@ def config_of(family: str) -> BackboneConfig:
 
 def abstract(family: str) -> dict:
     return abstract_params(config_of(family)) | {
-        "reward_head": {"kernel": jax.ShapeDtypeStruct((64, 3), jnp.float32)},
+        "reward_head": jax.eval_shape(
+            lambda: init_reward_head(jax.random.key(0), 64, 3, hidden=(32, 16), deviation=True)
+        ),
         "reward_embedding": jax.ShapeDtypeStruct((64,), jnp.float32),
         "facts_head": jax.eval_shape(lambda: init_facts_head(64, 7)),
         "words_head": jax.eval_shape(lambda: init_words_head(64)),

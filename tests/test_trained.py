@@ -42,8 +42,11 @@ def name(folder, labels):
     path.write_text(json.dumps(config))
 
 
-def start(folder, *dimensions, anew=False):
-    return reward_head.read_head_start(folder, load_config(folder), dimensions, anew)
+def start(folder, *dimensions, anew=False, config=None):
+    config = config or joint.get_config()
+    backbone = load_config(folder)
+    wanted = build.abstract_reward_head(config, backbone.text.hidden, len(dimensions))
+    return reward_head.read_head_start(folder, backbone, dimensions, anew, wanted)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +69,7 @@ def test_dimensions_of_an_export_are_found_by_their_names(
     found = start(folder, *dimensions)
     assert words in found.words and str(folder) in found.words
     assert found.is_whole == (None not in wanted)
-    for column, index in zip(found.kernel_DR.T, wanted, strict=True):
+    for column, index in zip(found.params["kernel"].T, wanted, strict=True):
         if index is None:
             assert np.isnan(column).all()
         else:
@@ -80,16 +83,16 @@ def test_names_that_clash_are_refused(folder):
         assert f"scores overall, quality, this run {', '.join(dimensions)}" in str(caught.value)
         assert "--config.head.anew=True" in str(caught.value)
         found = start(folder, *dimensions, anew=True)
-        assert found.kernel_DR is None and found.is_export and "starts anew" in found.words
+        assert found.params is None and found.is_export and "starts anew" in found.words
 
 
 def test_a_head_without_names_goes_by_number(folder, tmp_path, columns):
     folder = shutil.copytree(folder, tmp_path / "unnamed")
     for labels in (["LABEL_0", "LABEL_1"], []):
         name(folder, labels)
-        np.testing.assert_array_equal(start(folder, "style", "taste").kernel_DR, columns.T)
+        np.testing.assert_array_equal(start(folder, "style", "taste").params["kernel"], columns.T)
         found = start(folder, "style")
-        assert found.kernel_DR is None and "2 outputs without names: it starts anew" in found.words
+        assert found.params is None and "2 outputs without names: it starts anew" in found.words
 
 
 def test_a_folder_without_a_head_needs_no_words(small_backbone):  # noqa: F811
@@ -112,7 +115,7 @@ def test_a_head_that_is_known_in_part_starts_as_said(folder, columns):
 
 # Why there is no score
 
-WHOLE = reward_head.HeadStart(True, np.ones((4, 1), np.float32))
+WHOLE = reward_head.HeadStart(True, {"kernel": np.ones((4, 1), np.float32)})
 NEW = reward_head.HeadStart()
 TAUGHT = {"preference": 5, "language": 5}
 

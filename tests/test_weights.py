@@ -13,8 +13,9 @@ from jrm_jax.errors import UserError
 from jrm_jax.model import weights
 from jrm_jax.model.backbone import init_backbone
 from jrm_jax.model.config import load_config
+from jrm_jax.model.stored_head import load_reward_head
 from jrm_jax.model.tensors import flatten, tensor_table
-from jrm_jax.model.weights import abstract_params, load_params, load_reward_head, save_params
+from jrm_jax.model.weights import abstract_params, load_params, save_params
 from jrm_jax.sharding import make_mesh, param_shardings
 
 torch = pytest.importorskip("torch")

@@ -121,11 +121,13 @@ class Case(NamedTuple):
 class Answer(NamedTuple):
     """scores: one per candidate, larger is better. votes: {comparison id: verdicts 1, 0, -1}.
 
-    A benchmark uses one of them. A verdict that is none of the allowed answers is 0.
+    A benchmark uses one of them. A verdict that is none of the allowed answers is 0. deviations: of
+    scores that are means of Gaussians.
     """
 
     scores: tuple[float, ...] | None = None
     votes: dict[str, list[int]] | None = None
+    deviations: tuple[float, ...] | None = None
 
 
 class Judged(NamedTuple):

@@ -13,6 +13,7 @@ from jrm_jax.errors import UserError
 from jrm_jax.evaluation.cases import SHOWN, Judged, Picture
 from jrm_jax.evaluation.metrics import Verdict
 from jrm_jax.evaluation.report import (
+    SANITY,
     about,
     instruction,
     interval,
@@ -63,7 +64,7 @@ def page(result: dict[str, Any], judged: Sequence[Judged]) -> str:
         "them.</p>",
         _numbers(result["rows"]),
         _published(result),
-        _probe(result.get("probe")),
+        *(_probe(result.get(block), title) for block, title in SANITY.items()),
         _mistakes(judged),
     ]
     return (
@@ -143,13 +144,14 @@ def _published(result: dict[str, Any]) -> str:
 # Probes
 
 
-def _probe(probe: dict[str, Any] | None) -> str:
+def _probe(probe: dict[str, Any] | None, title: str) -> str:
     if not probe:
         return ""
     lines = [("", [row["name"], row["value"], row["meaning"]]) for row in probe["rows"]]
-    plots = _reliability(probe["calibration"]) if probe.get("calibration") else ""
+    found = probe.get("calibration") or probe.get("with")
+    plots = _reliability(found) if found else ""
     return (
-        f"<h2>Sanity of the model</h2><p class=faint>{_text(probe['about'])}</p>"
+        f"<h2>{title}</h2><p class=faint>{_text(probe['about'])}</p>"
         + _table(["probe", "value", "what it means"], lines, {0, 1, 2})
         + plots
     )

@@ -17,10 +17,10 @@ import PIL.Image
 from jrm_jax.data.images import open_image
 from jrm_jax.data.schema import Text
 from jrm_jax.evaluation.cases import Case, Judged, Part, Picture, missing_pictures
-from jrm_jax.evaluation.metrics import strict, verdicts
 from jrm_jax.evaluation.report import main_dimension
 from jrm_jax.evaluation.scoring import CHUNK, Change, column, encode_case, pixel_distance
-from jrm_jax.evaluation.statistics import bootstrap, calibration, effective_rank, spearman
+from jrm_jax.evaluation.statistics import bootstrap, effective_rank, spearman
+from jrm_jax.evaluation.unsure import calibrated, deviations, scored_pairs
 from jrm_jax.shell.terminal import Bar
 
 CASES = 128  # the first so many of the benchmark
@@ -89,7 +89,8 @@ def probe(model: Any, judged: Sequence[Judged], count: int = CASES) -> dict[str,
             _tell_swap(seen, cases, base, numbers, tell)
             _tell_critiques(seen, chosen, base, numbers, tell)
     asked = main_dimension(judged)
-    found = _calibrate(asked)
+    pairs = scored_pairs(asked)
+    found = calibrated(pairs, deviations(pairs))
     if found["count"]:
         tell(
             "calibration error",
@@ -125,10 +126,10 @@ def _encoded(model: Any, cases: Sequence[Case], change: Change | None = None):
 
 def _rewards(model: Any, cases: Sequence[Case], change: Change | None = None) -> list[np.ndarray]:
     parts = _encoded(model, cases, change)
-    found = [reward for part in parts for reward in model.score_encoded(part, one_bucket=True)]
+    found = [scores for part in parts for scores in model.score_encoded(part, one_bucket=True)]
     return [
-        reward_KR[:, column(model.dimensions, case.dimension)]
-        for reward_KR, case in zip(found, cases, strict=True)
+        scores.reward_KR[:, column(model.dimensions, case.dimension)]
+        for scores, case in zip(found, cases, strict=True)
     ]
 
 
@@ -304,9 +305,3 @@ def _tell_critiques(model, chosen: Sequence[Judged], base, numbers, tell: Callab
          " one of them follows the other")  # fmt: skip
 
 
-def _calibrate(judged: Sequence[Judged]) -> dict[str, Any]:
-    decided = [v for v in strict(verdicts(judged)) if v.gap is not None]
-    gap_N = np.array([v.gap for v in decided])
-    chance_N = 1 / (1 + np.exp(-np.abs(gap_N)))
-    right_N = np.array([0.5 if v.gap == 0 else v.right for v in decided])
-    return calibration(chance_N, right_N)

@@ -20,6 +20,9 @@ from jrm_jax.evaluation.statistics import paired_test, tune_threshold
 
 FORMAT = 1  # of the JSON file
 WORST = 12
+# block of the result -> its title; each has 'about' and 'rows' {'name', 'value', 'meaning'}
+SANITY = {"unsure": "How unsure the model is, and whether it is right to be",
+          "probe": "Sanity of the model"}  # fmt: skip
 
 
 def make_result(
@@ -243,7 +246,9 @@ def markdown(result: dict[str, Any]) -> str:
                    f"{row['count']:,} / {row['total']:,}", f"{row['groups']:,}", *cells,
                    note(row)])
         )  # fmt: skip
-    lines += ["", *_probe_lines(result.get("probe")), *_issue_lines(result["issues"])]
+    for block, title in SANITY.items():
+        lines += ["", *_probe_lines(result.get(block), title)]
+    lines += _issue_lines(result["issues"])
     lines += _published_lines(result)
     return "\n".join(lines)
 
@@ -264,12 +269,12 @@ def about(result: dict[str, Any]) -> str:
     return "; ".join(words)
 
 
-def _probe_lines(probe: dict[str, Any] | None) -> list[str]:
+def _probe_lines(probe: dict[str, Any] | None, title: str) -> list[str]:
     if not probe:
         return []
     rows = [_line([row["name"], row["value"], row["meaning"]]) for row in probe["rows"]]
     head = [_line(["probe", "value", "what it means"]), _line(["---"] * 3)]
-    return [f"Sanity of the model. {probe['about']}", "", *head, *rows, ""]
+    return [f"{title}. {probe['about']}", "", *head, *rows, ""]
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -103,14 +103,16 @@ def score_cases(
         found = model.score_lazily(
             needs, lambda index: encode_case(model, readable[index]), bar.advance
         )
-    rewards = dict(zip(map(_key, readable), found, strict=True))
+    known = dict(zip(map(_key, readable), found, strict=True))
     judged = []
     for case in cases:
-        if _key(case) in rewards:
-            own_K = rewards[_key(case)][:, column(model.dimensions, case.dimension)]
+        if _key(case) in known:
+            scores, place = known[_key(case)], column(model.dimensions, case.dimension)
+            own_K, deviation_KR = scores.reward_KR[:, place], scores.deviation_KR
             if not np.isfinite(own_K).all():
                 raise UserError(f"{case.id}: the model gives a score that is not finite")
-            judged.append(Judged(case, Answer(tuple(own_K.tolist()))))
+            unsure = None if deviation_KR is None else tuple(deviation_KR[:, place].tolist())
+            judged.append(Judged(case, Answer(tuple(own_K.tolist()), deviations=unsure)))
     return judged
 
 

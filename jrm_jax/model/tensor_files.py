@@ -13,6 +13,7 @@ from jrm_jax.errors import UserError
 from jrm_jax.model.tensors import TEXT, VISION
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+READABLE = ("F64", "F32", "F16", "BF16")
 
 Slices = tuple[tuple[int, int], ...]
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from jrm_jax.errors import UserError
 from jrm_jax.model.config import BackboneConfig
-from jrm_jax.model.tensor_files import INDEX_FILE, SINGLE_FILE, Slices, TensorFiles
+from jrm_jax.model.tensor_files import INDEX_FILE, READABLE, SINGLE_FILE, Slices, TensorFiles
 from jrm_jax.model.tensors import (
     EMBEDDING,
     HEAD,
@@ -34,12 +34,10 @@ from jrm_jax.model.tensors import (
 )
 
 __all__ = [
-    "abstract_params", "as_stored", "load_params", "load_reward_head", "save_params",
-    "tensor_table",
+    "abstract_params", "as_stored", "load_params", "save_params", "tensor_table",
 ]  # fmt: skip
 
 STORED_AS = {"float32": ("F32", np.dtype("float32")), "bfloat16": ("BF16", np.dtype(jnp.bfloat16))}
-READABLE = ("F64", "F32", "F16", "BF16")
 UNUSED = ("mtp.",)  # beginnings of names: heads that guess several tokens ahead
 
 
@@ -60,8 +58,8 @@ def _check(files: TensorFiles, config: BackboneConfig, ignore: Collection[str]) 
     expected = {name: leaf.disk_shape for leaf in table.values() for name in leaf.names}
     missing = [name for name in expected if name not in files.tensors]
     tied_head = config.text.tie_embeddings and HEAD in files.tensors
-    known = {*expected, *ignore, *((HEAD,) if tied_head else ())}
-    found = (name for name in files.tensors if not name.startswith(UNUSED))
+    known = {*expected, *((HEAD,) if tied_head else ())}
+    found = (name for name in files.tensors if not name.startswith((*UNUSED, *ignore)))
     unread = [files.key(name) for name in found if name not in known]
     shapes, types = [], []
     for name in (name for name in expected if name in files.tensors):
@@ -145,7 +143,7 @@ def load_params(
             device's part is read from just that part of the files, one leaf at a time. None places
             whole leaves on the default device.
         dtype: of the leaves, or a function from a leaf's path to its dtype.
-        ignore: names of further tensors to leave aside, such as 'score.weight'.
+        ignore: beginnings of the names of further tensors to leave aside, such as 'score.'.
         progress: called after each leaf with the numbers read so far and in total.
         only: paths of the leaves to read; None reads all. All are checked.
 
@@ -181,25 +179,6 @@ def _place(files: TensorFiles, leaf: Leaf, dtype: np.dtype, sharding: Any) -> ja
         return parts[slices]
 
     return jax.make_array_from_callback(leaf.shape, sharding, part, dtype=dtype)
-
-
-def load_reward_head(folder: str | os.PathLike, config: BackboneConfig) -> Params | None:
-    """{'kernel': [D, R] float32} from the folder's `score.weight` [R, D], None if it has none.
-
-    Raises:
-        UserError: as `load_params`, or `score.weight` is not [R, D].
-    """
-    files = TensorFiles(Path(folder))
-    if "score.weight" not in files.tensors:
-        return None
-    shape, stored = files.describe("score.weight")
-    width = config.text.hidden
-    if len(shape) != 2 or shape[1] != width or stored not in READABLE:
-        raise UserError(
-            f"{folder}: score.weight is {stored} {list(shape)}, needs floats [dimensions, {width}]"
-        )
-    rows_RD = files.read("score.weight", tuple((0, n) for n in shape))
-    return {"kernel": jnp.asarray(rows_RD.T.astype(np.float32))}
 
 
 def save_params(

@@ -15,6 +15,7 @@ from jrm_jax import optim
 from jrm_jax.build import DTYPES
 from jrm_jax.data.world import describe, life, scenes
 from jrm_jax.errors import UserError
+from jrm_jax.losses import GAUSSIAN
 from jrm_jax.model.attention import IMPLEMENTATIONS
 from jrm_jax.model.layers import REMAT
 from jrm_jax.model.rope import POSITIONS
@@ -184,6 +185,7 @@ RULES = {
     "loss.language_end": _from_0(),
     "loss.through_reward": TRUTH,
     "loss.words_weight": WEIGHT,
+    "loss.gaussian": _one_of(GAUSSIAN),
     "loss.margin": _from_0(),
     "loss.centering_weight": WEIGHT,
     "loss.score_line": TRUTH,
@@ -205,6 +207,7 @@ RULES = {
     "optimizer.clip_norm": _from_0("0: none"),
     "optimizer.groups": _each(_pair(_is_pattern), "a list of pairs (regular expression, number)"),
     "head.scale": ABOVE,
+    "head.hidden": _each(_is_count, "a list of whole numbers from 1"),
     "head.anew": TRUTH,
     "mesh.data": SIDE,
     "mesh.fsdp": SIDE,
@@ -224,8 +227,8 @@ UNUSED: tuple[tuple[tuple[str, ...], Callable[[ConfigDict], bool], str], ...] = 
     ),
     (("lora.alpha", "lora.targets"), lambda c: not c.lora.rank, "lora.rank is 0"),
     (
-        ("loss.margin", "head.scale"), lambda c: not c.loss.preference_weight,
-        "loss.preference_weight is 0",
+        ("loss.margin", "loss.gaussian", "head.scale", "head.hidden"),
+        lambda c: not c.loss.preference_weight, "loss.preference_weight is 0",
     ),
     (
         ("loss.language_end", "loss.score_line"), lambda c: not c.loss.language_weight,

@@ -31,10 +31,12 @@ class ErrorOut(pydantic.BaseModel):
 
 
 class Number(pydantic.BaseModel):
-    """Of one dimension. `normalised`: (reward - mean) / deviation of the training rewards."""
+    """Of one dimension. `normalised`: (reward - mean) / deviation of the training rewards.
+    `deviation`: how unsure the model is of the reward, where it says so."""
 
     reward: float
     normalised: float | None
+    deviation: float | None = None
 
 
 class CandidateOut(pydantic.BaseModel):
@@ -42,6 +44,7 @@ class CandidateOut(pydantic.BaseModel):
 
     reward: float | None = None
     normalised: float | None = None
+    deviation: float | None = None
     dimensions: dict[str, Number] | None = None
     text: str | None = None
     error: ErrorText | None = None

@@ -270,11 +270,15 @@ def _fill(answer: list[Fault | None], scores: Sequence[Any]) -> Answer:
     """Scores where no fault stands. What is not finite is no score."""
     rewards = np.concatenate([one.reward_KR for one in scores])
     normalised = np.concatenate([one.normalised_KR for one in scores])
-    rows = iter(zip(rewards, normalised, strict=True))
+    unsure = [one.deviation_KR for one in scores if one.deviation_KR is not None]
+    deviations = np.concatenate(unsure) if unsure else [None] * len(rewards)
+    rows = iter(zip(rewards, normalised, deviations, strict=True))
     return [fault or _finite(Scored(*next(rows))) for fault in answer]
 
 
 def _finite(scored: Scored) -> Scored | Fault:
-    if all(math.isfinite(reward) for reward in scored.reward_R.tolist()):
+    numbers = scored.reward_R.tolist()
+    numbers += [] if scored.deviation_R is None else scored.deviation_R.tolist()
+    if all(map(math.isfinite, numbers)):
         return scored
     return Fault("not_finite", "the model's reward is not a finite number")

@@ -7,8 +7,9 @@ holds the same JSON and a PICTURE is the name of a part that holds the file; one
 given as fields `instruction`, `source` (none or several) and `candidate`.
 
 The answer has one object for each candidate, in the order of the request: `reward`, `normalised`
-(null where the model does not know its training rewards), and both for every dimension by its
-name; or `error` with `code` and `message`. It never holds a number for what was not scored.
+(null where the model does not know its training rewards), of a model whose rewards are Gaussians
+also `deviation`, and these for every dimension by its name; or `error` with `code` and `message`.
+It never holds a number for what was not scored.
 """
 
 from __future__ import annotations
@@ -35,10 +36,12 @@ class Ask(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """One candidate. Columns stand in the order of the dimensions; normalised may be NaN."""
+    """One candidate. Columns stand in the order of the dimensions; normalised may be NaN;
+    deviation_R is None where rewards are plain numbers."""
 
     reward_R: np.ndarray
     normalised_R: np.ndarray
+    deviation_R: np.ndarray | None = None
 
 
 def _check_text(text: str) -> str:
@@ -173,11 +176,14 @@ def fault_json(fault: Fault) -> dict[str, Any]:
 
 
 def scored_json(scored: Scored, dimensions: Sequence[str]) -> dict[str, Any]:
-    """`reward` and `normalised` are those of the first dimension."""
+    """`reward`, `normalised` and `deviation` are those of the first dimension."""
     columns = [
         {"reward": float(reward), "normalised": float(n) if math.isfinite(n) else None}
         for reward, n in zip(scored.reward_R, scored.normalised_R, strict=True)
     ]
+    if scored.deviation_R is not None:
+        for column, deviation in zip(columns, scored.deviation_R.tolist(), strict=True):
+            column["deviation"] = deviation
     return {**columns[0], "dimensions": dict(zip(dimensions, columns, strict=True))}
 
 

@@ -10,8 +10,8 @@ where their candidates are pictures. A row of the output, in the order of the in
 
     {"row": 0, "id": "7", "candidates": [{"picture": "a.png", "reward": 0.5, "normalised": 0.1}]}
 
-with `dimensions` where a model has several, and `error` in place of what could not be scored: a
-candidate, or all of them.
+with `dimensions` where a model has several, `deviation` (and `deviations`) where it says how unsure
+it is, and `error` in place of what could not be scored: a candidate, or all of them.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+import jax
 import numpy as np
 
 from jrm_jax.data.images import to_rgb
@@ -19,6 +20,7 @@ from jrm_jax.data.labels import BROKEN_TEXT, is_text
 from jrm_jax.data.picture_names import read_named, short
 from jrm_jax.data.schema import Candidate, Image, Part, Text
 from jrm_jax.errors import UserError
+from jrm_jax.gaussian import log_expected_sigmoid
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -32,18 +34,34 @@ class Scores(NamedTuple):
     """Of one group. Columns stand in the order of `dimensions`.
 
     reward_KR: float32, linear and unbounded. normalised_KR: (reward - mean) / deviation of the
-    training rewards; NaN where the model does not know them.
+    training rewards; NaN where the model does not know them. deviation_KR: float32, of a model
+    whose rewards are Gaussians (`config.loss.gaussian`): how unsure it is of each, in units of the
+    reward, which is their mean; None of other models.
     """
 
     reward_KR: np.ndarray
     normalised_KR: np.ndarray
     dimensions: tuple[str, ...]
+    deviation_KR: np.ndarray | None = None
+
+    def chance_KKR(self) -> np.ndarray:
+        """float32 [K, K, R]: the chance that people prefer candidate i to j, by the model: the
+        (expected) sigmoid of the difference of their rewards."""
+        gap_KKR = self.reward_KR[:, None] - self.reward_KR[None]
+        if self.deviation_KR is None:
+            return np.asarray(jax.nn.sigmoid(gap_KKR))
+        square_KR = np.square(self.deviation_KR)
+        deviation_KKR = np.sqrt(square_KR[:, None] + square_KR[None])
+        return np.exp(log_expected_sigmoid(gap_KKR, deviation_KKR))
 
     def as_rows(self) -> list[dict[str, Any]]:
         """Of each candidate, for JSON: `reward` and `normalised` (null if unknown) of the first
-        dimension, and where there are several `dimensions` {name: reward}."""
+        dimension, and where there are several `dimensions` {name: reward}. Of Gaussian rewards
+        also `deviation`, and where there are several dimensions `deviations`."""
         rows = []
-        for reward_R, normalised_R in zip(self.reward_KR, self.normalised_KR, strict=True):
+        for k, (reward_R, normalised_R) in enumerate(
+            zip(self.reward_KR, self.normalised_KR, strict=True)
+        ):
             known = math.isfinite(normalised_R[0])
             row = {
                 "reward": float(reward_R[0]),
@@ -51,6 +69,11 @@ class Scores(NamedTuple):
             }
             if len(self.dimensions) > 1:
                 row["dimensions"] = dict(zip(self.dimensions, reward_R.tolist(), strict=True))
+            if self.deviation_KR is not None:
+                row["deviation"] = float(self.deviation_KR[k, 0])
+                if len(self.dimensions) > 1:
+                    own = zip(self.dimensions, self.deviation_KR[k].tolist(), strict=True)
+                    row["deviations"] = dict(own)
             rows.append(row)
         return rows
 

@@ -6,7 +6,9 @@
 A reward is a real number without fixed scale; larger is better, and only differences between
 candidates of one source and instruction carry meaning. Under the preference loss the chance that
 people prefer i to j is sigmoid(reward_i - reward_j). `Scores.normalised` is (reward - mean) /
-deviation over the rewards of the training set, for those who add it to other rewards.
+deviation over the rewards of the training set, for those who add it to other rewards. A model
+that was trained with `config.loss.gaussian` also says how unsure it is: `Scores.deviation_KR`.
+`Scores.chance_KKR` is that chance for all pairs, with the deviation where there is one.
 
 Letters: K candidates, R reward dimensions, B groups.
 """
@@ -179,7 +181,7 @@ class RewardModel:
         if any(not holds(bucket, need_of(group)) for group in groups):
             raise UserError(f"a group does not fit into its bucket ({bucket.words}): ask bucket_of")
         program = self._runner.shelf((SCORES,)).take(Program(bucket, self.batch_size))
-        return self._with_scale(self._runner.call((SCORES,), program, groups))
+        return self._scores(self._runner.call((SCORES,), program, groups))
 
     @property
     def usual(self) -> tuple[Bucket, ...]:
@@ -217,7 +219,7 @@ class RewardModel:
         known: dict[Needs, Needs] = {}  # equal ones are one object
         needs = ahead(lambda index: self.need(*named(index)), range(len(groups)), self.batch_size)
         needs = [known.setdefault(need, need) for need in needs]
-        return self._with_scale(self.score_lazily(needs, lambda index: self.encode(*named(index))))
+        return self.score_lazily(needs, lambda index: self.encode(*named(index)))
 
     def iter_scores(
         self, groups: Iterable[Group | tuple], like: Sequence[Needs] = ()
@@ -257,7 +259,7 @@ class RewardModel:
             lambda index, group: self.encode(group, f"group {index}: "),
         )
         for one in found:
-            yield from [one] if isinstance(one, UserError) else self._with_scale([one])
+            yield from [one] if isinstance(one, UserError) else self._scores([one])
 
     def need(self, group: Group | tuple, where: str = "") -> Needs:
         """The least buckets that hold a group, by the headers of its pictures.
@@ -281,29 +283,29 @@ class RewardModel:
         needs: Sequence[Needs],
         encode: Callable[[int], EncodedExample],
         advance: Callable[[int], None] | None = None,
-    ) -> list[np.ndarray]:
-        """float32 [K, R] of each group of a set of any parts.
+    ) -> list[Scores]:
+        """Of each group of a set of any parts.
 
         Args:
             needs: of each group, from `need` or `measure`.
             encode: of a group by its number; called from several threads, some batches ahead.
             advance: told how many groups are done.
         """
-        return self._runner.planned((SCORES,), needs, encode, advance=advance)
+        return self._scores(self._runner.planned((SCORES,), needs, encode, advance=advance))
 
     def score_encoded(
         self,
         groups: Sequence[EncodedExample],
         one_bucket: bool = False,
         advance: Callable[[int], None] | None = None,
-    ) -> list[np.ndarray]:
-        """float32 [K, R] each, of many groups of any parts.
+    ) -> list[Scores]:
+        """Of many groups of any parts.
 
         Args:
             one_bucket: all go into one that holds them all: more padding, a single program.
             advance: told how many groups are done.
         """
-        return self._encoded(SCORES, groups, one_bucket, advance)
+        return self._scores(self._encoded(SCORES, groups, one_bucket, advance))
 
     def reward_states(
         self, groups: Sequence[EncodedExample], advance: Callable[[int], None] | None = None
@@ -321,9 +323,17 @@ class RewardModel:
         words = f"{count} program{'s' * (count != 1)}"
         return f"{words}, {self.work.padded:.0%} of the work was padding"
 
-    def _with_scale(self, rewards: Iterable[np.ndarray]) -> list[Scores]:
-        mean, deviation = map(np.float32, scale(self.card))
-        return [Scores(r_KR, (r_KR - mean) / deviation, self.dimensions) for r_KR in rewards]
+    def _scores(self, found: Iterable[np.ndarray]) -> list[Scores]:
+        """Of what `make_score_step` gives."""
+        mean, spread = map(np.float32, scale(self.card))
+        count = len(self.dimensions)
+
+        def named(found_KX: np.ndarray) -> Scores:
+            reward_KR, deviation_KR = found_KX[:, :count], found_KX[:, count:]
+            known = deviation_KR if deviation_KR.shape[1] else None
+            return Scores(reward_KR, (reward_KR - mean) / spread, self.dimensions, known)
+
+        return [named(found_KX) for found_KX in found]
 
     # Words
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from jrm_jax.data.schema import Image, Text
 from jrm_jax.data.world.scenes import make_example
-from jrm_jax.model import weights
+from jrm_jax.model import stored_head, weights
 from jrm_jax.model.tensors import flatten
 from jrm_jax.serving.groups import Group
 from jrm_jax.serving.reward_model import RewardModel
@@ -74,7 +74,7 @@ def _entries(trained: Trained, dtype: str) -> tuple[int, int]:
     known = {name: trained.params[name] for name in ("backbone", "language_head")}
     for path, leaf in flatten(known):
         read = weights.load_params(
-            trained.folder, trained.config, ignore=("score.weight",), only={path}
+            trained.folder, trained.config, ignore=(stored_head.PREFIX,), only={path}
         )
         ((_, before),) = flatten(read)
         now = jnp.asarray(leaf, jnp.float32)

@@ -23,7 +23,7 @@ from jrm_jax.data.buckets import Bucket
 from jrm_jax.data.encode import Encoder, make_encoder
 from jrm_jax.data.template import Template, protocol_stamp
 from jrm_jax.errors import UserError
-from jrm_jax.model import weights
+from jrm_jax.model import stored_head, weights
 from jrm_jax.model.config import BackboneConfig, load_config
 from jrm_jax.reward_head import HeadStart
 from jrm_jax.run import backbones, buckets
@@ -159,11 +159,11 @@ def _load_frozen(
     read = build.random_backbone(config, architecture) if random else weights.load_params(
         folder, architecture, optim.unflatten({path: leaf.sharding for path, leaf in laid.items()}),
         lambda path: half if frozen(path) == half else laid[path].dtype,
-        ignore=("score.weight",), only=paths | {table},
+        ignore=(stored_head.PREFIX,), only=paths | {table},
     )  # fmt: skip
     leaves = optim.flatten(read)
-    if "reward_head/kernel" in paths and start().is_whole:
-        leaves["reward_head/kernel"] = jnp.asarray(start().kernel_DR)
+    if any(path.startswith("reward_head/") for path in paths) and start().is_whole:
+        leaves |= optim.flatten({"reward_head": jax.tree.map(jnp.asarray, start().params)})
     if "reward_embedding" in paths:
         row = build.reward_row(start(), encoder.tokenizer)
         leaves["reward_embedding"] = leaves[table][row].astype(jnp.float32)
@@ -180,16 +180,19 @@ def _taught(config: ConfigDict, step: int, meta: dict[str, Any]) -> dict[str, in
 def _why_no_score(
     config: ConfigDict, start: Callable[[], HeadStart], step: int, taught: dict[str, int]
 ) -> str:
-    """'' where the reward head was trained: by this run, or as it came with the backbone."""
+    """'' where all of the reward head was trained: by this run, or as it came with the backbone."""
     if step == 0:
         return "" if start().is_whole else "it has made no step yet"
     if not config.loss.preference_weight:
         return "config.loss.preference_weight is 0, it learns from critiques alone"
     if not taught.get("preference"):
         return "no group it has seen had a label"
-    path = "reward_head/kernel"
-    learns = optim.matching(build.trainable_patterns(config), [path])
-    if (learns and optim.multiplier(config.optimizer.groups, path)) or start().is_whole:
+    patterns, groups = build.trainable_patterns(config), config.optimizer.groups
+    head = optim.flatten({"reward_head": build.abstract_reward_head(config, 1, 1)})
+    learns = (
+        optim.matching(patterns, [path]) and optim.multiplier(groups, path) for path in head
+    )
+    if all(learns) or start().is_whole:
         return ""
     return "config.trainable or config.optimizer.groups keep its reward head as it began, random"
 
@@ -214,9 +217,9 @@ def _load_export(folder: Path, laid_out: LayOut) -> Trained:
         architecture,
         jax.tree.map(lambda leaf: leaf.sharding, laid),
         {path: leaf.dtype for path, leaf in optim.flatten(laid).items()}.__getitem__,
-        ignore=("score.weight",),
+        ignore=(stored_head.PREFIX,),
     )
-    head = weights.load_reward_head(folder, architecture)
+    head = stored_head.load_reward_head(folder, architecture)
     if head is None:
         raise UserError(f"{folder} has no score.weight: it can train, but not score")
     table = params["backbone"]["embed"]["embedding"]

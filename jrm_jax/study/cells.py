@@ -24,7 +24,8 @@ LANGUAGE, FACTS = "loss.language_weight", "loss.facts_weight"
 # Fields that came after the first cells, with the values at which a run is what it was before.
 LATER = {
     "loss.language_end": 1.0, "loss.through_reward": False, "loss.words_weight": 0.0,
-    "head.anew": False, "data.max_candidates": 0, "data.max_pictures": 0,
+    "loss.gaussian": "off", "head.hidden": (), "head.anew": False,
+    "data.max_candidates": 0, "data.max_pictures": 0,
     "data.max_picture_tokens": 0, "data.max_prompt": 0, "data.max_candidate": 0,
     "data.programs": 6, "data.labelled": 0,
     "loss.teacher_weight": 0.0, "loss.teacher_scale": 1.0, "loss.teacher_mix": (),

@@ -4,9 +4,10 @@
     scores = model.score_edits("Make the cat white.", source, [first, second])   # PIL images
 
 `forward` takes what `prepare` makes: input_ids that end in the reward token, attention_mask,
-mm_token_type_ids, pixel_values, image_grid_thw. The score is one bias-free linear on the last
-hidden state at the last token that is not padding; larger is better, and only differences between
-candidates of one source and instruction carry meaning.
+mm_token_type_ids, pixel_values, image_grid_thw. The score is read from the last hidden state at the
+last token that is not padding, by one bias-free linear, or by hidden layers where config.json names
+some; larger is better, and only differences between candidates of one source and instruction carry
+meaning. Where rewards are Gaussians, the outputs are their means, then their log-deviations.
 """
 
 import json
@@ -48,12 +49,42 @@ class _Score(torch.nn.Linear):
         return torch.nn.functional.linear(hidden.float(), self.weight.float())
 
 
+class _Layer(torch.nn.Linear):
+    """The same with a bias."""
+
+    def forward(self, hidden):
+        return torch.nn.functional.linear(hidden.float(), self.weight.float(), self.bias.float())
+
+
+class _Layers(torch.nn.Module):
+    """A reward head with hidden layers."""
+
+    def __init__(self, sizes, outputs):
+        super().__init__()
+        self.hidden = torch.nn.ModuleList(map(_Layer, sizes[:-1], sizes[1:]))
+        self.out = _Layer(sizes[-1], outputs)
+
+    def forward(self, hidden):
+        for layer in self.hidden:
+            hidden = torch.relu(layer(hidden))
+        return self.out(hidden)
+
+
+LOG_DEVIATION = 20.0  # as in training, log-deviations lie within this
+
+
 class _RewardModel(GenericForSequenceClassification):
     _keep_in_fp32_modules_strict = ("score",)
 
     def __init__(self, config):
         super().__init__(config)
-        self.score = _Score(self.score.in_features, self.score.out_features, bias=False)
+        head = getattr(config, "reward_head", None) or {}
+        width, outputs = self.score.in_features, self.score.out_features
+        self.is_gaussian = bool(head.get("deviation"))
+        if head.get("hidden"):
+            self.score = _Layers((width, *head["hidden"]), outputs)
+        else:
+            self.score = _Score(width, outputs, bias=False)
 
     def forward(self, input_ids=None, *args, pixel_values=None, mm_token_type_ids=None, **kwargs):
         if pixel_values is not None and mm_token_type_ids is None:
@@ -70,13 +101,17 @@ class _RewardModel(GenericForSequenceClassification):
         )
 
     @torch.inference_mode()
-    def score_edits(self, instruction, source, candidates):
+    def score_edits(self, instruction, source, candidates, with_deviation=False):
         """float32 [candidates, dimensions]: a score for each candidate picture of one edit.
 
         source: a PIL image, a list of them, or None where the instruction stands alone.
+        with_deviation: of a model whose rewards are Gaussians, return (scores, deviations).
 
-        Raises TypeError for a picture that is not a PIL image (or an array), a file's name for one.
+        Raises TypeError for a picture that is not a PIL image (or an array), a file's name for one;
+        ValueError for deviations of a model that has none.
         """
+        if with_deviation and not self.is_gaussian:
+            raise ValueError("this model's rewards are plain numbers: they have no deviation")
         sources = source if isinstance(source, (list, tuple)) else [source]
         sources = [picture for picture in sources if picture is not None]
         if isinstance(candidates, str) or not isinstance(instruction, str):
@@ -86,7 +121,13 @@ class _RewardModel(GenericForSequenceClassification):
                 raise TypeError(f"{picture!r:.80} is no picture: give PIL.Image.open(FILE)")
         prompt = [instruction, *sources]
         batch = self.prepare([(prompt, [candidate]) for candidate in candidates])
-        return self(**batch, use_cache=False).logits.float()
+        logits = self(**batch, use_cache=False).logits.float()
+        if not self.is_gaussian:
+            return logits
+        scores, log_deviations = logits.chunk(2, dim=-1)
+        if not with_deviation:
+            return scores
+        return scores, log_deviations.clamp(-LOG_DEVIATION, LOG_DEVIATION).exp()
 
     def prepare(self, requests):
         """Model inputs, padded on the right, for [(prompt parts, candidate parts), ...].

@@ -1,0 +1,101 @@
+"""configs/paper.py:tiny with both of its heads: it trains, scores, exports, and PyTorch agrees."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from export_case import make_folder, make_groups, start, write
+from safetensors.numpy import load_file
+from test_export import classifier, picture
+
+from configs import paper
+from jrm_jax import build
+from jrm_jax.errors import UserError
+from jrm_jax.model.config import load_config
+from jrm_jax.optim import flatten
+from jrm_jax.serving.reward_model import RewardModel
+from jrm_jax.serving.trained import load_trained
+
+HEADS = {"linear": (), "layers": (24, 16)}
+
+
+class Recipe:
+    """A config's module, as `export_case.start` takes it."""
+
+    def __init__(self, hidden, **fields):
+        self.fields = {"head.hidden": hidden, "head.anew": True, **fields}
+
+    def get_config(self):
+        config = paper.get_config("tiny")
+        config.update_from_flattened_dict(self.fields)
+        return config
+
+
+@pytest.fixture(scope="module", params=HEADS)
+def case(request, tmp_path_factory):
+    """(workdir, float32 export, the head's hidden layers)"""
+    parent, hidden = tmp_path_factory.mktemp(request.param), HEADS[request.param]
+    folder = make_folder(parent, "qwen3_vl")
+    workdir = start(parent, folder, "run", Recipe(hidden), steps=3)
+    return workdir, write(workdir, parent / "out", "--dtype=float32"), hidden
+
+
+def test_scores_and_deviations_are_those_of_pytorch(case):
+    workdir, folder, _ = case
+    groups = make_groups(6)
+    loaded, info = classifier(folder, dtype=torch.float32)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    ours = RewardModel.load(workdir).score_batch(groups)
+    again = RewardModel.load(folder).score_batch(groups)
+    for (text, source, candidates), mine, read in zip(groups, ours, again, strict=True):
+        edit = text, picture(source), [picture(one) for one in candidates]
+        scores, deviations = loaded.score_edits(*edit, with_deviation=True)
+        np.testing.assert_array_equal(loaded.score_edits(*edit), scores)
+        for found in (scores.numpy(), read.reward_KR):
+            np.testing.assert_allclose(found, mine.reward_KR, rtol=0, atol=1e-4)
+        for found in (deviations.numpy(), read.deviation_KR):
+            np.testing.assert_allclose(found, mine.deviation_KR, rtol=0, atol=1e-4)
+    spread = np.concatenate([one.deviation_KR for one in ours])
+    assert spread.shape[1] == 2 and np.ptp(spread, axis=0).min() > 1e-3 and spread.min() > 0
+
+
+def test_an_export_says_what_its_outputs_are(case):
+    _, folder, hidden = case
+    config = json.loads((folder / "config.json").read_text())
+    assert list(config["id2label"].values()) == [
+        "following", "preservation", "following log deviation", "preservation log deviation",
+    ]  # fmt: skip
+    names = {name for name in load_file(folder / "model.safetensors") if name.startswith("score.")}
+    assert names == (
+        {f"score.{layer}.{leaf}" for layer in ("hidden.0", "hidden.1", "out")
+         for leaf in ("weight", "bias")} if hidden else {"score.weight"}
+    )  # fmt: skip
+    card = (folder / "README.md").read_text()
+    assert "deviation" in card and ("is not met" in card) == bool(hidden)
+
+
+def test_a_run_goes_on_from_an_export(case, tmp_path):
+    """Its means and deviations, by name; other layers are refused, unless it starts anew."""
+    workdir, folder, hidden = case
+    wanted = flatten(load_trained(workdir).params["reward_head"])
+
+    def head(**fields):
+        config = Recipe(hidden, **{"head.anew": False} | fields).get_config()
+        config.backbone.path = str(folder)
+        return build.head_start(config, load_config(folder))
+
+    found = head()
+    assert found.is_whole and flatten(found.params).keys() == wanted.keys()
+    for path, leaf in flatten(found.params).items():
+        np.testing.assert_array_equal(leaf, wanted[path])
+    turned = head(**{"data.dimensions": ("preservation", "style")})
+    assert "style starts anew; following is dropped" in turned.words and not turned.is_whole
+    for path, leaf in flatten(turned.params).items():
+        if not path.startswith("hidden"):
+            np.testing.assert_array_equal(leaf[..., 0], wanted[path][..., 1])
+            assert np.isnan(leaf[..., 1]).all()
+    plain = head(**{"loss.gaussian": "off"})
+    assert plain.is_whole and "its deviation is dropped" in plain.words
+    with pytest.raises(UserError, match="hidden layers.*config.head.hidden.*config.head.anew"):
+        head(**{"head.hidden": (8,)})
