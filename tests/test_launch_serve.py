@@ -94,6 +94,28 @@ def test_the_deployment():
     assert ports == (args.port, args.port)
 
 
+def templates(node):
+    """Every template of a pod in a file for Kubernetes."""
+    if isinstance(node, dict):
+        if "containers" in node.get("spec", ()):
+            yield node
+        node = node.values()
+    if not isinstance(node, str) and hasattr(node, "__iter__"):
+        for one in node:
+            yield from templates(one)
+
+
+@pytest.mark.parametrize("path", ["launch/serve/deployment.yaml", "launch/jobset.yaml"])
+def test_pods_that_mount_a_bucket_ask_for_what_mounts_it(path):
+    """GKE puts the container that mounts buckets into pods with this annotation, and no others."""
+    found = list(templates(list(yaml.safe_load_all((ROOT / path).read_text()))))
+    assert found
+    for template in found:
+        drivers = [v.get("csi", {}).get("driver") for v in template["spec"]["volumes"]]
+        assert "gcsfuse.csi.storage.gke.io" in drivers
+        assert template["metadata"]["annotations"]["gke-gcsfuse/volumes"] == "true"
+
+
 @pytest.mark.parametrize("page", ["docs/serving.md", "README.md"])
 def test_flags_that_documents_name_exist(page):
     text = (ROOT / page).read_text()
