@@ -70,7 +70,7 @@ def make_ladder(
     each = max(1, often.total() // max(1, len(CANDIDATES) * len(known)))
     for bucket in known:
         v = bucket.patches // block
-        sources = max(1, min(bucket.images - bucket.candidates, bucket.prompt // v))
+        sources = max(0, min(bucket.images - bucket.candidates, bucket.prompt // v))
         for count in CANDIDATES:
             like = Bucket(count, count + sources, v * block, bucket.prompt, own + v, 0)
             often[like] += each
