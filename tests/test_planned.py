@@ -5,6 +5,7 @@ import itertools
 import threading
 import time
 import weakref
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,9 +15,10 @@ from jrm_jax.data.buckets import Bucket
 from jrm_jax.errors import UserError
 from jrm_jax.serving import files
 from jrm_jax.serving.groups import Group
-from jrm_jax.serving.planned import Calls, ahead, in_order, run_all
+from jrm_jax.serving.planned import THREADS, Calls, ahead, in_order, run_all
 from jrm_jax.serving.programs import Program
 from jrm_jax.serving.reward_model import RewardModel
+from jrm_jax.serving.rows import Needs
 
 EMPTY = SimpleNamespace
 WHOLE = Bucket(9, 9, 9, 9, 9, 9)
@@ -177,3 +179,40 @@ def test_pictures_are_kept_no_longer_than_they_are_needed():
     asked = (files._Asked({"candidates": c}, Group("", None, [Picture()]), c) for c in cells)
     rows = list(files._score(SimpleNamespace(iter_found=found), asked, []))
     assert rows == [{"error": "too large"}] * 50
+
+
+def test_a_list_is_read_where_it_is_needed_and_its_sizes_take_little():
+    alive, most = weakref.WeakSet(), []
+
+    class Picture:
+        def __init__(self):
+            alive.add(self)
+
+    class Groups(Sequence):
+        """Makes a group whenever it is asked for one."""
+
+        def __len__(self):
+            return 200
+
+        def __getitem__(self, index):
+            if index >= len(self):
+                raise IndexError(index)
+            return Group("a" * (index % 2), None, [Picture()])
+
+    def need(group, where):
+        most.append(len(alive))
+        return Needs(dataclasses.replace(WHOLE, prompt=len(group.instruction)), ())
+
+    def score_lazily(needs, encode):
+        assert len(needs) == 200 and len({id(one) for one in needs}) == 2
+        for index in range(200):
+            assert encode(index)[1] == f"group {index}: "
+            most.append(len(alive))
+        return needs
+
+    model = SimpleNamespace(
+        batch_size=2, need=need, encode=lambda *how: how, score_lazily=score_lazily,
+        _with_scale=list,
+    )  # fmt: skip
+    assert len(RewardModel.score_batch(model, Groups())) == 200
+    assert max(most) <= 2 + 2 * THREADS
