@@ -13,7 +13,10 @@ from ml_collections import ConfigDict
 
 from configs.common import parse_arg
 
-STUDIED = ("discriminative", "joint", "joint_words", "regression", "joint_shuffled")
+# Of the study's two parts, whose runs are kept with `python -m jrm_jax.study ... --keep`.
+CLEAN = ("discriminative", "joint", "joint_words", "regression", "joint_shuffled")
+NOISY = ("discriminative", "joint", "joint_words", "regression", "teacher", "joint_shuffled")
+PRINT = 16 * "?"  # a run's fingerprint, at the end of its folder's name
 
 
 def get_config(arg: str | None = None):
@@ -24,7 +27,7 @@ def get_config(arg: str | None = None):
     config.seed = 0  # of the first run of a model; the next ones count on
     config.seeds = 1  # runs of each model
     config.gold = True  # one more run whose reward is the gold score: what the optimiser can do
-    config.iterations = 200
+    config.iterations = 200  # of RL; a run may become longer than it was to be at first
     config.groups = 16  # instructions of an iteration
     config.edits = 8  # of each
     config.problems = 1024  # instructions of `train` to draw from
@@ -35,7 +38,7 @@ def get_config(arg: str | None = None):
     config.log_interval = 5
 
     config.optimizer = ConfigDict()
-    config.optimizer.learning_rate = 5e-4
+    config.optimizer.learning_rate = 5e-4  # of Adam
     config.optimizer.clip_norm = 1.0  # of the gradient
     config.optimizer.clip = 0.2  # of the ratio, either way
     config.optimizer.kl_weight = 0.0  # of the divergence from the base, per nat
@@ -69,7 +72,8 @@ def get_config(arg: str | None = None):
         config.arms = (
             ("joint", ("runs/joint",)),
             ("discriminative", ("runs/discriminative",)),
-            *((f"{arm}, study", (f"runs/study/{arm}-n6400-w1-s*",)) for arm in STUDIED),
+            *((f"{arm}, clean", (f"runs/study/{arm}-n6400-w1-s?-{PRINT}",)) for arm in CLEAN),
+            *((f"{arm}, noisy", (f"runs/regimes/{arm}-n1600-f0.35-s?-{PRINT}",)) for arm in NOISY),
         )
     if config.variant == "tiny":
         config.iterations, config.eval_interval, config.save_interval = 4, 2, 2

@@ -206,6 +206,10 @@ def test_a_field_that_is_not_there_brings_a_suggestion(name, words):
             ("optimizer.learning_rate = 2e-06", "batch_size = 64", "groups per step, all hosts"),
         ),
         (("jrm_jax.aot", "--helpfull"), ("--topology", "loss.chunk = 0")),
+        (
+            ("jrm_jax.rl", "--help"),
+            ("--model", "--report", "reward.penalty = 0.0", "iterations between evaluations on"),
+        ),
         (("jrm_jax.study", "--help"), ("--minutes", "measure.attempts = 16", "study.py")),
     ],
     ids=lambda value: value[0].removeprefix("jrm_jax."),

@@ -25,7 +25,8 @@ from jrm_jax.study.analysis import interval
 TREATED, BASELINE = "joint", "discriminative"
 CURVES = ("kl", "proxy", "gold", "following", "preservation", "spearman", "spread", "flat", "gap",
           "entropy_choices", "entropy_knobs")  # fmt: skip
-PREDICTORS = ("pair_accuracy", "spearman", "pairs", "best_of_16")
+PREDICTORS = ("pair_accuracy", "spearman", "pairs", "best_of_16", "attack_gain", "effective_rank")
+KNOWN = ("pair_accuracy", "attack_gain", "effective_rank")  # of a model, without a policy
 ENOUGH = 4  # models, before a rank correlation over them is a number
 Runs = Sequence[Mapping[str, Any]]
 
@@ -53,13 +54,16 @@ def collect(config: ConfigDict, runs: Runs) -> dict[str, Any]:
         rl = sorted((r for r in own if r["seed"] is not None), key=_place)
         arms[arm] = {
             "models": len({run["number"] for run in own}),
-            "pair_accuracy": _mean([a for run in best for a in run["pair_accuracy"]]),
             "best_of_n": _best(config, best) if best else None,
             "rl": _rl(config, rl) if rl else None,
         }
     return {
         "arms": arms,
-        "gains": {arm: _gains(config, runs, arm) for arm in arms if arm not in (BASELINE, GOLD)},
+        "gains": {
+            arm: _gains(config, runs, arm)
+            for arm in arms
+            if arm not in (baseline_of(arm), GOLD) and baseline_of(arm) in arms
+        },
         "predictors": _predictors(runs),
         "seconds": sum(run["seconds"] for run in runs),
         "runs": len(runs),
@@ -189,11 +193,16 @@ def _lost(runs: Runs, name: str) -> dict[str, float]:
 # Comparisons
 
 
+def baseline_of(arm: str) -> str:
+    """The discriminative arm of the same regime: 'joint, noisy' -> 'discriminative, noisy'."""
+    return "".join((BASELINE, *arm.partition(",")[1:]))
+
+
 def _gains(config: ConfigDict, runs: Runs, arm: str) -> dict[str, Any]:
-    """An arm less the discriminative one, paired by model, seed and problem: gold of the best of
-    all n, at the peak of RL, at its end, and at equal divergences."""
+    """An arm less the discriminative one of its regime, paired by model, seed and problem: gold of
+    the best of all n, at the peak of RL, at its end, and at equal divergences."""
     own = {_key(run): run for run in runs if run["arm"] == arm}
-    beside = {_key(run): run for run in runs if run["arm"] == BASELINE}
+    beside = {_key(run): run for run in runs if run["arm"] == baseline_of(arm)}
     shared = [key for key in own if key in beside]
     best = [(own[k], beside[k]) for k in shared if k[1] is None]
     rl = [(_Curve(own[k]), _Curve(beside[k])) for k in shared if k[1] is not None]
@@ -227,7 +236,7 @@ def _predictors(runs: Runs) -> dict[str, Any]:
         rows.append(
             {
                 "model": f"{best['arm']} {best['number']}",
-                "pair_accuracy": _mean(best["pair_accuracy"]),
+                **{name: _mean(best.get(name, [])) for name in KNOWN},
                 "spearman": _mean([v for s in SPLITS for v in best[s]["spearman"]]),
                 "pairs": _mean([v for s in SPLITS for v in best[s]["pairs"]]),
                 "best_of_16": float(gold_nG[sixteen].mean()),

@@ -10,7 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from jrm_jax.rl import base, examples, figures
-from jrm_jax.rl.numbers import BASELINE, TREATED, collect, load
+from jrm_jax.rl.numbers import BASELINE, PREDICTORS, TREATED, collect, load
 from jrm_jax.rl.runner import GOLD, RUNS
 from jrm_jax.shell.report import json_safe
 from jrm_jax.shell.terminal import duration
@@ -124,7 +124,7 @@ def _answer(config: ConfigDict, numbers: Numbers) -> str:
 
 
 def _claim(config: ConfigDict, numbers: Numbers) -> list[str]:
-    if not numbers["gains"] or BASELINE not in numbers["arms"]:
+    if not numbers["gains"]:
         return []
     own = config.verdict
     rows = [
@@ -222,8 +222,8 @@ def _flaws(numbers: Numbers) -> list[str]:
 def _predictors(numbers: Numbers) -> list[str]:
     found = numbers["predictors"]
     head = ("model", "pair accuracy, test", "Spearman on base edits", "pairs of base edits",
-            "best of 16", "peak of RL", "end of RL")  # fmt: skip
-    names = ("pair_accuracy", "spearman", "pairs", "best_of_16", "peak", "last")
+            "best of 16", "attack gain", "effective rank", "peak of RL", "end of RL")  # fmt: skip
+    names = (*PREDICTORS, "peak", "last")
     rows = [(row["model"], *(number(row[name]) for name in names)) for row in found["models"]]
     if not rows:
         return []

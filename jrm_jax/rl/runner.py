@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from jrm_jax.errors import UserError
@@ -18,11 +19,12 @@ from jrm_jax.rl import best_of_n, training
 from jrm_jax.rl.editing import Problem, make_problem
 from jrm_jax.rl.reward import Reward
 from jrm_jax.rl.rollout import SPLITS
-from jrm_jax.run.workdir import write_whole
+from jrm_jax.run.workdir import RESULTS, write_whole
 from jrm_jax.serving.reward_model import RewardModel
 from jrm_jax.shell.stop import StopRequest
 from jrm_jax.shell.terminal import duration
 
+MEASURED = "measured.json"  # what the study writes into a run's folder
 GOLD = "gold"  # the arm whose reward is the truth
 RUNS = "results"
 # Of a config, what a run's numbers do not depend on.
@@ -118,7 +120,7 @@ def settings_of(config: ConfigDict, job: Job) -> dict[str, Any]:
     return {
         "arm": model.arm, "model": list(model.folders), "number": model.number, "seed": job.seed,
         "iterations": None if job.seed is None else config.iterations,
-        "protocol": protocol(config), **_known(model),
+        "protocol": protocol(config),
     }  # fmt: skip
 
 
@@ -196,27 +198,43 @@ def _reward(
     return Reward(loaded, model.folders, problems, config.edits, own.penalty, own.unsure)
 
 
-def _known(model: Model) -> dict[str, Any]:
-    """What a model's run says of itself: its accuracy on `test`, for the page."""
-    known = []
-    for folder in model.folders:
-        path = Path(folder) / "results.json"
-        results = json.loads(path.read_text()) if path.is_file() else {}
-        known.append(results.get("test/pair_accuracy"))
-    return {"pair_accuracy": known}
+def _known(folders: Sequence[str]) -> dict[str, Any]:
+    """What is known of models without a policy, for each folder, None where it is not: accuracy on
+    `test`; of runs that the study has measured and kept, the effective rank of the reward token's
+    state, and what an attack on the pixels gains, in deviations of the scores."""
+    known: dict[str, list] = {"pair_accuracy": [], "effective_rank": [], "attack_gain": []}
+    for folder in map(Path, folders):
+        results, measured = (
+            json.loads(path.read_text()) if (path := folder / name).is_file() else {}
+            for name in (RESULTS, MEASURED)
+        )
+        ranks, attack = measured.get("ranks") or {}, measured.get("attack")
+        last = ranks[max(ranks, key=int)]["effective_rank"] if ranks else None
+        gain = None
+        if attack:
+            before, after = (
+                np.concatenate([np.asarray(row) for row in attack[when]])
+                for when in ("before", "after")
+            )
+            gain = float((after - before).mean() / before.std())
+        known["pair_accuracy"].append(results.get("test/pair_accuracy"))
+        known["effective_rank"].append(last)
+        known["attack_gain"].append(gain)
+    return known
 
 
 def _make(
     config: ConfigDict, name: str, settings: dict[str, Any], reward: Reward | None, pools: dict,
     workdir: Path, path: Path, stop: StopRequest, say: Callable[[str], None],
 ) -> int:  # fmt: skip
-    folder = workdir / name
+    folder, known = workdir / name, _known(settings["model"])
     run = training.Run(config, name, folder, settings["seed"] or 0, settings, reward, pools)
     if settings["seed"] is not None:
         status = run.train(stop, say)
         if not status:
-            write_whole(path, (folder / training.RUN).read_text())
+            made = json.loads((folder / training.RUN).read_text())
+            write_whole(path, json.dumps(made | known, indent=1) + "\n")
         return status
     folder.mkdir(parents=True, exist_ok=True)
     run.settle()
-    return best_of_n.measure(config, name, settings, reward, path, stop, say)
+    return best_of_n.measure(config, name, settings | known, reward, path, stop, say)

@@ -138,7 +138,7 @@ def help_text(about: str, config: str) -> str:
         default = "" if flag.default is None else f" (default: {flag.default})"
         lines.append(f"  --{flag.name:<18} {flag.help}{default}")
     path = config.partition(":")[0]
-    comments = _comments(path) | _comments(f"{CONFIGS / 'common.py'}")
+    comments = _comments(f"{CONFIGS / 'common.py'}") | _comments(path)
     lines += ["", f"Configs that come with the code: {', '.join(config_names())}.", ""]
     lines.append(f"Fields of {config}, each a flag --config.NAME=VALUE:")
     for name, value in fields_of(_load(config)):
