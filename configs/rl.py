@@ -67,8 +67,8 @@ def get_config(arg: str | None = None):
 
     if config.variant == "comparison":
         config.out, config.seeds = "docs/rl", 2
-        # A budget of about two minutes of one core a run, so that all models fit into an evening.
-        config.iterations, config.eval_problems, config.best_of.problems = 80, 16, 16
+        # A budget of about five minutes of one core a run, so that all models fit into an evening.
+        config.eval_problems, config.best_of.problems = 16, 16
         config.arms = (
             ("joint", ("runs/joint",)),
             ("discriminative", ("runs/discriminative",)),

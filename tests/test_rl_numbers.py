@@ -49,11 +49,7 @@ class Fake:
         for group in groups:
             value = np.float32(self.values)[: len(group.candidates), None]
             own = None if self.deviation is None else np.full_like(value, self.deviation)
-            found.append(
-                Scores(value, value, ("overall",))._replace(deviation_KR=own)
-                if "deviation_KR" in Scores._fields
-                else Scores(value, value, ("o",))
-            )
+            found.append(Scores(value, value, ("overall",), own))
         return found  # fmt: skip
 
 
@@ -89,7 +85,6 @@ def test_an_ensemble_and_its_doubts(problems):
         alone.settle(problems, black(problems, 2))
 
 
-@pytest.mark.skipif("deviation_KR" not in Scores._fields, reason="scores have no deviations yet")
 def test_a_predicted_deviation_is_taken_off(problems):
     reward = Reward([Fake([0.0, 2.0], 3.0)], "a", problems, 2, penalty=0.5, unsure="deviation")
     reward.settle(problems, black(problems, 2))

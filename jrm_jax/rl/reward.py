@@ -99,7 +99,7 @@ class Reward:
                     f"{name}: a score is not finite, for {bad.instruction!r}; nothing of this "
                     "iteration is kept"
                 )
-        own = [[getattr(s, "deviation_KR", None) for s in scores] for scores in found]
+        own = [[s.deviation_KR for s in scores] for scores in found]
         if any(deviation is None for row in own for deviation in row):
             return scores_MGK, None
         return scores_MGK, np.array([[d[:, 0] for d in row] for row in own], np.float32)
