@@ -137,6 +137,7 @@ def curve(arm, number, seed, gold_T, kl_T=(0.0, 1.0, 4.0)):
             rows.append(values)
     return {
         "arm": arm, "number": number, "seed": seed, "name": f"{arm}-{number}-s{seed}",
+        "iterations": 2,
         "evaluations": rows, "seconds": 1.0, "lost_start": {"noisy": 2.0}, "lost_end": {},
         "pair_accuracy": [0.8], "worst": [],
     }  # fmt: skip

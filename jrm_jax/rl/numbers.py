@@ -67,6 +67,7 @@ def collect(config: ConfigDict, runs: Runs) -> dict[str, Any]:
         "predictors": _predictors(runs),
         "seconds": sum(run["seconds"] for run in runs),
         "runs": len(runs),
+        "iterations": sorted({run["iterations"] for run in runs if run["seed"] is not None}),
     }
 
 

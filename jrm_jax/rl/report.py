@@ -237,6 +237,11 @@ def _predictors(numbers: Numbers) -> list[str]:
     return ["## What can be seen before RL", "", *table(head, rows), said, ""]
 
 
+def _counts(numbers: Numbers) -> str:
+    """'200', or '80 or 200' where some runs are longer than others."""
+    return " or ".join(map(str, numbers["iterations"])) or "no"
+
+
 def _protocol(config: ConfigDict, numbers: Numbers) -> list[str]:
     own, best = config.optimizer, config.best_of
     return [
@@ -245,7 +250,7 @@ def _protocol(config: ConfigDict, numbers: Numbers) -> list[str]:
         f"- A policy writes edit programs (`jrm_jax/rl/editing.py`) and starts from the packaged "
         f"base, which imitates {100 * base.PERFECT:.0f} % perfect edits and else the built-in "
         "world's flaws. Pictures go through `RewardModel`; scores are in deviations of the base's.",
-        f"- RL: GRPO, {config.iterations} iterations of {config.groups} instructions x "
+        f"- RL: GRPO, {_counts(numbers)} iterations of {config.groups} instructions x "
         f"{config.edits} edits, {own.updates} updates each, Adam at {own.learning_rate:g}, ratio "
         f"clipped at {own.clip:g}, weight of the divergence {own.kl_weight:g}, advantages over the "
         f"{own.scale}'s spread.",
