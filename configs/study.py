@@ -188,8 +188,7 @@ def regimes(variant: str) -> ConfigDict:
         config.groups, config.labelled_rows, config.stage_steps = 32, 2, 2
         config.sizes, config.flips = (8, 32), (0.35,)
         config.headline.labelled = 8
-        config.trials = ((("discriminative",), 8, (0.35,), ((1e-3, 2),)),)
-        config.points = ((("joint_teacher", "staged", "discriminative"), (8,), (0.35,), 1),)
+        config.trials, config.points = (), ((("joint_teacher", "staged"), (8,), (0.35,), 1),)
         config.train.total_steps = config.train.eval_interval = config.train.save_interval = 2
         config.train.backbone.scan_unroll = 1
         config.world.update({"valid": 4, "test": 4, "hard": 8})

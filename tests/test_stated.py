@@ -28,6 +28,7 @@ MIX = {"following": 0.6, "preservation": 0.4}
         ("Overall score: 7 out of 10", {"overall": 7}),
         ('{"following": 3, "quality": -2}', {"following": 3, "quality": -2}),
         ("**Overall** = 8", {"overall": 8}),
+        ("Scores: overall 3.5, visual_quality 2.", {"overall": 3.5, "visual_quality": 2}),
         ("It is done.", {}),
     ],
 )  # fmt: skip

@@ -139,7 +139,7 @@ def stand_in_encoder(config: ConfigDict, backbone: BackboneConfig) -> Any:
         vision=backbone.vision,
         dimensions=tuple(config.data.dimensions),
         facts=0,
-        teacher=None,
+        teacher=() if config.loss.teacher_weight else None,
     )
 
 
