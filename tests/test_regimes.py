@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -269,6 +270,31 @@ def test_a_cell_that_fails_ends_the_others(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="no room left"):
         runner.run(config, jobs=3)
     assert len(seen) <= 3
+
+
+def test_processes_do_not_outlive_their_runner(tmp_path, monkeypatch):
+    config = settings("regimes_tiny")
+    config.out, config.workdir = str(tmp_path / "out"), str(tmp_path / "runs")
+    started, start = [], subprocess.Popen
+
+    def note(*args, **kwargs):
+        started.append(start(*args, **kwargs))
+        return started[-1]
+
+    def make(config, cell, keep, place):
+        runner._call(["timeit", "-n1", "-r1", "import time; time.sleep(600)"], cell, place)
+
+    def interrupt():
+        while len(started) < 2:
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(runner, "make_cell", make)
+    monkeypatch.setattr(runner.subprocess, "Popen", note)
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        runner.run(config, jobs=2)
+    assert [process.poll() for process in started] == [-signal.SIGTERM] * 2
 
 
 @pytest.fixture(scope="module")

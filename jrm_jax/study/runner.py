@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,17 +62,18 @@ def run(config: ConfigDict, minutes: float = 0.0, keep: bool = False, jobs: int 
     """
     ends = time.monotonic() + 60 * minutes if minutes else None
     shared = _Shared(config, keep, ends, jobs)
-    threads = [threading.Thread(target=shared.work, args=(job,)) for job in range(jobs)]
-    for thread in threads:
-        thread.start()
-    try:
-        for thread in threads:
-            while thread.is_alive():
-                thread.join(LOOK)
-    finally:  # Ctrl-C and SIGTERM end the processes, too: they must not outlive this one
-        shared.stop.set()
-        for thread in threads:
-            thread.join()
+    if jobs == 1:
+        shared.work(0)
+    else:
+        # not Thread.join: interrupted by a signal, Python 3.11's takes the thread for ended
+        with ThreadPoolExecutor(jobs) as pool:
+            working = [pool.submit(shared.work, job) for job in range(jobs)]
+            try:
+                while wait(working, LOOK).not_done:
+                    pass
+            finally:  # Ctrl-C and SIGTERM end the processes, too: they must not outlive this one
+                shared.stop.set()
+                wait(working)
     for error in shared.errors[:1]:
         raise error
 
@@ -152,9 +154,9 @@ ANYWHERE = Place()
 
 
 @contextlib.contextmanager
-def _locked(config: ConfigDict, name: str, wait: Place | None = None) -> Iterator[int | None]:
-    """The descriptor of a locked file, or None where another holds it; `wait`: a `Place`, to wait
-    until it is free.
+def _locked(config: ConfigDict, name: str, until: Place | None = None) -> Iterator[int | None]:
+    """The descriptor of a locked file, or None where another holds it; `until`: to wait
+    until it is free, as long as there is time.
 
     Raises:
         OutOfTime: while waiting.
@@ -166,10 +168,10 @@ def _locked(config: ConfigDict, name: str, wait: Place | None = None) -> Iterato
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                if wait is None:
+                if until is None:
                     yield None
                     return
-                _check_time(wait)
+                _check_time(until)
                 time.sleep(LOOK)
                 continue
             yield file.fileno()
@@ -187,8 +189,9 @@ def make_cell(config: ConfigDict, cell: Cell, keep: bool = False, place: Place =
     fingerprint = cells.fingerprint(config, cell)
     workdir = Path(config.workdir) / f"{cell.name}-{fingerprint}"
     fields = cell.changes(config)
-    with _locked(config, "data", place):  # drawn once, not by every job
-        build_data.data_folders(cells.training_config(config, cell))
+    if place.jobs > 1:
+        with _locked(config, "data", place):  # drawn once, not by every job
+            build_data.data_folders(cells.training_config(config, cell))
     _train(workdir, {**fields, **_start(config, cell, place)}, cell, place)
     out = workdir / "measured.json"
     command = ["jrm_jax.study.measure", f"--workdir={workdir}", f"--out={out}"]
@@ -258,10 +261,10 @@ def _call(command: list[str], cell: Cell, place: Place) -> None:
         env=settings,
         pass_fds=() if place.claim is None else (place.claim,),
     )
-    if place.jobs > 1 and not may_use_an_accelerator():
-        cores = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(process.pid, {cores[place.job % len(cores)]})
     try:
+        if place.jobs > 1 and not may_use_an_accelerator():
+            cores = sorted(os.sched_getaffinity(0))
+            os.sched_setaffinity(process.pid, {cores[place.job % len(cores)]})
         while (status := process.poll()) is None:
             _check_time(place)
             time.sleep(LOOK)
