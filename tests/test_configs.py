@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from configs import discriminative, generative, joint
+from configs import discriminative, generative, joint, paper
 from configs.common import REAL, TINY, base, parse_arg
+from jrm_jax import build
 from jrm_jax.data.world import describe
 from jrm_jax.errors import UserError
+from jrm_jax.run.check_config import check_config
 from jrm_jax.shell import config_cli
 from jrm_jax.shell.packaged import CONFIGS, config_names, find_config, load_config_module
 
@@ -50,6 +52,26 @@ def test_describe_pretrains_from_random_weights_and_the_others_go_on():
     for module in (joint, discriminative):
         with pytest.raises(UserError, match="config variant 'describe'"):
             module.get_config("describe")
+
+
+def test_the_recipe_of_the_paper():
+    for variant in (None, "qwen3_vl_8b", "qwen3_vl_4b", "tiny", "qwen3_vl_8b,groups=6400"):
+        config = paper.get_config(variant)
+        name, _, groups = (variant or "qwen3_vl_8b").partition(",groups=")
+        assert (config.name, config.variant) == ("paper", name) and same_fields(config, base())
+        assert (config.loss.preference_weight, config.loss.language_weight) == (0.3, 0.7)
+        assert config.loss.gaussian == "log_of_mean" and len(config.data.dimensions) == 2
+        assert len(config.head.hidden) == 2 and not check_config(config)
+        if name == "tiny":
+            continue
+        assert config.total_steps == 10 * int(groups or 200_000) / 64 and config.batch_size == 64
+        rates = [float(build.make_schedule(config, config.total_steps)(step))
+                 for step in (config.total_steps // 20, config.total_steps)]  # fmt: skip
+        assert rates == pytest.approx([2e-6, 0.0], abs=1e-9)
+        assert (config.optimizer.b1, config.optimizer.b2) == (0.9, 0.95)
+        assert config.data.max_visual_tokens == 256 and config.backbone.path == ""
+    with pytest.raises(UserError, match="config variant 'qwen3_vl_2b'"):
+        paper.get_config("qwen3_vl_2b")
 
 
 def test_the_baselines_differ_from_joint_in_their_losses_only():

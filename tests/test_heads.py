@@ -44,11 +44,11 @@ def test_a_head_with_layers_and_deviations():
     """Its products by hand; every deviation begins at one; rewards begin with the spread asked."""
     plain = init_reward_head(jax.random.key(0), D, 2)
     assert "deviation" not in plain and apply_deviation_head(plain, jnp.ones((B, D))) is None
-    wide = init_reward_head(jax.random.key(0), 400, 3, 2.0, (900, 700), True)
+    wide = init_reward_head(jax.random.key(0), 400, 200, 2.0, (900, 700), True)
     states = jax.random.normal(jax.random.key(1), (500, 400))
     reward = apply_reward_head(wide, states)
     np.testing.assert_allclose(jnp.mean(jnp.square(reward)), 4.0, rtol=0.3)
-    np.testing.assert_array_equal(apply_deviation_head(wide, states), jnp.zeros((500, 3)))
+    np.testing.assert_array_equal(apply_deviation_head(wide, states), jnp.zeros((500, 200)))
 
     head = init_reward_head(jax.random.key(0), D, 2, hidden=(5, 3), deviation=True)
     keys = iter(jax.random.split(jax.random.key(2), 20))

@@ -1,7 +1,9 @@
 """configs/paper.py:tiny with both of its heads: it trains, scores, exports, and PyTorch agrees."""
 
 import json
+import shutil
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -10,10 +12,12 @@ from safetensors.numpy import load_file
 from test_export import classifier, picture
 
 from configs import paper
-from jrm_jax import build
+from jrm_jax import build, train
 from jrm_jax.errors import UserError
 from jrm_jax.model.config import load_config
+from jrm_jax.model.published import PUBLISHED
 from jrm_jax.optim import flatten
+from jrm_jax.run.workdir import read_config
 from jrm_jax.serving.reward_model import RewardModel
 from jrm_jax.serving.trained import load_trained
 
@@ -24,7 +28,7 @@ class Recipe:
     """A config's module, as `export_case.start` takes it."""
 
     def __init__(self, hidden, **fields):
-        self.fields = {"head.hidden": hidden, "head.anew": True, **fields}
+        self.fields = {"head.hidden": hidden, "head.anew": True, "save_interval": 1, **fields}
 
     def get_config(self):
         config = paper.get_config("tiny")
@@ -99,3 +103,39 @@ def test_a_run_goes_on_from_an_export(case, tmp_path):
     assert plain.is_whole and "its deviation is dropped" in plain.words
     with pytest.raises(UserError, match="hidden layers.*config.head.hidden.*config.head.anew"):
         head(**{"head.hidden": (8,)})
+
+
+@pytest.mark.parametrize("hidden", HEADS.values(), ids=HEADS)
+def test_an_8b_head_lies_on_a_mesh_and_trains_beside_adapters(hidden):
+    """All of its leaves have a place, also with a tensor axis, and learn where the rest is frozen.
+    """
+    config = paper.get_config()
+    config.update_from_flattened_dict({
+        "head.hidden": (1024, *hidden[1:]) if hidden else (), "lora.rank": 4,
+        "mesh.data": 1, "mesh.fsdp": 2, "mesh.tensor": 4,
+    })  # fmt: skip
+    backbone = PUBLISHED["qwen3_vl_8b"]
+    mesh = build.make_mesh(config, backbone, jax.devices()[:8])
+    state, _ = build.abstract_state(config, backbone, mesh)
+    assert "reward_head" not in state.frozen
+    head = flatten(state.trainable["reward_head"])
+    last = (16 if hidden else 4096, 2)
+    assert head["kernel"].shape == head["deviation/kernel"].shape == last
+    assert ("bias" in head) == ("hidden/0/bias" in head) == ("deviation/bias" in head)
+    if hidden:
+        assert head["hidden/0/kernel"].sharding.shard_shape((4096, 1024)) == (2048, 1024)
+    moments = [x.shape for x in jax.tree.leaves(state.opt_state) if x.shape == last]
+    assert len(moments) == 4  # two of each last kernel
+
+
+def test_a_run_goes_on_bit_for_bit(case, tmp_path):
+    """From its checkpoint of step 2, as after a kill."""
+    workdir, _, _ = case
+    again = shutil.copytree(workdir, tmp_path / "again")
+    shutil.rmtree(again / "checkpoints" / "3")
+    (again / "results.json").unlink()
+    config = read_config(again)
+    assert train.run(config.lock(), again) == 0
+    mine, other = (flatten(load_trained(one).params) for one in (workdir, again))
+    for path, leaf in mine.items():
+        np.testing.assert_array_equal(leaf, other[path])

@@ -181,7 +181,8 @@ def test_a_generative_run_is_refused_by_all_that_score(tmp_path, small_backbone)
         assert "\n" not in str(caught.value)
     assert not out.exists()
     found = trained.load_trained(workdir, scores=False)
-    assert found.card["taught"] == {"preference": 0, "language": 1, "words": 0, "facts": 0}
+    rest = {"preference": 0, "words": 0, "facts": 0, "teacher": 0}
+    assert found.card["taught"] == {"language": 1, **rest}
 
 
 # A backbone that cannot speak
