@@ -389,6 +389,5 @@ def test_candidates_laid_apart_score_the_same(model, groups):
     for group, scores in zip(encoded, wanted, strict=True):
         parts = rows.apart(group)
         assert all(len(part.candidates) == 1 and not part.prompt.tokens for part in parts)
-        found = model.score_encoded(parts, one_bucket=True)
-        found_KR = np.concatenate([one.reward_KR for one in found])
-        np.testing.assert_allclose(found_KR, scores.reward_KR, rtol=0, atol=1e-5)
+        found = [one.reward_KR for one in model.score_encoded(parts, one_bucket=True)]
+        np.testing.assert_allclose(np.concatenate(found), scores.reward_KR, rtol=0, atol=1e-5)

@@ -78,6 +78,15 @@ class Scores(NamedTuple):
         return rows
 
 
+def to_scores(
+    found_KX: np.ndarray, dimensions: tuple[str, ...], mean: np.float32, spread: np.float32
+) -> Scores:
+    """Of what `step.make_score_step` gives; mean, spread: of the training rewards."""
+    reward_KR, deviation_KR = np.split(found_KX, [len(dimensions)], axis=1)
+    unsure = deviation_KR if deviation_KR.shape[1] else None
+    return Scores(reward_KR, (reward_KR - mean) / spread, dimensions, unsure)
+
+
 class Group(NamedTuple):
     """One edit and its candidates. `source` may be None, one picture or several."""
 

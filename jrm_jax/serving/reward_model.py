@@ -7,8 +7,7 @@ A reward is a real number without fixed scale; larger is better, and only differ
 candidates of one source and instruction carry meaning. Under the preference loss the chance that
 people prefer i to j is sigmoid(reward_i - reward_j). `Scores.normalised` is (reward - mean) /
 deviation over the rewards of the training set, for those who add it to other rewards. A model
-that was trained with `config.loss.gaussian` also says how unsure it is: `Scores.deviation_KR`.
-`Scores.chance_KKR` is that chance for all pairs, with the deviation where there is one.
+that was trained with `config.loss.gaussian` says how unsure it is: `Scores.deviation_KR`.
 
 Letters: K candidates, R reward dimensions, B groups.
 """
@@ -324,16 +323,8 @@ class RewardModel:
         return f"{words}, {self.work.padded:.0%} of the work was padding"
 
     def _scores(self, found: Iterable[np.ndarray]) -> list[Scores]:
-        """Of what `make_score_step` gives."""
         mean, spread = map(np.float32, scale(self.card))
-        count = len(self.dimensions)
-
-        def named(found_KX: np.ndarray) -> Scores:
-            reward_KR, deviation_KR = found_KX[:, :count], found_KX[:, count:]
-            known = deviation_KR if deviation_KR.shape[1] else None
-            return Scores(reward_KR, (reward_KR - mean) / spread, self.dimensions, known)
-
-        return [named(found_KX) for found_KX in found]
+        return [given.to_scores(f_KX, self.dimensions, mean, spread) for f_KX in found]
 
     # Words
 
