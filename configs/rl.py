@@ -26,7 +26,9 @@ def get_config(arg: str | None = None):
     config.out = ""  # the page's files, its text beside them; empty: WORKDIR/report
     config.seed = 0  # of the first run of a model; the next ones count on
     config.seeds = 1  # runs of each model
-    config.gold = True  # one more run whose reward is the gold score: what the optimiser can do
+    # Rewards without a model: the gold score, which shows what the optimiser can do, and chance,
+    # which shows how far a policy moves, and what that costs, when nothing is to be learnt.
+    config.controls = ("gold", "chance")
     config.iterations = 200  # of RL; a run may become longer than it was to be at first
     config.groups = 16  # instructions of an iteration
     config.edits = 8  # of each

@@ -10,7 +10,7 @@ from jrm_jax.data.buckets import Bucket
 from jrm_jax.errors import UserError
 from jrm_jax.rl import best_of_n, check, fits, numbers, report, runner
 from jrm_jax.rl.editing import make_problem
-from jrm_jax.rl.reward import Reward
+from jrm_jax.rl.reward import Chance, Reward
 from jrm_jax.rl.rollout import SPLITS
 from jrm_jax.serving.groups import Scores
 from jrm_jax.serving.rows import Needs
@@ -111,6 +111,12 @@ def test_best_of_n_is_without_bias():
     assert analysis.best_of_n(proxy, gold, 12) == gold[proxy.argmax()]
 
 
+def test_chance_is_the_same_for_the_same_pictures(problems):
+    pictures = np.random.default_rng(0).integers(0, 255, (4, 96, 96, 3)).astype(np.uint8)
+    first, again, other = (Chance()(problems, x)[0] for x in (pictures, pictures, 255 - pictures))
+    assert (first == again).all() and (first != other).any() and first.shape == (2, 2)
+
+
 @pytest.mark.parametrize("form", [fits.BEST_OF_N, fits.RL])
 def test_fits_find_what_was_put_in(form):
     kl = [0.0, 0.5, 1, 2, 4, 8, 16]
@@ -167,6 +173,10 @@ def test_numbers_by_hand(config):
     better = [curve("joint", n, 0, (0.5, 0.8, 0.8)) for n in (0, 1)] + runs[2:]
     text = report.markdown(own, numbers.collect(own, better), "x", [])
     assert "is borne out here" in text.splitlines()[2]
+    alone = numbers.collect(own, [runs[0], runs[2]])
+    assert "is not decided yet" in report.markdown(own, alone, "x", []).splitlines()[2]
+    noisy = [{**run, "arm": f"{run['arm']}, noisy"} for run in runs[::2]]
+    assert [*numbers.collect(own, [*runs, *noisy])["gains"]] == ["joint", "joint, noisy"]
     half = report.markdown(own, numbers.collect(own, runs[:2]), "x", [])
     assert half.splitlines()[2].endswith("is open.")
 
@@ -176,8 +186,8 @@ def test_models_have_names_of_their_own(config, tmp_path):
         (tmp_path / name).mkdir(parents=True)
     given = [str(tmp_path / name) for name in ("a/run", "b/run", "c", "c")]
     found, missing = runner.models(config, given)
-    assert [m.arm for m in found] == ["a/run", "b/run", f"{tmp_path.name}/c", "gold"]
-    assert len({m.name for m in found}) == 4 and not missing
+    assert [m.arm for m in found] == ["a/run", "b/run", f"{tmp_path.name}/c", "gold", "chance"]
+    assert len({m.name for m in found}) == 5 and not missing
     together = rl.get_config("tiny")
     together.reward.ensemble = True
     assert runner.models(together, given[:3])[0][0].folders == tuple(given[:3])
@@ -185,10 +195,14 @@ def test_models_have_names_of_their_own(config, tmp_path):
         runner.models(together, given[:1])
     with pytest.raises(UserError, match="give --model"):
         runner.models(config, [])
+    other = rl.get_config("tiny")
+    other.controls = ("luck",)
+    with pytest.raises(UserError, match="none of gold, chance"):
+        runner.models(other, given)
     with pytest.raises(UserError, match="no such folder"):
         runner.models(config, [str(tmp_path / "x")])
     jobs = [*runner.jobs(config, found)]
-    assert [job.seed for job in jobs] == [None] * 4 + [0] * 4
+    assert [job.seed for job in jobs] == [None] * 4 + [0] * 5
 
 
 @pytest.mark.parametrize(

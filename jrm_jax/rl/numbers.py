@@ -19,7 +19,7 @@ from jrm_jax.errors import UserError
 from jrm_jax.evaluation.statistics import spearman
 from jrm_jax.rl import best_of_n, fits
 from jrm_jax.rl.rollout import SPLITS
-from jrm_jax.rl.runner import GOLD, RUNS, protocol
+from jrm_jax.rl.runner import CONTROLS, RUNS, protocol
 from jrm_jax.study.analysis import interval
 
 TREATED, BASELINE = "joint", "discriminative"
@@ -62,7 +62,7 @@ def collect(config: ConfigDict, runs: Runs) -> dict[str, Any]:
         "gains": {
             arm: _gains(config, runs, arm)
             for arm in arms
-            if arm not in (baseline_of(arm), GOLD) and baseline_of(arm) in arms
+            if arm not in (baseline_of(arm), *CONTROLS) and baseline_of(arm) in arms
         },
         "predictors": _predictors(runs),
         "seconds": sum(run["seconds"] for run in runs),
@@ -228,7 +228,7 @@ def _predictors(runs: Runs) -> dict[str, Any]:
     """What can be measured of a model before RL, beside what RL made of it; rank correlations over
     the models where there are enough."""
     rows = []
-    for best in (run for run in runs if run["seed"] is None and run["arm"] != GOLD):
+    for best in (run for run in runs if run["seed"] is None and run["arm"] not in CONTROLS):
         key = (best["arm"], best["number"])
         own = [r for r in runs if (r["arm"], r["number"]) == key and r["seed"] is not None]
         curves = [_Curve(run) for run in own]

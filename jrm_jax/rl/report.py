@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from jrm_jax.rl import base, examples, figures
 from jrm_jax.rl.numbers import BASELINE, PREDICTORS, TREATED, collect, load
-from jrm_jax.rl.runner import GOLD, RUNS
+from jrm_jax.rl.runner import CONTROLS, RUNS
 from jrm_jax.shell.report import json_safe
 from jrm_jax.shell.terminal import duration
 from jrm_jax.study.tables import MISSING, number, table
@@ -46,7 +46,7 @@ def _exploits(runs: Sequence[Mapping[str, Any]]) -> list[tuple[str, list]]:
     where it was run, else the best of n."""
     chosen: dict[str, Mapping[str, Any]] = {}
     for run in sorted(runs, key=lambda r: (r["number"], r["seed"] is None, r["seed"] or 0)):
-        if run["arm"] != GOLD:
+        if run["arm"] not in CONTROLS:
             chosen.setdefault(run["arm"], run)
     return [
         (
@@ -108,18 +108,18 @@ def _answer(config: ConfigDict, numbers: Numbers) -> str:
     if not gains or not gains["last"]:
         if BASELINE in numbers["arms"] or TREATED in numbers["arms"]:
             return "Whether a joint score is better to optimise than a discriminative one is open."
-        arms = [arm for arm in numbers["arms"] if arm != GOLD]
+        arms = [arm for arm in numbers["arms"] if arm not in CONTROLS]
         return f"What optimisation makes of {', '.join(arms)}, where the truth is known."
     peak, last = gains["peak"], gains["last"]
     models = min(numbers["arms"][arm]["models"] for arm in (TREATED, BASELINE))
     held = all(row["value"] >= config.verdict.gain and row["low"] > 0 for row in (peak, last))
-    words = "is borne out" if held else "is not borne out"
-    few = " That is too few for an answer." if models < 2 else ""
+    words = "is borne out here" if held else "is not borne out here"
+    words = words if models > 1 else "is not decided yet"
     many = f"{models} model{'s' * (models != 1)} of each kind"
     return (
-        f"With {many}, the claim that a joint score is better to optimise {words} here: gold is "
+        f"With {many}, the claim that a joint score is better to optimise {words}: gold is "
         f"{_points(peak)} higher than with a discriminative score at the peak of RL, and "
-        f"{_points(last)} at its end.{few}"
+        f"{_points(last)} at its end."
     )
 
 
@@ -199,7 +199,7 @@ def _rl(config: ConfigDict, numbers: Numbers) -> list[str]:
 def _flaws(numbers: Numbers) -> list[str]:
     lines = []
     for arm, found in numbers["arms"].items():
-        if found["rl"] and arm != GOLD:
+        if found["rl"] and arm not in CONTROLS:
             start, end = found["rl"]["lost"]["start"], found["rl"]["lost"]["end"]
             change = {f: end.get(f, 0.0) - start.get(f, 0.0) for f in {*start, *end}}
             worse = [f for f in sorted(change, key=change.get, reverse=True) if change[f] > 0.2]

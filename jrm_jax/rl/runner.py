@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from jrm_jax.errors import UserError
 from jrm_jax.rl import best_of_n, training
 from jrm_jax.rl.editing import Problem, make_problem
-from jrm_jax.rl.reward import Reward
+from jrm_jax.rl.reward import Chance, Reward
 from jrm_jax.rl.rollout import SPLITS
 from jrm_jax.run.workdir import RESULTS, write_whole
 from jrm_jax.serving.reward_model import RewardModel
@@ -25,11 +25,12 @@ from jrm_jax.shell.stop import StopRequest
 from jrm_jax.shell.terminal import duration
 
 MEASURED = "measured.json"  # what the study writes into a run's folder
-GOLD = "gold"  # the arm whose reward is the truth
+CHANCE = "chance"
+CONTROLS = ("gold", CHANCE)  # arms whose reward is no model's
 RUNS = "results"
 # Of a config, what a run's numbers do not depend on.
 APART = (
-    "arms", "iterations", "seeds", "seed", "name", "variant", "gold", "verdict", "out",
+    "arms", "iterations", "seeds", "seed", "name", "variant", "controls", "verdict", "out",
     "log_interval", "save_interval",
 )  # fmt: skip
 
@@ -84,8 +85,10 @@ def models(config: ConfigDict, given: Sequence[str]) -> tuple[list[Model], list[
     if not found:
         hint = f" (none is there of {', '.join(missing)})" if missing else ""
         raise UserError(f"give --model=FOLDER, the folder of a run or of an export{hint}")
-    if config.gold:
-        found.append(Model(GOLD, 0, ()))
+    unknown = [arm for arm in config.controls if arm not in CONTROLS]
+    if unknown:
+        raise UserError(f"config.controls: {unknown[0]!r} is none of {', '.join(CONTROLS)}")
+    found += [Model(arm, 0, ()) for arm in config.controls]
     return found, missing
 
 
@@ -101,10 +104,10 @@ def _names(folders: Sequence[str]) -> dict[str, str]:
 
 def jobs(config: ConfigDict, found: Sequence[Model]) -> Iterator[Job]:
     """Best-of-n of all models first: it is cheap, and has no chance of training in it."""
-    yield from (Job(model, None) for model in found)
+    yield from (Job(model, None) for model in found if model.arm != CHANCE)
     for seed in range(config.seeds):
         for model in found:
-            if model.arm != GOLD or not seed:
+            if model.folders or not seed:
                 yield Job(model, config.seed + seed)
 
 
@@ -186,9 +189,9 @@ def is_made(config: ConfigDict, path: Path, job: Job) -> bool:
 
 def _reward(
     config: ConfigDict, model: Model, problems: Sequence[Problem], say: Callable[[str], None]
-) -> Reward | None:
+) -> Reward | Chance | None:
     if not model.folders:
-        return None
+        return Chance() if model.arm == CHANCE else None
     here = jax.devices()[:1]  # a call is too small to be shared out
     loaded = [
         RewardModel.load(folder, batch_size=config.groups, say=say, devices=here)
@@ -224,8 +227,8 @@ def _known(folders: Sequence[str]) -> dict[str, Any]:
 
 
 def _make(
-    config: ConfigDict, name: str, settings: dict[str, Any], reward: Reward | None, pools: dict,
-    workdir: Path, path: Path, stop: StopRequest, say: Callable[[str], None],
+    config: ConfigDict, name: str, settings: dict[str, Any], reward: Reward | Chance | None,
+    pools: dict, workdir: Path, path: Path, stop: StopRequest, say: Callable[[str], None],
 ) -> int:  # fmt: skip
     folder, known = workdir / name, _known(settings["model"])
     run = training.Run(config, name, folder, settings["seed"] or 0, settings, reward, pools)

@@ -27,7 +27,7 @@ from jrm_jax.metrics import Writer
 from jrm_jax.rl import base, grpo, measures
 from jrm_jax.rl.editing import make_problem
 from jrm_jax.rl.examples import liked, worst
-from jrm_jax.rl.reward import Reward, Scale
+from jrm_jax.rl.reward import Chance, Reward, Scale
 from jrm_jax.rl.rollout import (
     EVALUATE,
     SETTLE,
@@ -70,7 +70,7 @@ class Run:
 
     def __init__(
         self, config: ConfigDict, name: str, folder: Path, seed: int, settings: dict[str, Any],
-        reward: Reward | None, known: dict[str, Pool],
+        reward: Reward | Chance | None, known: dict[str, Pool],
     ):  # fmt: skip
         self.config, self.name, self.folder, self.seed = config, name, folder, seed
         self.settings, self.reward, self.pools = settings, reward, known
@@ -213,7 +213,7 @@ class Run:
         if path.exists():
             kept = json.loads(path.read_text())
             self.base_gold = tuple(kept["gold"])
-            if self.reward is not None:
+            if kept["reward"]:
                 self.reward.scale = Scale(*kept["reward"])
             return
         count = min(self.config.groups * SETTLING, self.config.problems)
