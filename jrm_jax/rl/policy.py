@@ -153,14 +153,15 @@ def divergence(choice: Choice, base: Choice) -> jax.Array:
 
 
 def _categorical(mine: jax.Array, theirs: jax.Array) -> jax.Array:
-    """sum p (log p - log q), plus sum q - sum p, which is nothing."""
-    p = jnp.exp(mine)
-    return (p * (mine - theirs) - p + jnp.exp(theirs)).sum(-1)
+    """sum p (log p - log q), plus sum q - sum p, which is nothing, as sum p f(log p - log q): f and
+    its slope are zero where its argument is."""
+    gap = mine - theirs
+    return (jnp.exp(mine) * (gap + jnp.expm1(-gap))).sum(-1)
 
 
 def _gaussian(mean: jax.Array, scale: jax.Array, mean0: jax.Array, scale0: jax.Array) -> jax.Array:
     ratio = scale - scale0
-    return 0.5 * (jnp.exp(2 * ratio) + jnp.square((mean - mean0) * jnp.exp(-scale0)) - 1) - ratio
+    return 0.5 * (jnp.expm1(2 * ratio) + jnp.square((mean - mean0) * jnp.exp(-scale0))) - ratio
 
 
 def entropy(choice: Choice) -> tuple[jax.Array, jax.Array]:
