@@ -146,7 +146,7 @@ def base() -> ConfigDict:
     # Of the scores that critiques' last lines state, as soft preferences in any group that has them
     config.loss.teacher_weight = 0.0
     config.loss.teacher_scale = 1.0  # points of such a score that count one nat
-    # ((name, weight), ...): 'overall' where a line states other scores; empty: their plain mean
+    # ((name, weight), ...): 'overall' where lines state other scores; (): mean of data.dimensions
     config.loss.teacher_mix = ()
     config.loss.chunk = 0  # critique positions per group at a time; 0: all
 

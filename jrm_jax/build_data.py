@@ -6,7 +6,8 @@ Reads the config and the disk. Mesh, backbone, state and steps are made in `buil
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,8 @@ def build_data(
     sources: dict[str, list[plan.Source]] = {}
     sets: dict[str, list[Sequence[Any]]] = {}
     held: list[dict[str, contents.Contents]] = []  # by data set, then by split
+    lessons, stated = [], Counter()
+    dimensions, mix = tuple(config.data.dimensions), dict(config.loss.teacher_mix)
     for folder, weight in folders:
         held.append({})
         for split, records in store.open_dataset(folder).items():
@@ -115,10 +118,11 @@ def build_data(
                 say(words)
             sources.setdefault(split, []).append(plan.Source(sizes, weight, kept))
             sets.setdefault(split, []).append(records)
-    _check_splits(config, folders, held, say)
-    if config.loss.teacher_weight:
-        names = ", ".join(str(path) for path, _ in folders)
-        check_data.check_teacher(config, sets["train"], names)
+            if split == "train" and config.data.labelled:
+                lessons.append(contents.find_lessons(folder, split, records, dimensions))
+            if split == "train" and config.loss.teacher_weight and weight:
+                stated.update(contents.count_stated(folder, split, records, dimensions, mix))
+    _check_splits(config, folders, held, stated, say)
 
     cost = group_cost(backbone, config.data.share_prompt)
 
@@ -143,7 +147,7 @@ def build_data(
     reading = bucket_choice.for_reading(config, others, sources, cost, language=language)
     size = config.batch_size
     held_out = [split for split in ("valid", "test", "hard") if split in sources]
-    train_plan = _train_plan(config, sources["train"], sets["train"], buckets, language)
+    train_plan = _train_plan(config, sources["train"], lessons, buckets, language)
     return Data(
         encoder=encoder,
         train_plan=train_plan,
@@ -168,14 +172,13 @@ def build_data(
 def _train_plan(
     config: ConfigDict,
     sources: Sequence[plan.Source],
-    sets: Sequence[Sequence[Any]],
+    lessons: Sequence[tuple[np.ndarray, np.ndarray]],
     buckets: tuple[Bucket, ...],
     language: bool,
 ) -> plan.Plan | plan.LabelledPlan:
     if not config.data.labelled:
         return plan.Plan(sources, buckets, config.batch_size, config.seed, language)
-    found = [contents.find_lessons(records, config.data.dimensions) for records in sets]
-    labelled, critiqued = zip(*found, strict=True)
+    labelled, critiqued = zip(*lessons, strict=True)
     size, count = config.batch_size, config.data.labelled
     for what, which, rows in (("label", labelled, count), ("critique", critiqued, size - count)):
         if rows and not any(map(len, which)):
@@ -193,6 +196,7 @@ def _check_splits(
     config: ConfigDict,
     folders: Sequence[tuple[Path, float]],
     held: Sequence[dict[str, contents.Contents]],
+    stated: Mapping[str, int],
     say: Callable[[str], None],
 ) -> None:
     """Is there something to learn, and something to measure it by? What is missing is said."""
@@ -205,7 +209,7 @@ def _check_splits(
     ]
     if not train:
         raise UserError(f"{names}: there is no split 'train'")
-    for words in check_data.check_lessons(config, train, names):
+    for words in check_data.check_lessons(config, train, names, stated):
         say(words)
     for words in check_data.describe_unused(config, paths):
         say(words)

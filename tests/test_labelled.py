@@ -8,11 +8,11 @@ from test_plan import make_sizes
 
 from configs.joint import get_config
 from jrm_jax import build_data
+from jrm_jax.data import store
 from jrm_jax.data.buckets import make_buckets
 from jrm_jax.data.contents import find_lessons
 from jrm_jax.data.pipeline import HostBatch
 from jrm_jax.data.plan import LabelledPlan, Source
-from jrm_jax.data.schema import to_record
 from jrm_jax.data.world import scenes
 from jrm_jax.data.world.life import Life, make_lifelike
 from jrm_jax.errors import UserError
@@ -87,17 +87,22 @@ def test_labels_beside_do_not_count(monkeypatch):
         assert (half == whole[4 * process : 4 * process + 4]).all()
 
 
-def test_groups_with_labels_are_found():
+def test_groups_with_labels_are_found_once(tmp_path):
     life = Life(labelled=0.5, critiqued=0.25)
     made = [scenes.make_example("train", i, 0, pixels=48) for i in range(8)]
     made = [make_lifelike(e, life, i, 0, 8) for i, e in enumerate(made)]
-    records = [to_record(example) for example in made]
-    labelled, critiqued = find_lessons(records, ("following",))
+    store.write_dataset(tmp_path / "set", {"train": made}, made[0].dimensions, manifest={})
+    records = store.open_dataset(tmp_path / "set")["train"]
+    labelled, critiqued = find_lessons(tmp_path / "set", "train", records, ("following",))
     assert labelled.tolist() == np.flatnonzero([e.weight.any() for e in made]).tolist()
     told = [e.candidates[0].critique is not None for e in made]
     assert critiqued.tolist() == np.flatnonzero(told).tolist()
     assert (len(labelled), len(critiqued)) == (4, 2)
-    assert not len(find_lessons(records, ("beauty",))[0])
+    # of other dimensions, too, without reading a record again
+    unread = [None] * len(records)
+    labelled, again = find_lessons(tmp_path / "set", "train", unread, ("following", "overall"))
+    assert len(labelled) == 4 and again.tolist() == critiqued.tolist()
+    assert not len(find_lessons(tmp_path / "set", "train", unread, ("beauty",))[0])
 
 
 @pytest.mark.parametrize(
@@ -117,18 +122,16 @@ def test_what_a_batch_cannot_hold(fields, words):
 
 
 @pytest.mark.parametrize(
-    "life, words",
+    "lessons, words",
     [
-        (Life(labelled=0.0), "no training group has a label for the 4 rows"),
-        (Life(critiqued=0.0), "no training group has a critique for the 12 rows"),
+        (([], [0, 1]), "no training group has a label for the 4 rows"),
+        (([0, 1], []), "no training group has a critique for the 12 rows"),
     ],
 )
-def test_rows_that_nothing_could_fill(life, words):
+def test_rows_that_nothing_could_fill(lessons, words):
     config = get_config()
     config.data.labelled = 4
-    examples = [scenes.make_example("train", i, 0, pixels=48) for i in range(4)]
-    records = [to_record(make_lifelike(e, life, i, 0, 4)) for i, e in enumerate(examples)]
     sizes = make_sizes(4)
     buckets = make_buckets([sizes], language=True, candidate_cuts=())
     with pytest.raises(UserError, match=words):
-        build_data._train_plan(config, [Source(sizes)], [records], buckets, True)
+        build_data._train_plan(config, [Source(sizes)], [lessons], buckets, True)

@@ -16,6 +16,7 @@ from jrm_jax.errors import UserError
 from jrm_jax.run.check_config import check_config
 
 SEED, COUNT = 3, 160
+SCORES = ("following", "preservation")
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +154,9 @@ def test_scores_err_as_a_judges(wanted):
     for index in range(700):
         group = scenes.make_group("train", index, SEED)
         for k, words in enumerate(scenes.group_critiques(group)):
-            scores = stated_scores(spoil(words, Life(score_correlation=wanted), f"{index}/{k}"))
+            scores = stated_scores(
+                spoil(words, Life(score_correlation=wanted), f"{index}/{k}"), SCORES
+            )
             said.append(6 * scores["following"] + 4 * scores["preservation"])
             gold.append(group.attempts[k].gold.overall)
     assert abs(np.corrcoef(gold, said)[0, 1] - wanted) < 0.035
@@ -163,7 +166,7 @@ def test_facts_state_the_scores_that_words_do(plain):
     for example in lifelike(plain, score_correlation=0.6)[:40]:
         for candidate in example.candidates:
             named = dict(facts.FACTS[i].split("=") for i in candidate.facts)
-            scores = stated_scores(candidate.critique)
+            scores = stated_scores(candidate.critique, SCORES)
             for name in ("following", "preservation"):
                 assert float(named[name]) == scores[name]
 

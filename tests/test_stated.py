@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import time
 
 import jax
 import jax.numpy as jnp
@@ -9,14 +10,20 @@ import numpy as np
 import pytest
 
 from configs import joint
-from jrm_jax.data.schema import to_record
+from jrm_jax.data import contents, store
+from jrm_jax.data.schema import Candidate, PreferenceExample, Text
 from jrm_jax.data.stated import stated_scores, teacher_scores
 from jrm_jax.data.world import scenes
 from jrm_jax.errors import UserError
 from jrm_jax.losses import combine, preference_loss, teacher_preferences, term_weights
 from jrm_jax.run import check_data
+from jrm_jax.run.check_config import check_config
 
 MIX = {"following": 0.6, "preservation": 0.4}
+
+
+NAMES = ("overall", "score", "following", "preservation", "quality", "visual quality",
+         "Instruction following", "总分")  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -29,27 +36,84 @@ MIX = {"following": 0.6, "preservation": 0.4}
         ('{"following": 3, "quality": -2}', {"following": 3, "quality": -2}),
         ("**Overall** = 8", {"overall": 8}),
         ("Scores: overall 3.5, visual_quality 2.", {"overall": 3.5, "visual_quality": 2}),
+        ("Instruction following (0-10): 8", {"instruction_following": 8}),
+        ("| overall | 7 | quality | 5 |", {"overall": 7, "quality": 5}),
+        ("overall: +7; quality: \u22122", {"overall": 7, "quality": -2}),
+        ("Overall\uff1a7\uff0f10", {"overall": 7}),
+        ("总分: 8/10", {"总分": 8}),
+        ("following - 3, quality -3", {"following": 3, "quality": -3}),
+        ("Overall: 7,5/10", {"overall": 7.5}),
+        ("Overall: **7**/10, quality (4/10)", {"overall": 7, "quality": 4}),
+        ("This one is worse. Score: 3", {"score": 3}),
+        ("Step 2: quality 8", {"quality": 8}),
+        ("following ten beauty two", {"following": 10}),
+        # a number of something else
         ("It is done.", {}),
+        ("not following 8", {}),
+        ("overall one of the best", {}),
+        ("overall 2 objects are gone", {}),
+        ("overall: 7-8", {}),
+        ("overall: 1,000", {}),
+        ("following 3, following 5", {}),
+        ("quality: 3rd", {}),
     ],
 )  # fmt: skip
 def test_stated_scores(line, found):
-    assert stated_scores(f"The circle is at nine.\n{line}\n") == found
+    assert stated_scores(f"The circle is at nine.\n{line}\n", NAMES) == found
+
+
+@pytest.mark.parametrize(
+    "line", ["a" * 9000, "overall " * 9000, "overall (" * 5000, "1 " * 9000, " - " * 9000]
+)
+def test_a_long_line_costs_no_more_than_its_length(line):
+    began = time.process_time()
+    assert stated_scores(line, NAMES) == {}
+    assert time.process_time() - began < 0.5  # what grows with its square takes minutes
+
+
+def group_scores(*lines, dimensions=("overall",), mix=()):
+    said = [line and f"Correct.\n{line}" for line in lines]
+    return [[None if math.isnan(x) else x for x in row]
+            for row in teacher_scores(said, dimensions, dict(mix))]  # fmt: skip
 
 
 def test_the_score_of_a_dimension():
-    said = "Correct.\nfollowing ten preservation five"
-    found = teacher_scores(said, ("overall", "following", "beauty"), MIX)
-    assert found[:2] == [8.0, 10.0] and math.isnan(found[2])
-    assert teacher_scores(said, ("overall",), {}) == [7.5]  # the plain mean
-    assert teacher_scores("x\noverall 3 following 4", ("overall",), MIX) == [3.0]
-    assert math.isnan(teacher_scores("x\nfollowing 4", ("overall",), MIX)[0])
-    assert math.isnan(teacher_scores(None, ("overall",), MIX)[0])
+    said, three = "following ten preservation five", ("overall", "following", "beauty")
+    assert group_scores(said, dimensions=three, mix=MIX) == [[8.0, 10.0, None]]
+    assert group_scores("overall 3 following 4", mix=MIX) == [[3.0]]
+    assert group_scores("following 4", None, mix=MIX) == [[None], [None]]
+    assert group_scores("Score: 3", "Overall: 4") == [[3.0], [4.0]]
+    # all candidates in the same way: the one that states it and a mean do not compare
+    assert group_scores("overall 3", said, mix=MIX) == [[3.0], [None]]
+
+
+def test_a_plain_mean_is_of_the_same_names():
+    both = ("overall", "following", "quality")
+
+    def overall(*lines, dimensions=both):
+        return [row[0] for row in group_scores(*lines, dimensions=dimensions)]
+
+    assert overall("following 8 quality 2", "following 6 quality 6") == [5.0, 6.0]
+    # 5 against 6 would turn them over
+    assert overall("following 8 quality 2", "following 6") == [None, None]
+    assert overall("following 8 quality 2", "") == [5.0, None]
+    # names that nobody asked for are not read
+    assert overall("following 8 beauty 2", "following 6", dimensions=("overall",)) == [None, None]
+
+
+def test_scales_are_not_mixed():
+    two = ("overall", "following")
+    assert group_scores("overall: 4/5", "overall: 7/10") == [[None], [None]]
+    assert group_scores("overall: 4/10", "overall: 7 out of 10") == [[4.0], [7.0]]
+    assert group_scores("overall: 40%", "overall: 7 of 100") == [[40.0], [7.0]]
+    mix = {"following": 0.5, "quality": 0.5}
+    assert group_scores("following: 4/5, quality: 7/10", dimensions=two, mix=mix) == [[None, 4.0]]
 
 
 def test_the_worlds_lines_state_gold():
     group = scenes.make_group("train", 3, 0)
     for attempt, words in zip(group.attempts, scenes.group_critiques(group), strict=True):
-        (score,) = teacher_scores(words, ("overall",), MIX)
+        ((score,),) = teacher_scores([words], ("overall",), MIX)
         assert score == pytest.approx(attempt.gold.overall / 10)
 
 
@@ -77,17 +141,65 @@ def test_soft_preferences_by_hand():
     assert loss(best) < loss(best.at[0, 0].add(0.5)) and loss(best) < loss(best.at[0, 0].add(-0.5))
 
 
-def test_critiques_without_scores_are_told():
+def said_by(*lines, marked=True):
+    return PreferenceExample(
+        str(lines), (Text("Edit."),),
+        tuple(Candidate((Text(f"{i}"),), line and f"So.\n{line}", marked)
+              for i, line in enumerate(lines)),
+        np.full((len(lines),) * 2 + (1,), 0.5, np.float32),
+        np.zeros((len(lines),) * 2 + (1,), np.float32), ("overall",),
+    )  # fmt: skip
+
+
+def test_groups_that_state_scores_are_counted_once(tmp_path):
+    """All of them, also where those that do come last; a score alone is compared with nothing."""
+    folder, dimensions = tmp_path / "set", ("overall", "following", "beauty")
+    train = [said_by("It is done.", None)] * 2 + [
+        said_by("overall 3", "overall 4"), said_by("overall 3", None),
+        said_by("following 3", "following 4", "overall 7"),
+        said_by("overall 3", "overall 4", marked=False),
+    ]  # fmt: skip
+    train = [dataclasses.replace(e, id=str(i)) for i, e in enumerate(train)]
+    store.write_dataset(folder, {"train": train}, ("overall",), manifest={})
+    records = store.open_dataset(folder)["train"]
+    counts = contents.count_stated(folder, "train", records, dimensions, {})
+    assert counts == {"overall": 1, "following": 1, "beauty": 0}
+    unread = [None] * len(records)
+    assert contents.count_stated(folder, "train", unread, dimensions, {}) == counts
+    mixed = contents.count_stated(folder, "train", records, ("overall",), {"following": 1.0})
+    assert mixed == {"overall": 1}  # 'overall 7' alone says more than what it would be made of
+
+
+@pytest.mark.parametrize(
+    "labels, stated, words",
+    [
+        ({"overall": 3}, {"overall": 5, "beauty": 0}, "a label in beauty, and in none two critiq"),
+        ({}, {"overall": 5, "beauty": 0}, "dimensions=.'overall',."),
+        ({"overall": 3, "beauty": 3}, {"overall": 0, "beauty": 0}, "state a score .following."),
+        ({"beauty": 3}, {"overall": 5, "beauty": 0}, ""),
+        ({}, {"overall": 5, "beauty": 1}, ""),
+    ],
+)
+def test_dimensions_that_nothing_teaches_are_told(labels, stated, words):
     config = joint.get_config()
     config.loss.teacher_weight = 1.0
-    example = scenes.make_example("train", 0, 0, pixels=48)
-    check_data.check_teacher(config, [[to_record(example)]], "it")
-    unmarked = dataclasses.replace(
-        example,
-        candidates=tuple(dataclasses.replace(c, score_line=False) for c in example.candidates),
-    )
-    with pytest.raises(UserError, match="no critique of the first 2000 groups states a score"):
-        check_data.check_teacher(config, [[to_record(unmarked)]], "it")
-    config.loss.teacher_mix = (("beauty", 1.0),)
-    with pytest.raises(UserError, match="states a score .beauty."):
-        check_data.check_teacher(config, [[to_record(example)]], "it")
+    config.loss.teacher_mix = (("following", 1.0),)
+    config.data.dimensions = ("overall", "beauty")
+    train = [contents.Contents(9, "", labels, 9)]
+    if not words:
+        assert check_data.check_lessons(config, train, "it", stated) == []
+        return
+    with pytest.raises(UserError, match=words):
+        check_data.check_lessons(config, train, "it", stated)
+
+
+@pytest.mark.parametrize(
+    "mix", [(("a", 0.0),), (("a", 1.0), ("a", 2.0)), (("a b", 1.0), ("A_b score", 1.0))]
+)
+def test_a_mix_that_means_nothing_is_refused(mix):
+    config = joint.get_config()
+    config.loss.teacher_weight, config.loss.teacher_mix = 1.0, mix
+    with pytest.raises(UserError, match="each name once, one weight above 0"):
+        check_config(config)
+    config.loss.teacher_mix = (("a", 0.0), ("b", 1.0))
+    assert check_config(config) == []

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jrm_jax.data.sizes import cache_places, write_cache
+from jrm_jax.data.stated import teacher_scores
 from jrm_jax.errors import UserError
 from jrm_jax.shell.terminal import track
 
@@ -43,36 +44,92 @@ def read_contents(
     Raises:
         UserError: a record that cannot be read.
     """
-    places = cache_places(folder, f"contents-{split}.json", fallback)
-    key = [VERSION, len(records), _marks(folder, split)]
-    for place in places:
-        try:
-            found = json.loads(place.read_text())
-            if found["key"] == key:
-                return Contents(*found["contents"])
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-    contents = _count(folder, split, records)
-    text = json.dumps({"key": key, "contents": contents}).encode()
-    for place in places:
-        if write_cache(place, lambda file: file.write(text)):
-            break
-    return contents
+    found = _kept(folder, split, records, "contents", lambda: _count(folder, split, records),
+                  fallback=fallback)  # fmt: skip
+    return Contents(*found)
 
 
 def find_lessons(
-    records: Sequence[Any], dimensions: Sequence[str]
+    folder: Path,
+    split: str,
+    records: Sequence[Any],
+    dimensions: Sequence[str],
+    fallback: Path | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Indices, [m] int64 each, of the records with a label in one of these reward dimensions, and
-    of those with a critique."""
-    found = np.zeros((len(records), 2), bool)
-    for index in track(range(len(records)), "which groups have labels"):
-        fields = json.loads(records[index]["record"])
-        wanted = [name in dimensions for name in fields["dimensions"]]
-        found[index, 0] = np.asarray(fields["weight"], np.float32)[..., wanted].any()
-        found[index, 1] = any(candidate[1] for candidate in fields["candidates"])
-    labelled, critiqued = found.T
-    return np.flatnonzero(labelled), np.flatnonzero(critiqued)
+    of those with a critique. All are read once, as by `read_contents`."""
+
+    def find() -> tuple[dict[str, list[int]], list[int]]:
+        labels, critiques = {}, []
+        for index in track(range(len(records)), "which groups have labels"):
+            fields = json.loads(records[index]["record"])
+            for name in _labelled(fields):
+                labels.setdefault(name, []).append(index)
+            if any(candidate[1] for candidate in fields["candidates"]):
+                critiques.append(index)
+        return labels, critiques
+
+    labels, critiques = _kept(folder, split, records, "lessons", find, fallback=fallback)
+    every = [index for name in dimensions for index in labels.get(name, ())]
+    return np.unique(np.array(every, np.int64)), np.array(critiques, np.int64)
+
+
+def count_stated(
+    folder: Path,
+    split: str,
+    records: Sequence[Any],
+    dimensions: Sequence[str],
+    mix: Mapping[str, float],
+    fallback: Path | None = None,
+) -> dict[str, int]:
+    """Groups in which two or more critiques state a score, by reward dimension: those that
+    `config.loss.teacher_weight` learns from. All are read once for these arguments."""
+
+    def find() -> dict[str, int]:
+        counts = np.zeros(len(dimensions), int)
+        for index in track(range(len(records)), "which critiques state scores"):
+            candidates = json.loads(records[index]["record"])["candidates"]
+            said = [critique if marked else None for _, critique, marked, *_ in candidates]
+            scores_KR = np.asarray(teacher_scores(said, dimensions, mix))
+            counts += np.isfinite(scores_KR).sum(0) > 1
+        return dict(zip(dimensions, counts.tolist(), strict=True))
+
+    return _kept(folder, split, records, "stated", find, [list(dimensions), dict(mix)], fallback)
+
+
+def _kept(
+    folder: Path,
+    split: str,
+    records: Sequence[Any],
+    name: str,
+    find: Callable[[], Any],
+    more: Sequence[Any] = (),
+    fallback: Path | None = None,
+) -> Any:
+    """What `find` finds in JSON types, from beside the data set where it was found before in the
+    same files; `more`: what else it depends on."""
+    places = cache_places(folder, f"{name}-{split}.json", fallback)
+    key = [VERSION, len(records), _marks(folder, split), *more]
+    for place in places:
+        try:
+            kept = json.loads(place.read_text())
+            if kept["key"] == key:
+                return kept["contents"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    found = find()
+    text = json.dumps({"key": key, "contents": found}).encode()
+    for place in places:
+        if write_cache(place, lambda file: file.write(text)):
+            break
+    return found
+
+
+def _labelled(fields: Mapping[str, Any]) -> list[str]:
+    """The reward dimensions in which a record has a label."""
+    weight_KKR = np.asarray(fields["weight"], np.float32)
+    columns = zip(fields["dimensions"], weight_KKR.T, strict=False)
+    return [name for name, column_KK in columns if column_KK.any()]
 
 
 def _marks(folder: Path, split: str) -> str:
@@ -100,9 +157,9 @@ def _count(folder: Path, split: str, records: Sequence[Any]) -> Contents:
             raise UserError(f"{folder}: record {index} of {split} is damaged ({words})") from error
         for part in (text, *map(bytes, pictures)):
             digest.update(len(part).to_bytes(8, "big") + part)
-        weight_KKR = np.asarray(fields["weight"], np.float32)
-        for name, column_KK in zip(fields["dimensions"], weight_KKR.T, strict=False):
-            labels[name] = labels.get(name, 0) + bool(column_KK.any())
+        with_label = _labelled(fields)
+        for name in fields["dimensions"]:
+            labels[name] = labels.get(name, 0) + (name in with_label)
         critiques += any(candidate[1] for candidate in fields["candidates"])
     return Contents(len(records), digest.hexdigest()[:16], labels, critiques)
 

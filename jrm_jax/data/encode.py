@@ -174,12 +174,8 @@ class Encoder:
         )
 
     def _teacher(self, candidates: Sequence[Candidate]) -> np.ndarray:
-        mix = dict(self.teacher)
-        rows = [
-            teacher_scores(c.critique if c.score_line else None, self.dimensions, mix)
-            for c in candidates
-        ]
-        return np.asarray(rows, np.float32)
+        said = [c.critique if c.score_line else None for c in candidates]
+        return np.asarray(teacher_scores(said, self.dimensions, dict(self.teacher)), np.float32)
 
     def _facts(self, candidates: Sequence[Candidate]) -> np.ndarray:
         facts_KF = np.zeros((len(candidates), self.facts), np.float32)

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from jrm_jax import optim
 from jrm_jax.build import DTYPES
+from jrm_jax.data.stated import plain
 from jrm_jax.data.world import describe, life, scenes
 from jrm_jax.errors import UserError
 from jrm_jax.losses import GAUSSIAN
@@ -79,6 +80,14 @@ def _pair(first: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda e: (
         isinstance(e, list | tuple) and len(e) == 2 and first(e[0]) and _number(e[1]) and e[1] >= 0
     )
+
+
+def _is_mix(value: Any) -> bool:
+    """Names are as `stated.plain` compares them."""
+    if not isinstance(value, list | tuple) or not all(map(_pair(_is_name), value)):
+        return False
+    names = {plain(name) for name, _ in value}
+    return len(names) == len(value) and "" not in names and (not value or any(w for _, w in value))
 
 
 def _is_pattern(value: Any) -> bool:
@@ -192,7 +201,9 @@ RULES = {
     "loss.facts_weight": WEIGHT,
     "loss.teacher_weight": WEIGHT,
     "loss.teacher_scale": ABOVE,
-    "loss.teacher_mix": _each(_pair(_is_name), "a list of pairs (name of a score, weight)"),
+    "loss.teacher_mix": Rule(
+        _is_mix, "a list of pairs (name of a score, weight), each name once, one weight above 0"
+    ),
     "loss.chunk": _whole(0, "0: all"),
     "optimizer.name": _one_of(optim.SCALINGS),
     "optimizer.learning_rate": ABOVE,

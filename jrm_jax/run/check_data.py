@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from jrm_jax.data import contents, store
 from jrm_jax.data.contents import Contents
-from jrm_jax.data.schema import from_record
-from jrm_jax.data.stated import teacher_scores
 from jrm_jax.errors import UserError
 from jrm_jax.shell.report import difference
-
-LOOKED_AT = 2000  # groups, for one that has what a loss needs
 
 
 def reads_critiques(config: ConfigDict) -> bool:
@@ -24,68 +20,59 @@ def reads_critiques(config: ConfigDict) -> bool:
     return bool(config.loss.language_weight or config.loss.words_weight)
 
 
-def check_lessons(config: ConfigDict, train: Sequence[Contents], name: str) -> list[str]:
-    """What is to be said of the training groups; `name`: of the data.
+def check_lessons(
+    config: ConfigDict,
+    train: Sequence[Contents],
+    name: str,
+    stated: Mapping[str, int] = MappingProxyType({}),
+) -> list[str]:
+    """What is to be said of the training groups; `name`: of the data; `stated`: groups with scores
+    to compare, by reward dimension (`contents.count_stated`), where those are learnt.
 
     Raises:
-        UserError: they hold nothing that this config learns from, or no label in one of its
+        UserError: they hold nothing that this config learns from, or nothing for one of its
             dimensions, whose reward would stay random.
     """
     dimensions = tuple(config.data.dimensions)
-    present = tuple(d for d in dimensions if any(c.labels.get(d) for c in train))
-    absent = ", ".join(d for d in dimensions if d not in present)
+    labelled = tuple(d for d in dimensions if any(c.labels.get(d) for c in train))
     critiques = any(c.critiques for c in train)
     ranks = bool(config.loss.preference_weight)
     # critiques are read for their words, for the scores they state, or for both
     distils, reads = bool(config.loss.teacher_weight), reads_critiques(config)
-    reads = reads or distils
-    if not (ranks and present) and not (reads and critiques):
-        wanted = [f"label (ranks, scores or preference) in {absent}"] * ranks + ["critique"] * reads
+    if not (ranks and labelled) and not ((reads or distils) and critiques):
+        wanted = [f"label (ranks, scores or preference) in {', '.join(dimensions)}"] * ranks
+        wanted += ["critique"] * (reads or distils)
         other = ""
-        if present and not ranks:
+        if labelled and not ranks:
             other = "; it has labels, from which configs/discriminative.py learns"
-        if critiques and not reads:
+        if critiques and not (reads or distils):
             other = "; it has critiques, from which configs/generative.py learns"
         raise UserError(
             f"{name}: no training group has a {' or a '.join(wanted)}, and this config learns from "
             f"nothing else{other}"
         )
-    if ranks and present and absent and not distils:
+    if distils and not any(stated.values()):
+        mix = dict(config.loss.teacher_mix)
         raise UserError(
-            f"{name}: no training group has a label in {absent}, so that reward would stay random: "
-            f"give --config.data.dimensions={present}"
+            f"{name}: config.loss.teacher_weight is {config.loss.teacher_weight}, but in no "
+            f"training group two critiques state a score ({', '.join(mix or dimensions)}) in last "
+            "lines that are marked by score_line: set config.loss.teacher_weight to 0, or name the "
+            "scores that they state in config.loss.teacher_mix"
+        )
+    learnt = tuple(d for d in dimensions if d in labelled or stated.get(d))
+    absent = ", ".join(d for d in dimensions if d not in learnt)
+    if ranks and learnt and absent:
+        nor = ", and in none two critiques state it" * distils
+        raise UserError(
+            f"{name}: no training group has a label in {absent}{nor}, so that reward would stay "
+            f"random: give --config.data.dimensions={learnt}"
         )
     said = []
-    if ranks and not present and not distils:
+    if ranks and not learnt:
         said.append(f"WARNING: {name} has critiques but no labels: the reward head is not trained")
     if reads and not critiques:
         said.append(f"WARNING: {name} has labels but no critiques: no language is learnt")
     return said
-
-
-def check_teacher(config: ConfigDict, sets: Sequence[Sequence[Any]], name: str) -> None:
-    """
-    Args:
-        sets: records of the training splits; `LOOKED_AT` of each are looked at.
-
-    Raises:
-        UserError: scores of critiques are to be learnt, and no critique states one that is asked
-            for.
-    """
-    mix = dict(config.loss.teacher_mix)
-    for records in sets:
-        for index in range(min(len(records), LOOKED_AT)):
-            for c in from_record(records[index]).candidates:
-                said = c.critique if c.score_line else None
-                if not all(map(math.isnan, teacher_scores(said, config.data.dimensions, mix))):
-                    return
-    wanted = ", ".join(mix) or ", ".join(config.data.dimensions)
-    raise UserError(
-        f"{name}: config.loss.teacher_weight is {config.loss.teacher_weight}, but no critique of "
-        f"the first {LOOKED_AT} groups states a score ({wanted}) in a last line that is marked by "
-        "score_line: set config.loss.teacher_weight to 0, or name the scores that it states in "
-        "config.loss.teacher_mix"
-    )
 
 
 def describe_unused(config: ConfigDict, folders: Sequence[Path]) -> list[str]:
