@@ -2,18 +2,21 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 import torch
 from export_case import make_folder, make_groups, start, write
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from test_export import classifier, picture
 
 from configs import paper
 from jrm_jax import build, train
 from jrm_jax.errors import UserError
+from jrm_jax.heads import init_reward_head
+from jrm_jax.model import stored_head
 from jrm_jax.model.config import load_config
 from jrm_jax.model.published import PUBLISHED
 from jrm_jax.optim import flatten
@@ -103,6 +106,52 @@ def test_a_run_goes_on_from_an_export(case, tmp_path):
     assert plain.is_whole and "its deviation is dropped" in plain.words
     with pytest.raises(UserError, match="hidden layers.*config.head.hidden.*config.head.anew"):
         head(**{"head.hidden": (8,)})
+
+
+def stored(folder, hidden, deviation, **said):
+    """A folder with a head of width 12 for two dimensions; `said`: what its config.json claims."""
+    head = init_reward_head(jax.random.key(0), 12, 2, 1.0, hidden, deviation)
+    keys = iter(jax.random.split(jax.random.key(1), 20))
+    head = jax.tree.map(lambda leaf: jax.random.normal(next(keys), leaf.shape), head)
+    folder.mkdir(exist_ok=True)
+    save_file({n: np.ascontiguousarray(a) for n, a in stored_head.head_tensors(head).items()},
+              folder / "model.safetensors")  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(stored_head.describe(head) | said))
+    return head
+
+
+WIDTH = SimpleNamespace(text=SimpleNamespace(hidden=12))  # of a backbone
+
+
+@pytest.mark.parametrize("hidden", [(), (5,), (7, 5, 3)])
+@pytest.mark.parametrize("deviation", [False, True])
+def test_a_stored_head_is_read_as_it_was(tmp_path, hidden, deviation):
+    wanted = flatten(stored(tmp_path, hidden, deviation))
+    found = flatten(stored_head.load_reward_head(tmp_path, WIDTH))
+    assert found.keys() == wanted.keys()
+    for path, leaf in wanted.items():
+        np.testing.assert_array_equal(found[path], leaf)
+
+
+@pytest.mark.parametrize(
+    ("hidden", "said", "words"),
+    [
+        ((5,), None, "is score.hidden.0.bias, .* by its config.json it must be score.weight"),
+        ((), {"hidden": [5]}, "is score.weight; .* must be score.hidden.0.bias, "),
+        ((5,), {"hidden": [6], "deviation": True},
+         r"score.hidden.0.weight is F32 \[5, 12\], needs floats \[6, 12\]"),
+    ],
+)  # fmt: skip
+def test_a_head_that_is_not_what_its_folder_says_is_refused(tmp_path, hidden, said, words):
+    stored(tmp_path, hidden, True, reward_head=said)
+    with pytest.raises(UserError, match=words):
+        stored_head.load_reward_head(tmp_path, WIDTH)
+    stored(tmp_path, (), False, reward_head={"deviation": True})
+    assert "deviation" in stored_head.load_reward_head(tmp_path, WIDTH)  # two rows: one pair
+    tensors = {"score.weight": np.zeros((3, 12), np.float32)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="has 3 rows, needs pairs"):
+        stored_head.load_reward_head(tmp_path, WIDTH)
 
 
 @pytest.mark.parametrize("hidden", HEADS.values(), ids=HEADS)
