@@ -39,6 +39,9 @@ ARCHITECTURES = {
     "qwen3_vl": "Qwen3VLForSequenceClassification",
     "qwen3_5": "Qwen3_5ForSequenceClassification",
 }
+# What config.json says of a classifier alone
+CLASSIFIER = ("auto_map", "num_labels", "id2label", "label2id", "problem_type",
+              stored_head.DESCRIPTION)  # fmt: skip
 # What the card says: whether rewards are Gaussians, and whether the head has hidden layers
 DEVIATION = {
     False: "The rewards are plain numbers, without a deviation.",
@@ -130,6 +133,7 @@ def export_backbone(trained: Trained, out: Path, dtype: str, max_shard_bytes: in
         for name in set(FILES) - {INDEX_FILE, *TOKENIZER}:
             if (trained.folder / name).is_file():
                 shutil.copy(trained.folder / name, part)
+        _drop_classifier(part)
         params = _with_reward_row(trained.params, trained.encoder.tokenizer.reward_id)
         weights.save_params(part, params, trained.config, dtype, max_shard_bytes, {})
         save_tokenizer(trained.folder, part, trained.config.text.vocab)
@@ -164,7 +168,8 @@ def _config(trained: Trained, dtype: str) -> dict[str, Any]:
     outputs = stored_head.output_names(head, trained.encoder.dimensions)
     names = {str(i): name for i, name in enumerate(outputs)}
     pad = trained.encoder.tokenizer.pad_id
-    config.pop("torch_dtype", None)
+    for stale in ("torch_dtype", stored_head.DESCRIPTION):  # of the folder that it began from
+        config.pop(stale, None)
     config |= {
         "architectures": [architecture],
         "auto_map": {"AutoModelForSequenceClassification": f"{CODE}.{architecture}"},
@@ -187,6 +192,21 @@ def _config(trained: Trained, dtype: str) -> dict[str, Any]:
         config["text_config"]["pad_token_id"] = pad
         config["text_config"]["tie_word_embeddings"] = trained.config.text.tie_embeddings
     return config
+
+
+def _drop_classifier(folder: Path) -> None:
+    """Of a backbone that began at an export: its config.json without the head that is gone, and the
+    image processor's class that its files name."""
+    before = json.loads((folder / "config.json").read_text())
+    config = {name: value for name, value in before.items() if name not in CLASSIFIER}
+    names = before.get("architectures") or ()
+    if set(names) & set(ARCHITECTURES.values()):
+        kinds = [n.replace("SequenceClassification", "ConditionalGeneration") for n in names]
+        config["architectures"] = kinds
+    if config != before:  # else it stays as it is, to the byte
+        (folder / "config.json").write_text(_json(config), encoding="utf-8")
+    if f'"{PICTURES}.' in read_processor_config(folder)[0].read_text(encoding="utf-8"):
+        shutil.copy(ASSETS / f"{PICTURES}.py", folder)
 
 
 def _processor(trained: Trained) -> dict[str, Any]:

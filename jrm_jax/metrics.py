@@ -25,6 +25,8 @@ JSONL = "metrics.jsonl"
 class Accumulator:
     """Adds up (sum, weight) pairs by name, in float64."""
 
+    OTHERWISE = ("ties", "reward", "reward_square")  # whose means are not for `summary`
+
     def __init__(self) -> None:
         self.totals: dict[str, list[float]] = {}
 
@@ -46,12 +48,9 @@ class Accumulator:
         return self.totals.get(name, (0.0, 0.0))[1]
 
     def summary(self) -> dict[str, float]:
-        """Means by name; counts of pairs and ties; mean and spread of the rewards."""
-        values = {
-            name: self.mean(name)
-            for name in ("preference", "language", "words", "facts", "centering", "pair_accuracy")
-            if name in self.totals
-        }
+        """Means by name, of all but what is told otherwise: counts of pairs and ties, and the mean
+        and the spread of the rewards."""
+        values = {name: self.mean(name) for name in self.totals if name not in self.OTHERWISE}
         if "pair_accuracy" in self.totals:
             values["pairs"] = self.weight("pair_accuracy")
             values["ties"] = self.sum("ties")
@@ -97,7 +96,7 @@ class Window:
         window begins."""
         steps = max(1.0, self._totals.weight("loss"))
         seconds = time.monotonic() - self._began - sum(self._spent[n] for n in self.BETWEEN)
-        values = {name: self._totals.mean(name) for name in self._scalars} | self._totals.summary()
+        values = dict.fromkeys(self._scalars, math.nan) | self._totals.summary()
         values["seconds_per_step"] = seconds / steps
         values["seconds_data"] = self._spent["data"] / steps
         values["seconds_compute"] = (seconds - self._spent["data"]) / steps

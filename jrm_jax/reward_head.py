@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from jrm_jax.data.template import names_reward
@@ -17,6 +16,9 @@ from jrm_jax.errors import UserError
 from jrm_jax.model.config import BackboneConfig
 from jrm_jax.model.stored_head import load_reward_head
 from jrm_jax.optim import flatten, unflatten
+
+NEW = "the reward head starts anew: config.head.anew is True"
+ANEW = "start anew with --config.head.anew=True"
 
 
 class HeadStart(NamedTuple):
@@ -31,8 +33,13 @@ class HeadStart(NamedTuple):
     @property
     def is_whole(self) -> bool:
         """Every dimension goes on from the folder."""
-        leaves = jax.tree.leaves(self.params)
-        return bool(leaves) and not any(np.isnan(leaf).any() for leaf in leaves)
+        return self.params is not None and len(self.known()) == len(flatten(self.params))
+
+    def known(self) -> dict[str, np.ndarray]:
+        """Leaves by their paths in a run's parameters that go on from the folder in every
+        column."""
+        leaves = flatten({"reward_head": self.params or {}})
+        return {path: leaf for path, leaf in leaves.items() if not np.isnan(leaf).any()}
 
 
 def read_head_start(
@@ -49,20 +56,25 @@ def read_head_start(
         wanted: shapes of the run's head.
 
     Raises:
-        UserError: the head is for other dimensions alone, or has other hidden layers; or as
-            `stored_head.load_reward_head`.
+        UserError: unless `anew`: the head is for other dimensions alone, or has other hidden
+            layers; or as `stored_head.load_reward_head`.
     """
-    head = load_reward_head(folder, backbone)
+    try:
+        head = load_reward_head(folder, backbone)
+    except UserError as error:
+        if anew:
+            return HeadStart(names_reward(folder), None, NEW)
+        raise UserError(f"{error}; or {ANEW}") from error
     if head is None:
         return HeadStart(names_reward(folder))
     if anew:
-        return HeadStart(True, None, "the reward head starts anew: config.head.anew is True")
+        return HeadStart(True, None, NEW)
     here, number = f"the reward head of {folder}", head["kernel"].shape[1]
     has, needs = (_widths(one) for one in (head, wanted))
     if has != needs:
         raise UserError(
-            f"{here} has hidden layers of {_listed(has)}, this run of {_listed(needs)}: set "
-            f"--config.head.hidden={has}, or start anew with --config.head.anew=True"
+            f"{here} is {_listed(has)}, that of this run {_listed(needs)}: set "
+            f'--config.head.hidden="{has}", or {ANEW}'
         )
     names = _names(folder)
     if names is not None and "deviation" in head and len(names) == 2 * number:
@@ -76,7 +88,7 @@ def read_head_start(
     if not known:
         raise UserError(
             f"{here} scores {', '.join(names)}, this run {', '.join(dimensions)}: name them alike "
-            "in config.data.dimensions, or start anew with --config.head.anew=True"
+            f"in config.data.dimensions, or {ANEW}"
         )
     columns = [names.index(name) if name in names else None for name in dimensions]
     words = f"{here} goes on for {', '.join(known)}"
@@ -115,7 +127,9 @@ def _widths(head: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def _listed(widths: Sequence[int]) -> str:
-    return " and ".join(map(str, widths)) or "no width"
+    if not widths:
+        return "one linear layer"
+    return f"one with hidden layers of {' and '.join(map(str, widths))}"
 
 
 def _names(folder: Path) -> list[str] | None:

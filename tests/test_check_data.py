@@ -165,7 +165,7 @@ def test_a_run_says_what_is_missing_before_it_starts(tmp_path):
     _, said = build_from(folder, discriminative.get_config())
     assert len(said) == 2
     assert "those in quality are not used" in said[0]
-    assert "--config.data.dimensions=('overall', 'quality')" in said[0]
+    assert """--config.data.dimensions="('overall', 'quality')""" in said[0]
     assert "no split 'valid'" in said[1] and "jrm_jax.data.builders jsonl" in said[1]
     assert f"--split=valid --out={folder}" in said[1]
     write(folder, groups, both, valid=groups[:1])

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from jrm_jax.metrics import JSONL, Accumulator, Writer, duration
+from jrm_jax.run.check_config import METRICS
 
 
 def rows(folder):
@@ -47,9 +48,17 @@ def test_summary_counts_pairs_and_ties_and_spreads_rewards():
     summary = totals.summary()
     assert summary == {
         "pair_accuracy": 0.5, "pairs": 6, "ties": 3, "reward_mean": 4,
-        "reward_std": pytest.approx(np.std([1, 3, 5, 7])),
+        "reward_std": pytest.approx(np.std([1, 3, 5, 7])), "loss": 9,
     }  # fmt: skip
     assert Accumulator().summary() == {}
+
+
+def test_whatever_a_step_measures_reaches_the_summary():
+    """Losses that checkpoints can be ranked by, the deviation, and what will come."""
+    names = {name.lstrip("-") for name in METRICS} | {"deviation", "another_loss"}
+    totals = Accumulator()
+    totals.add({name: (3.0, 2.0) for name in names})
+    assert {name: totals.summary()[name] for name in names} == dict.fromkeys(names, 1.5)
 
 
 def test_not_a_number_is_null_in_json(tmp_path):

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from test_export import classifier, picture
 
 from configs import paper
-from jrm_jax import build, train
+from jrm_jax import build, export, train
 from jrm_jax.errors import UserError
 from jrm_jax.heads import init_reward_head
 from jrm_jax.model import stored_head
@@ -80,6 +80,32 @@ def test_an_export_says_what_its_outputs_are(case):
     )  # fmt: skip
     card = (folder / "README.md").read_text()
     assert "deviation" in card and ("is not met" in card) == bool(hidden)
+
+
+def test_what_came_from_another_head_is_not_said_of_the_next(case, tmp_path):
+    """A plain run that began at this export: both sides load what it exports."""
+    _, folder, _ = case
+    before = load_trained(folder)
+    kernel = np.random.default_rng(1).normal(size=(before.config.text.hidden, 2))
+    plain = before._replace(params=before.params | {"reward_head": {"kernel": np.float32(kernel)}})
+    out = tmp_path / "plain"
+    export.export(plain, out, "float32", 10**9, check=False)
+    assert stored_head.DESCRIPTION not in json.loads((out / "config.json").read_text())
+    (read,) = flatten(load_trained(out).params["reward_head"]).values()
+    np.testing.assert_array_equal(read, np.float32(kernel))
+    loaded, info = classifier(out, dtype=torch.float32)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert not loaded.is_gaussian and loaded.score.weight.shape == kernel.T.shape
+
+    bare = tmp_path / "backbone"
+    export.export_backbone(before, bare, "float32", 10**9)
+    config = json.loads((bare / "config.json").read_text())
+    assert not {stored_head.DESCRIPTION, "auto_map", "id2label", "problem_type"} & config.keys()
+    assert config["architectures"] == ["Qwen3VLForConditionalGeneration"]
+    for path in bare.glob("*.json"):  # every class named is there
+        for name in json.loads(path.read_text()).get("auto_map", {}).values():
+            assert (bare / f"{name.split('.')[0]}.py").is_file(), path
+    assert stored_head.load_reward_head(bare, load_config(bare)) is None
 
 
 def test_a_run_goes_on_from_an_export(case, tmp_path):

@@ -17,6 +17,7 @@ from configs import discriminative, generative, joint
 from jrm_jax import build, build_data, export, reward_head
 from jrm_jax.errors import UserError
 from jrm_jax.model.config import load_config
+from jrm_jax.optim import flatten
 from jrm_jax.run import buckets
 from jrm_jax.serving import trained
 from jrm_jax.serving.reward_model import RewardModel
@@ -117,6 +118,11 @@ def test_a_head_that_is_known_in_part_starts_as_said(folder, columns):
 
 WHOLE = reward_head.HeadStart(True, {"kernel": np.ones((4, 1), np.float32)})
 NEW = reward_head.HeadStart()
+PART = reward_head.HeadStart(True, {  # a plain export, for a run whose rewards are Gaussians
+    "kernel": np.ones((4, 1), np.float32),
+    "deviation": {"kernel": np.full((4, 1), np.nan, np.float32)},
+})  # fmt: skip
+GAUSSIAN = {"loss.gaussian": "log_of_mean"}
 TAUGHT = {"preference": 5, "language": 5}
 
 
@@ -132,6 +138,12 @@ TAUGHT = {"preference": 5, "language": 5}
         (discriminative, {"trainable": ("backbone",)}, NEW, 5, TAUGHT, "config.trainable"),
         (discriminative, {"trainable": ("backbone",)}, WHOLE, 5, TAUGHT, ""),
         (joint, {"optimizer.groups": (("reward_head", 0.0),)}, NEW, 5, TAUGHT, "optimizer.groups"),
+        (joint, GAUSSIAN | {"trainable": ("^reward_head/deviation",)}, PART, 5, TAUGHT, ""),
+        (joint, GAUSSIAN | {"trainable": ("^reward_head/kernel",)}, PART, 5, TAUGHT, "trainable"),
+        (joint, GAUSSIAN | {"optimizer.groups": (("^reward_head/kernel", 0.0),)}, PART, 5, TAUGHT,
+         ""),
+        (joint, GAUSSIAN | {"trainable": ("^reward_head/deviation",)}, NEW, 5, TAUGHT,
+         "reward_head/kernel"),
         (joint, {"lora.rank": 2}, NEW, 5, TAUGHT, ""),
         (joint, {"optimizer.groups": (("reward_head", 10.0),)}, NEW, 5, TAUGHT, ""),
     ],
@@ -141,6 +153,47 @@ def test_why_a_run_has_no_score(config, fields, start, step, taught, words):
     config.update_from_flattened_dict(fields)
     found = trained._why_no_score(config, lambda: start, step, taught)
     assert words in found and bool(words) == bool(found)
+
+
+def test_a_frozen_leaf_is_read_where_the_folder_has_it(folder, columns):
+    """Means from a plain export stay; the deviations, which it lacks, are the run's own."""
+    config = joint.get_config()
+    config.backbone.path, config.data.dimensions = str(folder), ("quality", "overall")
+    config.loss.gaussian = "log_of_mean"
+    backbone = load_config(folder)
+    shapes = build.abstract_params(config, backbone, 2)
+    laid = {path: leaf for path, leaf in flatten(trained._here(shapes)).items()}
+    paths = frozenset({"reward_head/kernel", "reward_head/deviation/kernel"})
+    found = trained._load_frozen(
+        config, folder, backbone, paths, None, lambda: build.head_start(config, backbone), laid
+    )
+    assert flatten(found).keys() == {"reward_head/kernel"}
+    np.testing.assert_array_equal(found["reward_head"]["kernel"], columns[::-1].T)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "said"),
+    [
+        ({"score.bias": 1}, {}),  # a classifier of another library
+        ({"score.dense.weight": 4, "score.out_proj.weight": 1}, {}),
+        ({}, {"reward_head": "linear"}),
+        ({}, {"reward_head": {"hidden": 512}}),
+        ({}, {"reward_head": {"hidden": ["wide"], "deviation": True}}),
+        ({}, {"reward_head": {"deviation": True}}),  # of one row
+    ],
+)
+def test_a_head_of_another_kind_is_refused_or_begun_anew(folder, tmp_path, tensors, said):
+    folder = shutil.copytree(folder, tmp_path / "foreign")
+    path = folder / "model.safetensors"
+    more = {name: np.ones((rows, 8), np.float32) for name, rows in tensors.items()}
+    kept = load_file(path)
+    save_file(kept | {"score.weight": kept["score.weight"][:1]} | more, path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | said))
+    with pytest.raises(UserError, match="start anew with --config.head.anew=True"):
+        start(folder, "overall")
+    found = start(folder, "overall", anew=True)
+    assert found.params is None and "starts anew" in found.words
 
 
 def test_older_checkpoints_tell_it_by_their_rewards():

@@ -62,15 +62,15 @@ def load_reward_head(folder: str | os.PathLike, config: BackboneConfig) -> Param
     """The tree of `heads.init_reward_head` from a folder, None if it has none.
 
     Raises:
-        UserError: as `weights.load_params`; tensors missing, unread or of a wrong shape.
+        UserError: as `weights.load_params`; tensors missing, unread or of a wrong shape;
+            a description that is none.
     """
     folder = Path(folder)
     files = TensorFiles(folder)
     names = {name for name in files.tensors if name.startswith(PREFIX)}
     if not names:
         return None
-    said = json.loads((folder / "config.json").read_text()).get(DESCRIPTION) or {}
-    widths, gaussian = list(said.get("hidden", ())), bool(said.get("deviation"))
+    widths, gaussian = _described(folder)
     last = f"{PREFIX}out" if widths else PREFIX.rstrip(".")
     wanted = {f"{last}.weight"} | ({f"{last}.bias"} if widths else set())
     wanted |= {f"{PREFIX}hidden.{n}.{p}" for n in range(len(widths)) for p in ("weight", "bias")}
@@ -93,6 +93,19 @@ def load_reward_head(folder: str | os.PathLike, config: BackboneConfig) -> Param
     mean = {name: leaf[..., :count] for name, leaf in out.items()}
     deviation = {"deviation": {name: leaf[..., count:] for name, leaf in out.items()}}
     return ({"hidden": layers} if widths else {}) | mean | (deviation if gaussian else {})
+
+
+def _described(folder: Path) -> tuple[list[int], bool]:
+    """(widths of the hidden layers, whether rewards are Gaussians), by config.json."""
+    said = json.loads((folder / "config.json").read_text()).get(DESCRIPTION) or {}
+    fields = said if isinstance(said, dict) else {"hidden": None}
+    widths = fields.get("hidden", [])
+    if not isinstance(widths, list) or not all(type(n) is int and n > 0 for n in widths):
+        raise UserError(
+            f"{folder / 'config.json'}: {DESCRIPTION!r} is {said!r}, needs "
+            '{"hidden": [widths of layers], "deviation": true or false}'
+        )
+    return widths, bool(fields.get("deviation"))
 
 
 def _hidden(head: Params) -> list[tuple[str, Params]]:

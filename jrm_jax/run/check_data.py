@@ -65,7 +65,7 @@ def check_lessons(
         nor = ", and in none two critiques state it" * distils
         raise UserError(
             f"{name}: no training group has a label in {absent}{nor}, so that reward would stay "
-            f"random: give --config.data.dimensions={learnt}"
+            f'random: give --config.data.dimensions="{learnt}"'
         )
     said = []
     if ranks and not learnt:
@@ -86,7 +86,7 @@ def describe_unused(config: ConfigDict, folders: Sequence[Path]) -> list[str]:
     every = (*config.data.dimensions, *unused)
     return [
         f"the data have labels in {', '.join(found)}; those in {', '.join(unused)} are not used "
-        f"(all: --config.data.dimensions={every})"
+        f'(all: --config.data.dimensions="{every}")'
     ]
 
 

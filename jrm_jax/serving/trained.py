@@ -162,8 +162,8 @@ def _load_frozen(
         ignore=(stored_head.PREFIX,), only=paths | {table},
     )  # fmt: skip
     leaves = optim.flatten(read)
-    if any(path.startswith("reward_head/") for path in paths) and start().is_whole:
-        leaves |= optim.flatten({"reward_head": jax.tree.map(jnp.asarray, start().params)})
+    if any(path.startswith("reward_head/") for path in paths):
+        leaves |= {path: jnp.asarray(leaf) for path, leaf in start().known().items()}
     if "reward_embedding" in paths:
         row = build.reward_row(start(), encoder.tokenizer)
         leaves["reward_embedding"] = leaves[table][row].astype(jnp.float32)
@@ -180,7 +180,8 @@ def _taught(config: ConfigDict, step: int, meta: dict[str, Any]) -> dict[str, in
 def _why_no_score(
     config: ConfigDict, start: Callable[[], HeadStart], step: int, taught: dict[str, int]
 ) -> str:
-    """'' where all of the reward head was trained: by this run, or as it came with the backbone."""
+    """'' where every leaf of the reward head was trained: by this run, or as it came with the
+    backbone."""
     if step == 0:
         return "" if start().is_whole else "it has made no step yet"
     if not config.loss.preference_weight:
@@ -189,12 +190,17 @@ def _why_no_score(
         return "no group it has seen had a label"
     patterns, groups = build.trainable_patterns(config), config.optimizer.groups
     head = optim.flatten({"reward_head": build.abstract_reward_head(config, 1, 1)})
-    learns = (
-        optim.matching(patterns, [path]) and optim.multiplier(groups, path) for path in head
-    )
-    if all(learns) or start().is_whole:
+    fixed = [
+        path for path in head
+        if not (optim.matching(patterns, [path]) and optim.multiplier(groups, path))
+    ]  # fmt: skip
+    anew = [path for path in fixed if path not in start().known()] if fixed else []
+    if not anew:
         return ""
-    return "config.trainable or config.optimizer.groups keep its reward head as it began, random"
+    return (
+        f"config.trainable or config.optimizer.groups keep {', '.join(anew)} as it began, and the "
+        "backbone's folder has none"
+    )
 
 
 def _load_export(folder: Path, laid_out: LayOut) -> Trained:
