@@ -9,6 +9,7 @@ from typing import Any
 
 from jrm_jax.errors import UserError
 from jrm_jax.rl import fits
+from jrm_jax.rl.runner import CONTROLS
 
 COLOURS = ("#c0392b", "#2471a3", "#1e8449", "#8e44ad", "#e59866", "#148f77", "#7d6608", "#555555")
 Numbers = Mapping[str, Any]
@@ -67,7 +68,8 @@ def _best(row: Mapping[str, Any], arm: str, colour: str, gold, proxy) -> None:
     gold.plot(_roots(row["kl"]), values, marker="o", ms=3, label=arm, color=colour)
     gold.fill_between(_roots(row["kl"]), low, high, color=colour, alpha=0.12, lw=0)
     _fitted(gold, row, values[0], fits.BEST_OF_N, colour)
-    proxy.plot(_roots(row["kl"]), row["proxy"], marker="o", ms=3, color=colour)
+    if arm not in CONTROLS:
+        proxy.plot(_roots(row["kl"]), row["proxy"], marker="o", ms=3, color=colour)
     gold.set(xlabel="root of KL, nats", ylabel="gold of the best of n", title="best of n")
     proxy.set(xlabel="root of KL, nats", ylabel="its score, in the base's deviations")
 
@@ -84,9 +86,11 @@ def _rl(row: Mapping[str, Any], arm: str, colour: str, gold, proxy, ranks, gap) 
         (ranks, "spearman", "Spearman of score and gold in a group"),
         (gap, "gap", "score ahead of gold, in deviations"),
     ):
+        axis.set(xlabel="root of KL, nats", ylabel=words)
+        if arm in CONTROLS:  # theirs are no scores of a model
+            continue
         axis.plot(x, [math.nan if v is None else v for v in curves[name]], marker="o", ms=3,
                   color=colour)  # fmt: skip
-        axis.set(xlabel="root of KL, nats", ylabel=words)
 
 
 # name -> (part of an arm's numbers, what draws it, axes side by side)

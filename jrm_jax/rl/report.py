@@ -185,7 +185,8 @@ def _rl(config: ConfigDict, numbers: Numbers) -> list[str]:
              f"{_gold(own['peak'])} at {own['peak_kl']:.1f}",
              f"{_gold(own['last'])} at {own['last_kl']:.1f}", _gold(own["fall"]),
              f"{len(own['collapsed'])}", number(last["spearman"], ".2f"),
-             number(last["gap"], "+.2f"), f"{100 * last['flat']:.0f} %", _fit(own["fit"]))
+             "-" if arm in CONTROLS else number(last["gap"], "+.2f"),
+             f"{100 * last['flat']:.0f} %", _fit(own["fit"]))
         )  # fmt: skip
         at.append((arm, *(_gold(own["at"][f"{x:g}"]) for x in config.verdict.nats)))
     if not rows:
