@@ -188,6 +188,16 @@ def test_models_have_names_of_their_own(config, tmp_path):
     found, missing = runner.models(config, given)
     assert [m.arm for m in found] == ["a/run", "b/run", f"{tmp_path.name}/c", "gold", "chance"]
     assert len({m.name for m in found}) == 5 and not missing
+    for name in ("gold", "a-run"):
+        (tmp_path / name).mkdir()
+    near = [str(tmp_path / name) for name in ("gold", "a/run", "a-run", "b/run")]
+    others, _ = runner.models(config, near)
+    assert len({m.name for m in others}) == 6 and [m.arm for m in others][-2:] == ["gold", "chance"]
+    assert "gold" not in [m.arm for m in others[:4]]
+    later = rl.get_config("tiny")
+    later.arms = (("joint", (f"{tmp_path}/joint-s?-*",)),)
+    (tmp_path / "joint-s3-0123456789abcdef").mkdir()
+    assert runner.models(later, [])[0][0].number == 3
     together = rl.get_config("tiny")
     together.reward.ensemble = True
     assert runner.models(together, given[:3])[0][0].folders == tuple(given[:3])

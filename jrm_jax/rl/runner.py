@@ -80,7 +80,7 @@ def models(config: ConfigDict, given: Sequence[str]) -> tuple[list[Model], list[
         found += [Model(names[folder], 0, (folder,)) for folder in dict.fromkeys(given)]
         for arm, patterns in config.arms:
             folders = [path for pattern in patterns for path in sorted(glob.glob(pattern))]
-            found += [Model(arm, number, (path,)) for number, path in enumerate(folders)]
+            found += [Model(arm, _seed(path, place), (path,)) for place, path in enumerate(folders)]
             missing += [] if folders else [arm]
     if not found:
         hint = f" (none is there of {', '.join(missing)})" if missing else ""
@@ -92,12 +92,20 @@ def models(config: ConfigDict, given: Sequence[str]) -> tuple[list[Model], list[
     return found, missing
 
 
+def _seed(path: str, place: int) -> int:
+    """Of a run of the study, whose folder's name says it: other models may be made later."""
+    found = re.search(r"-s(\d+)-[0-9a-f]+$", path)
+    return int(found[1]) if found else place
+
+
 def _names(folders: Sequence[str]) -> dict[str, str]:
-    """The last part of each path, or as many parts as tell them apart."""
+    """The last part of each path, or as many parts as tell them apart, as files and from the
+    controls."""
     parts = {folder: Path(folder).resolve().parts for folder in folders}
     for length in range(1, max(map(len, parts.values()), default=1) + 1):
         names = {folder: "/".join(own[-length:]) for folder, own in parts.items()}
-        if len(set(names.values())) == len(set(parts.values())):
+        files = {Model(name, 0, ()).name for name in names.values()}
+        if len(files) == len(set(parts.values())) and not set(names.values()) & {*CONTROLS}:
             break
     return names
 
