@@ -135,7 +135,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     if any(one.answer.deviations for one in judged):
         from jrm_jax.evaluation.unsure import unsure
 
-        result["unsure"] = report.plain(unsure(judged))
+        result["unsure"] = report.plain(unsure(judged, model.dimensions))
     if args.probe:
         from jrm_jax.evaluation.probe import probe
 

@@ -22,6 +22,9 @@ def test_accumulator_divides_sums_by_weights():
     assert totals.sum("preference") == 4 and totals.weight("preference") == 8
     assert math.isnan(totals.mean("language")) and math.isnan(totals.mean("absent"))
     assert totals.sum("absent") == totals.weight("absent") == 0
+    totals.add({"deviation": (3.0, 2.0), "teacher": (1.0, 2.0)})
+    summary = totals.summary()
+    assert (summary["deviation"], summary["teacher"], summary["preference"]) == (1.5, 0.5, 0.5)
 
 
 def test_accumulator_counts_in_float64():

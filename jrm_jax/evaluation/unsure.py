@@ -48,9 +48,13 @@ def calibrated(pairs: Sequence[Verdict], deviation_N: np.ndarray | None) -> dict
     return found | {"log_loss": float(losses_N.mean()) if len(pairs) else None}
 
 
-def unsure(judged: Sequence[Judged]) -> dict[str, Any] | None:
-    """Rows {"name", "value", "meaning"} and the numbers behind them; None where a pair has none."""
-    asked = main_dimension(judged) if judged else []
+def unsure(judged: Sequence[Judged], own: Sequence[str] = ()) -> dict[str, Any] | None:
+    """Rows {"name", "value", "meaning"} and the numbers behind them; None where a pair has none.
+
+    own: the model's reward dimensions; pairs of these count, or the main ones where it has none.
+    """
+    asked = [one for one in judged if one.case.dimension in own]
+    asked = asked or (main_dimension(judged) if judged else [])
     pairs = scored_pairs(asked)
     deviation_N = deviations(pairs)
     if deviation_N is None:
@@ -78,7 +82,8 @@ def unsure(judged: Sequence[Judged]) -> dict[str, Any] | None:
         rows.append(_row("accuracy by deviation", "{:.3f} and {:.3f}", halves,
                          "of the half of the pairs with smaller deviations and of the other half;"
                          " equal: the deviations say nothing about mistakes"))  # fmt: skip
-    about = f"{len(pairs):,} pairs that people decided ({asked[0].case.dimension})."
+    names = ", ".join(dict.fromkeys(one.case.dimension for one in asked))
+    about = f"{len(pairs):,} pairs that people decided ({names})."
     return {"about": about, "rows": rows, **both, **numbers}
 
 
