@@ -107,12 +107,20 @@ def templates(node):
 
 @pytest.mark.parametrize("path", ["launch/serve/deployment.yaml", "launch/jobset.yaml"])
 def test_pods_that_mount_a_bucket_ask_for_what_mounts_it(path):
-    """GKE puts the container that mounts buckets into pods with this annotation, and no others."""
+    """GKE puts the container that mounts buckets into pods with this annotation, and no others. On
+    the host's network it needs to be told whose account to use; an image's own user, who it is."""
+    text = (ROOT / "Dockerfile").read_text()
+    (user,) = re.findall(r"^RUN useradd .*--uid (\d+)", text, re.M)
     found = list(templates(list(yaml.safe_load_all((ROOT / path).read_text()))))
     assert found
     for template in found:
-        drivers = [v.get("csi", {}).get("driver") for v in template["spec"]["volumes"]]
-        assert "gcsfuse.csi.storage.gke.io" in drivers
+        mounts = [v["csi"] for v in template["spec"]["volumes"] if "csi" in v]
+        assert [mount["driver"] for mount in mounts] == ["gcsfuse.csi.storage.gke.io"]
+        attributes = mounts[0]["volumeAttributes"]
+        host = template["spec"].get("hostNetwork", False)
+        assert attributes.get("hostNetworkPodKSA") == ("true" if host else None)
+        if "serve" in path:
+            assert f"uid={user},gid={user}" in attributes["mountOptions"]
         assert template["metadata"]["annotations"]["gke-gcsfuse/volumes"] == "true"
 
 
