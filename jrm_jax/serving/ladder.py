@@ -43,7 +43,8 @@ def make_ladder(
 
     Expected are an instruction, one source picture and one picture for each candidate, in all
     sizes that the processor makes; and as often pictures and prompts as long as in training. Every
-    kind of request is taken to be an equal part of the work, however small it is.
+    kind of request is taken to be an equal part of the work, however small it is. Without a source
+    the instruction stands in every candidate: such groups mostly get a bucket of their own.
 
     Args:
         cost: of a group in a bucket.
@@ -70,7 +71,7 @@ def make_ladder(
     each = max(1, often.total() // max(1, len(CANDIDATES) * len(known)))
     for bucket in known:
         v = bucket.patches // block
-        sources = max(0, min(bucket.images - bucket.candidates, bucket.prompt // v))
+        sources = max(1, min(bucket.images - bucket.candidates, bucket.prompt // v))
         for count in CANDIDATES:
             like = Bucket(count, count + sources, v * block, bucket.prompt, own + v, 0)
             often[like] += each
