@@ -202,7 +202,7 @@ def _flaws(numbers: Numbers) -> list[str]:
     for arm, found in numbers["arms"].items():
         if found["rl"] and arm not in CONTROLS:
             start, end = found["rl"]["lost"]["start"], found["rl"]["lost"]["end"]
-            change = {f: end.get(f, 0.0) - start.get(f, 0.0) for f in {*start, *end}}
+            change = {f: end.get(f, 0.0) - start.get(f, 0.0) for f in sorted({*start, *end})}
             worse = [f for f in sorted(change, key=change.get, reverse=True) if change[f] > 0.2]
             words = ", ".join(f"{f} {start.get(f, 0):.1f} to {end.get(f, 0):.1f}" for f in worse)
             left = sorted(end, key=end.get, reverse=True)[:3]
