@@ -21,6 +21,10 @@ Guesses:
   --config.head.hidden="()" is the one linear that serving engines expect.
 - Each dimension has a mean and a deviation of its own, and a loss of its own where data label it.
   EditReward's code averages both dimensions before one loss.
+- One number of two dimensions: what the paper makes of them is not known. Here *the* reward of
+  `jrm_jax.score`, the service and its clients is the first one's, instruction following, alone;
+  the other stands beside it (docs/training.md tells how to put them together).
+- 64 pairs a step are 64 groups a step here: the same where every group is one pair.
 - A weight of 0.7 means something only together with what it multiplies: here the mean over pairs
   and the mean over tokens.
 - No weight decay and a clip at 1.0, from EditReward; the rate ends at 0, and all parameters have
@@ -50,7 +54,8 @@ def get_config(arg: str | None = None):
         config.total_steps = -(-EPOCHS * parsed["groups"] // config.batch_size)
         config.optimizer.schedule = "cosine"
         config.optimizer.final_scale = 0.0
-        config.optimizer.warmup_steps = config.total_steps // 20
+        config.eval_interval = config.save_interval = min(500, config.total_steps)
+        config.optimizer.warmup_steps = min(-(-config.total_steps // 20), config.total_steps - 1)
         config.optimizer.b2 = 0.95
         config.optimizer.groups = ()
     config.name = "paper"

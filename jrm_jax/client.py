@@ -290,6 +290,12 @@ def read_scores(found: dict[str, Any]) -> list[GroupScores]:
     """Of the JSON of /v1/score. A reward that is not finite is an error of its candidate."""
     dimensions = tuple(found["dimensions"])
     scores = []
+    says = any(  # the model, of any of them: then all groups have an array
+        row.get("deviation") is not None
+        for group in found["groups"]
+        for one in group["candidates"]
+        for row in one.get("dimensions", {}).values()
+    )
     for group in found["groups"]:
         reward_KR = np.full((len(group["candidates"]), len(dimensions)), np.nan, np.float32)
         normalised_KR, deviation_KR, errors = reward_KR.copy(), reward_KR.copy(), []
@@ -306,7 +312,6 @@ def read_scores(found: dict[str, Any]) -> list[GroupScores]:
             if not error and not np.isfinite(reward_KR[k]).all():
                 errors[k] = "no finite reward"
                 reward_KR[k] = normalised_KR[k] = deviation_KR[k] = np.nan
-        says = bool(np.isfinite(deviation_KR).any())
         scores.append(
             GroupScores(reward_KR, normalised_KR, dimensions, tuple(errors),
                         deviation_KR if says else None)

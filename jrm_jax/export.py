@@ -47,7 +47,8 @@ DEVIATION = {
     False: "The rewards are plain numbers, without a deviation.",
     True: (
         "The rewards are Gaussians. The score is their mean; `model.score_edits(..., "
-        "with_deviation=True)` also returns their standard deviations, in units of the score. The "
+        "with_deviation=True)` also returns their standard deviations, in units of the score "
+        "(where you divide scores by their spread in training, divide these by it, too). The "
         "outputs of `forward` are the means, then the **log** deviations, named in `id2label`: "
         "only the means are rewards. The chance that people prefer one candidate to another is "
         "the mean of sigmoid(difference), a Gaussian with the difference of the means and the sum "

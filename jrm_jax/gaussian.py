@@ -23,6 +23,7 @@ NARROW = 1.5
 STEP, REACH = 0.75, 36.0  # of the sum over the logistic law
 FAR = 1e12  # a gap beyond the reach of every deviation
 LOG_DEVIATION = 20.0  # log-deviations lie within this, either way: its square is a float32
+BLOCKS = (256, 4096)  # pairs at a time of `log_chances`: a call's, a benchmark's
 
 _NODES_Q, _weights = np.polynomial.hermite_e.hermegauss(NODES)
 _LOG_WEIGHTS_Q = np.log(_weights / np.sqrt(2 * np.pi))
@@ -58,6 +59,22 @@ def log_expected_sigmoid(gap: jax.Array, deviation: jax.Array) -> jax.Array:
     log_chance = scale + _log_chance(mean, deviation)
     # log(1 - chance), where the chance is at most a half
     return jnp.where(wins, jnp.log1p(-jnp.exp(jnp.where(wins, log_chance, -1.0))), log_chance)
+
+
+_log_expected_sigmoid = jax.jit(log_expected_sigmoid)
+
+
+def log_chances(gap: np.ndarray, deviation: np.ndarray) -> np.ndarray:
+    """`log_expected_sigmoid` on the host, of any number of pairs: float32 of the arrays' common
+    shape. Blocks of fixed sizes: no shape compiles anew, and little memory is taken at a time."""
+    gap, deviation = np.broadcast_arrays(np.float32(gap), np.float32(deviation))
+    block = next((size for size in BLOCKS if gap.size <= size), BLOCKS[-1])
+    chances = np.empty(gap.size, np.float32)
+    for first in range(0, gap.size, block):
+        parts = [flat[first : first + block] for flat in (gap.ravel(), deviation.ravel())]
+        filled = [np.pad(part, (0, block - len(part))) for part in parts]
+        chances[first : first + block] = _log_expected_sigmoid(*filled)[: len(parts[0])]
+    return chances.reshape(gap.shape)
 
 
 def expected_softplus(gap: jax.Array, deviation: jax.Array) -> jax.Array:

@@ -9,11 +9,12 @@ import scipy.special
 from test_losses import votes
 
 from jrm_jax.gaussian import (
+    BLOCKS,
     LOG_DEVIATION,
     NARROW,
-    bounded,
     expected_softplus,
     gap_deviation,
+    log_chances,
     log_expected_sigmoid,
 )
 from jrm_jax.losses import GAUSSIAN, preference_loss
@@ -101,12 +102,22 @@ def test_nothing_overflows(function):
             assert all(np.isfinite(leaf) for leaf in jax.tree.leaves(found)), (gap, deviation)
 
 
+@pytest.mark.parametrize("shape", [(0,), (), (3, 3, 2), (257,), (BLOCKS[-1] + 1,)])
+def test_chances_on_the_host_are_those_of_one_call(shape):
+    rng = np.random.default_rng(4)
+    gap, deviation = rng.normal(0, 4, shape), rng.exponential(2, shape)
+    found = log_chances(gap, deviation)
+    assert found.shape == shape and found.dtype == np.float32
+    wanted = log_expected_sigmoid(np.float32(gap), np.float32(deviation))
+    np.testing.assert_allclose(found, wanted, rtol=2e-6, atol=1e-6)
+
+
 def test_log_deviations_of_any_size_give_finite_losses_and_gradients():
     def total(log_deviation, gaussian):
         preference, weight = votes()
         reward = jnp.linspace(-30, 30, preference.shape[0] * 8).reshape(-1, 4, 2)
         spread = jnp.full_like(reward, 0.5) * log_deviation
-        spread = bounded(spread.at[0].mul(-1))
+        spread = spread.at[0].mul(-1)
         return preference_loss(reward, preference, weight, 0.5, spread, gaussian).sum
 
     for gaussian in ("log_of_mean", "mean_of_log"):

@@ -5,22 +5,24 @@ import shutil
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from export_case import make_folder, make_groups, start, write
+from export_case import FAMILIES, family_run, make_folder, make_groups, start, write
 from safetensors.numpy import load_file, save_file
 from test_export import classifier, picture
 
 from configs import paper
-from jrm_jax import build, export, train
+from jrm_jax import build, export, heads, train
 from jrm_jax.errors import UserError
-from jrm_jax.heads import init_reward_head
 from jrm_jax.model import stored_head
 from jrm_jax.model.config import load_config
 from jrm_jax.model.published import PUBLISHED
 from jrm_jax.optim import flatten
+from jrm_jax.run.check_config import check_config
 from jrm_jax.run.workdir import read_config
+from jrm_jax.serving import rounding
 from jrm_jax.serving.reward_model import RewardModel
 from jrm_jax.serving.trained import load_trained
 
@@ -79,7 +81,73 @@ def test_an_export_says_what_its_outputs_are(case):
          for leaf in ("weight", "bias")} if hidden else {"score.weight"}
     )  # fmt: skip
     card = (folder / "README.md").read_text()
-    assert "deviation" in card and ("is not met" in card) == bool(hidden)
+    assert export.DEVIATION[True] in card and export.DEVIATION[False] not in card
+    assert export.LAYOUT[bool(hidden)] in card and export.LAYOUT[not hidden] not in card
+    assert ", their deviations by at most 0.0%" in card
+
+
+def test_what_storing_did_to_deviations_is_said():
+    found = rounding.Rounding(0, 0, 0.0, 1.0, 4, deviation=0.2)
+    assert "their deviations by at most 20.0%; --dtype=float32 keeps" in found.words("bfloat16")
+    plain = found._replace(deviation=None).words("bfloat16")
+    assert "deviation" not in plain and "float32" not in plain
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_head_of_layers_stays_float32_in_a_bfloat16_folder(family, tmp_path):
+    """In PyTorch, too, whatever dtype it is loaded in: all its matrices and biases."""
+    trained = load_trained(family_run(family))
+    width = trained.config.text.hidden
+    head = heads.init_reward_head(jax.random.key(2), width, 1, 1.0, (24, 16), deviation=True)
+    head = jax.tree.map(lambda leaf: leaf + 0.01 + 1e-5 * jnp.arange(leaf.size).reshape(leaf.shape),
+                        head)  # fmt: skip
+    out = tmp_path / "half"
+    trained = trained._replace(params=trained.params | {"reward_head": head})
+    export.export(trained, out, "bfloat16", 10**9, check=False)
+    read = flatten(load_trained(out).params["reward_head"])
+    for path, leaf in flatten(head).items():
+        np.testing.assert_array_equal(read[path], leaf)
+    loaded, info = classifier(out, dtype=torch.bfloat16)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert loaded.model.dtype == torch.bfloat16
+    found = dict(loaded.score.named_parameters())
+    for name, tensor in stored_head.head_tensors(head).items():
+        own = found.pop(name.removeprefix(stored_head.PREFIX)).detach()
+        assert own.dtype == torch.float32
+        np.testing.assert_array_equal(own, tensor)
+    assert not found
+    hidden = np.random.default_rng(6).normal(size=(1, 5, width)).astype(np.float32)
+    wanted = [apply(head, hidden)[0, :, 0]
+              for apply in (heads.apply_reward_head, heads.apply_deviation_head)]  # fmt: skip
+    with torch.no_grad():
+        scored = loaded.score(torch.from_numpy(hidden[0])).numpy()
+    np.testing.assert_allclose(scored.T, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", ["", "qwen3_vl_8b", "qwen3_vl_4b"])
+def test_the_published_numbers(variant):
+    config = paper.get_config(f"{variant},groups=200000" if variant else None)
+    assert config.variant == (variant or "qwen3_vl_8b") and config.batch_size == 64
+    assert config.total_steps == 31_250 and config.optimizer.warmup_steps == 1_563
+    assert (config.optimizer.name, config.optimizer.b1, config.optimizer.b2) == ("adam", 0.9, 0.95)
+    assert (config.optimizer.learning_rate, config.optimizer.groups) == (2e-6, ())
+    assert (config.optimizer.schedule, config.optimizer.final_scale) == ("cosine", 0.0)
+    assert (config.loss.preference_weight, config.loss.language_weight) == (0.3, 0.7)
+    assert config.loss.gaussian == "log_of_mean" and config.head.hidden == (1024, 16)
+    assert config.data.dimensions == ("instruction_following", "visual_quality")
+    assert (config.backbone.compute_dtype, config.data.max_visual_tokens) == ("bfloat16", 256)
+    check_config(config)
+
+
+@pytest.mark.parametrize("groups", [1, 7, 64, 1000])
+def test_few_groups_are_trained_and_measured_too(groups):
+    config = paper.get_config(f"qwen3_vl_8b,groups={groups}")
+    steps = config.total_steps
+    assert (steps - 1) * 64 < 10 * groups <= steps * 64
+    assert config.eval_interval <= steps and config.save_interval <= steps
+    assert config.optimizer.warmup_steps >= (steps > 1)
+    rates = [float(build.make_schedule(config, steps)(step)) for step in range(steps)]
+    assert max(rates) == pytest.approx(2e-6, rel=1e-3) and np.isfinite(rates).all()
 
 
 def test_what_came_from_another_head_is_not_said_of_the_next(case, tmp_path):
@@ -136,7 +204,7 @@ def test_a_run_goes_on_from_an_export(case, tmp_path):
 
 def stored(folder, hidden, deviation, **said):
     """A folder with a head of width 12 for two dimensions; `said`: what its config.json claims."""
-    head = init_reward_head(jax.random.key(0), 12, 2, 1.0, hidden, deviation)
+    head = heads.init_reward_head(jax.random.key(0), 12, 2, 1.0, hidden, deviation)
     keys = iter(jax.random.split(jax.random.key(1), 20))
     head = jax.tree.map(lambda leaf: jax.random.normal(next(keys), leaf.shape), head)
     folder.mkdir(exist_ok=True)

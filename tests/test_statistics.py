@@ -42,6 +42,29 @@ def test_no_interval_without_groups_to_draw():
     assert math.isnan(ours.bootstrap([], []).value)
 
 
+def test_a_number_of_sums_has_the_interval_of_its_mean():
+    rng = np.random.default_rng(5)
+    values, groups = rng.random(60), rng.integers(0, 12, 60)
+    columns = np.stack([values, np.ones(60)], axis=1)
+    found = ours.bootstrap_sums(columns, groups, lambda sums: sums[..., 0] / sums[..., 1])
+    np.testing.assert_allclose(found, ours.bootstrap(values, groups), rtol=1e-12)
+    half = np.where(groups == 0, 1.0, 0.0)  # some draws have none of that group
+    found = ours.bootstrap_sums(
+        np.stack([half * values, half], axis=1), groups, lambda sums: sums[..., 0] / sums[..., 1]
+    )
+    np.testing.assert_allclose(found[:3], [values[groups == 0].mean()] * 3)
+
+
+def test_the_calibration_error_has_an_interval():
+    rng = np.random.default_rng(6)
+    chance, groups = rng.uniform(0.5, 1, 900), np.arange(900)
+    right = rng.random(900) < chance - 0.2 * (chance < 0.8)
+    found = ours.calibration_interval(chance, right, groups)
+    assert found.value == pytest.approx(ours.calibration(chance, right)["error"])
+    assert 0 < found.low < found.value < found.high < 0.3 and found.groups == 900
+    assert math.isnan(ours.calibration_interval(chance[:0], right[:0], []).value)
+
+
 def test_mcnemar_is_exact():
     first = [1] * 9 + [0] * 2 + [1] * 20
     second = [0] * 9 + [1] * 2 + [1] * 20

@@ -2,13 +2,14 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
 from jrm_jax import client, score
 from jrm_jax.evaluation import page, report
 from jrm_jax.evaluation.cases import Answer, Case, Comparison, Judged
-from jrm_jax.evaluation.unsure import unsure
+from jrm_jax.evaluation.unsure import surer_half, unsure
 from jrm_jax.service import wire
 from jrm_jax.service.pictures import Fault
 from jrm_jax.service.scorer import _fill
@@ -30,6 +31,25 @@ def test_chances_of_pairs():
     draws = np.random.default_rng(0).normal(size=(2, 400_000, 2)) * DEVIATION_KR[:, None]
     gap = (REWARD_KR[:, None] + draws)[0] - (REWARD_KR[:, None] + draws)[1]
     np.testing.assert_allclose(found[0, 1], (1 / (1 + np.exp(-gap))).mean(0), atol=2e-3)
+
+
+def test_groups_of_every_size_share_a_program():
+    """K is a caller's: a program for each would take a second each."""
+    SCORES.chance_KKR()
+    compiled, counting = [], True
+
+    def listen(event, seconds, **_):
+        if counting and "backend_compile" in event:
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    for count in range(3, 12):
+        shape = count, 2
+        for spread in (None, np.full(shape, 0.5, np.float32)):
+            scores = Scores(np.zeros(shape, np.float32), np.zeros(shape), NAMES, spread)
+            np.testing.assert_allclose(scores.chance_KKR(), 0.5, rtol=1e-6)
+    counting = False
+    assert not compiled
 
 
 def test_rows_have_a_deviation_only_where_the_model_has():
@@ -64,6 +84,20 @@ def test_the_service_tells_them_and_the_client_reads_them(scores):
         assert np.isnan(found.deviation_KR[1]).all()
 
 
+def test_a_group_that_failed_has_deviations_where_its_neighbours_do():
+    """NaN, as its rewards: what is asked of all groups must not stop at one of them."""
+    failed = [Fault("picture", "broken")] * 2
+    for scores in (PLAIN, SCORES):
+        answers = [failed, _fill([None, None], [scores]), failed]
+        body = json.loads(json.dumps(wire.reply(answers, NAMES, {})))
+        found = [one.deviation_KR for one in client.read_scores(body)]
+        if scores is PLAIN:
+            assert found == [None] * 3
+        else:
+            np.testing.assert_array_equal(found[1], DEVIATION_KR)
+            assert all(one.shape == (2, 2) and np.isnan(one).all() for one in found[::2])
+
+
 def test_a_deviation_that_is_no_number_is_no_score():
     endless = np.full_like(DEVIATION_KR, np.inf)
     answer = _fill([None, None], [SCORES._replace(deviation_KR=endless)])
@@ -84,6 +118,38 @@ def judge(count, spread, known):
         deviations = (own / np.sqrt(2),) * 2 if known else None
         judged.append(Judged(case, Answer((said, 0.0), deviations=deviations)))
     return judged
+
+
+def test_equal_deviations_tell_no_halves_apart():
+    """Nor does the order of the file: right, wrong and equal scores stand in blocks here."""
+    case = judge(1, 1.0, True)[0].case._replace(comparisons=(Comparison("0", 0, 1, 1),))
+    judged = [
+        Judged(case._replace(id=str(n), group=str(n)), Answer((gap, 0.0), deviations=(1.0, 1.0)))
+        for n, gap in enumerate([1.0] * 20 + [-1.0] * 20 + [0.0] * 20)
+    ]
+    for order in (judged, judged[::-1]):
+        found = unsure(order)
+        assert found["accuracy_surer"] == found["accuracy_less_sure"] == pytest.approx(0.5)
+
+
+def test_pairs_of_one_deviation_share_the_halves():
+    for values, wanted in (
+        ([1, 2, 3, 4], [1, 1, 0, 0]), ([2, 2, 2, 2], [0.5] * 4), ([3, 1, 2, 2], [0, 1, 0.5, 0.5]),
+        ([1, 1, 1, 5], [2 / 3] * 3 + [0]), ([2, 1, 3], [0.5, 1, 0]),
+    ):  # fmt: skip
+        found = surer_half(np.array(values, float))
+        np.testing.assert_allclose(found, wanted)
+        assert found.sum() == pytest.approx(len(values) / 2)
+
+
+def test_every_number_has_its_interval():
+    found = unsure(judge(400, 4.0, True))
+    for kind in ("with", "without"):
+        for key, (low, high) in found[kind]["intervals"].items():
+            assert low < high and (key == "error" or low < found[kind][key] < high)
+    low, high = found["accuracy_surer_interval"]
+    assert low < found["accuracy_surer"] < high
+    assert all("[" in row["value"] for row in found["rows"])
 
 
 def test_right_deviations_calibrate_what_means_alone_do_not():

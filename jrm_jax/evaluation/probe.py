@@ -20,7 +20,7 @@ from jrm_jax.evaluation.cases import Case, Judged, Part, Picture, missing_pictur
 from jrm_jax.evaluation.report import main_dimension
 from jrm_jax.evaluation.scoring import CHUNK, Change, column, encode_case, pixel_distance
 from jrm_jax.evaluation.statistics import bootstrap, effective_rank, spearman
-from jrm_jax.evaluation.unsure import calibrated, deviations, scored_pairs
+from jrm_jax.evaluation.unsure import calibrated, deviations, scored_pairs, told
 from jrm_jax.shell.terminal import Bar
 
 CASES = 128  # the first so many of the benchmark
@@ -92,14 +92,18 @@ def probe(model: Any, judged: Sequence[Judged], count: int = CASES) -> dict[str,
     pairs = scored_pairs(asked)
     found = calibrated(pairs, deviations(pairs))
     if found["count"]:
+        within = found["intervals"]
         tell(
             "calibration error",
-            f"{found['error']:.3f} ({found['count']:,} pairs)",
+            f"{told(found['error'], within['error'])} ({found['count']:,} pairs)",
             "mean gap between the predicted and the observed chance that people prefer the model's"
             " choice; 0 is perfect",
         )
-        tell("Brier score", f"{found['brier']:.3f}", "mean squared error of that chance; always one"
-             " half gives 0.25")  # fmt: skip
+        tell(
+            "Brier score",
+            told(found["brier"], within["brier"]),
+            "mean squared error of that chance; always one half gives 0.25",
+        )
     numbers["calibration"] = found if found["count"] else None
     about = (
         f"The first {len(chosen)} cases whose pictures can be read; calibration: all decided pairs"
@@ -303,5 +307,3 @@ def _tell_critiques(model, chosen: Sequence[Judged], base, numbers, tell: Callab
     tell("Spearman of critique length and reward", words,
          f"{len(lengths)} critiques of {np.mean(lengths):.1f} tokens on average; far from 0:"
          " one of them follows the other")  # fmt: skip
-
-

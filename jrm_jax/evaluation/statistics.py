@@ -59,11 +59,41 @@ def bootstrap(
                 for picks in rng.integers(0, len(sizes_G), (draws, len(sizes_G)))
             ]
         )
+    return _interval(value, drawn, len(sizes_G))
+
+
+def bootstrap_sums(
+    values_NF: np.ndarray,
+    groups: Sequence[Any],
+    of_sums: Callable[[np.ndarray], np.ndarray],
+    draws: int = DRAWS,
+    seed: int = 0,
+) -> Interval:
+    """As `bootstrap`, of a number that is made of sums over judgements, as ratios are.
+
+    Args:
+        of_sums: sums [..., F] of the columns -> the number [...].
+    """
+    values_NF = np.asarray(values_NF, np.float64)
+    if not len(values_NF):
+        return Interval(math.nan, math.nan, math.nan, 0)
+    group_N = _places(groups)
+    sums_GF = np.stack([np.bincount(group_N, column) for column in values_NF.T], axis=1)
+    count = len(sums_GF)
+    rng = np.random.default_rng(seed)
+    picks_SG = rng.multinomial(count, np.full(count, 1 / count), draws)
+    with np.errstate(invalid="ignore"):  # a draw may hold nothing of a part: no number
+        drawn = of_sums(picks_SG @ sums_GF)
+        value = float(of_sums(values_NF.sum(0)))
+    return _interval(value, drawn, count)
+
+
+def _interval(value: float, drawn: np.ndarray, groups: int) -> Interval:
     drawn = drawn[np.isfinite(drawn)]
-    if len(sizes_G) < 2 or not len(drawn):
-        return Interval(value, math.nan, math.nan, len(sizes_G))
+    if groups < 2 or not len(drawn):
+        return Interval(value, math.nan, math.nan, groups)
     low, high = np.percentile(drawn, (2.5, 97.5))
-    return Interval(value, float(low), float(high), len(sizes_G))
+    return Interval(value, float(low), float(high), groups)
 
 
 def _places(groups: Sequence[Any]) -> np.ndarray:
@@ -193,6 +223,23 @@ def effective_rank(states_ND: np.ndarray) -> float:
     return float(np.exp(-(share * np.log(share)).sum())) if len(share) else math.nan
 
 
+def calibration_interval(
+    probability_N: np.ndarray, outcome_N: np.ndarray, groups: Sequence[Any], bins: int = 10
+) -> Interval:
+    """The `error` of `calibration`, with its interval."""
+    place_N = _bins(probability_N, bins)
+    gap_NB = np.zeros((len(place_N), bins))
+    gap_NB[np.arange(len(place_N)), place_N] = np.asarray(probability_N, float) - outcome_N
+    columns = np.concatenate([gap_NB, np.ones((len(place_N), 1))], axis=1)
+    return bootstrap_sums(
+        columns, groups, lambda sums: np.abs(sums[..., :-1]).sum(-1) / sums[..., -1]
+    )
+
+
+def _bins(probability_N: np.ndarray, bins: int) -> np.ndarray:
+    return np.minimum((np.asarray(probability_N, float) * bins).astype(int), bins - 1)
+
+
 def calibration(probability_N: np.ndarray, outcome_N: np.ndarray, bins: int = 10) -> dict[str, Any]:
     """Predicted against observed. Bins of equal width over [0, 1].
 
@@ -204,7 +251,7 @@ def calibration(probability_N: np.ndarray, outcome_N: np.ndarray, bins: int = 10
         weighted by count; brier.
     """
     probability_N, outcome_N = np.asarray(probability_N, float), np.asarray(outcome_N, float)
-    place_N = np.minimum((probability_N * bins).astype(int), bins - 1)
+    place_N = _bins(probability_N, bins)
     rows = []
     for place in np.unique(place_N):
         inside = place_N == place

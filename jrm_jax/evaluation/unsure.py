@@ -13,8 +13,13 @@ import numpy as np
 from jrm_jax.evaluation.cases import Judged
 from jrm_jax.evaluation.metrics import Verdict, strict, verdicts
 from jrm_jax.evaluation.report import main_dimension
-from jrm_jax.evaluation.statistics import calibration
-from jrm_jax.gaussian import log_expected_sigmoid
+from jrm_jax.evaluation.statistics import (
+    bootstrap,
+    bootstrap_sums,
+    calibration,
+    calibration_interval,
+)
+from jrm_jax.gaussian import log_chances
 
 FEWEST = 20  # pairs, for halves of them
 
@@ -35,17 +40,35 @@ def deviations(pairs: Sequence[Verdict]) -> np.ndarray | None:
 
 def calibrated(pairs: Sequence[Verdict], deviation_N: np.ndarray | None) -> dict[str, Any]:
     """`statistics.calibration` of the chance that people prefer what scores higher, and log_loss:
-    the mean -log of the chance that the model gives to people's choice.
+    the mean -log of the chance that the model gives to people's choice. Equal scores count half.
+    intervals: [low, high] of `error`, `brier` and `log_loss`, 95 %, over groups.
 
     deviation_N: of the differences; None: scores count as exact.
     """
     gap_N = np.array([v.gap for v in pairs], np.float32)
-    right_N = np.array([0.5 if v.gap == 0 else v.right for v in pairs])
+    right_N = _right(pairs)
     spread_N = np.zeros_like(gap_N) if deviation_N is None else deviation_N.astype(np.float32)
     toward_N = np.array([v.gap * v.comparison.label for v in pairs], np.float32)
-    found = calibration(np.exp(log_expected_sigmoid(np.abs(gap_N), spread_N)), right_N)
-    losses_N = -np.asarray(log_expected_sigmoid(toward_N, spread_N), float)
-    return found | {"log_loss": float(losses_N.mean()) if len(pairs) else None}
+    chance_N = np.exp(log_chances(np.abs(gap_N), spread_N))
+    losses_N, groups = -log_chances(toward_N, spread_N).astype(float), _groups(pairs)
+    intervals = {
+        "error": calibration_interval(chance_N, right_N, groups),
+        "brier": bootstrap((chance_N - right_N) ** 2, groups),
+        "log_loss": bootstrap(losses_N, groups),
+    }
+    return calibration(chance_N, right_N) | {
+        "log_loss": float(losses_N.mean()) if len(pairs) else None,
+        "intervals": {name: [one.low, one.high] for name, one in intervals.items()},
+    }
+
+
+def _right(pairs: Sequence[Verdict]) -> np.ndarray:
+    """float [N]: 1 right, 0 wrong; equal scores are half of each."""
+    return np.array([0.5 if v.gap == 0 else v.right for v in pairs])
+
+
+def _groups(pairs: Sequence[Verdict]) -> list[str]:
+    return [v.judged.case.group for v in pairs]
 
 
 def unsure(judged: Sequence[Judged], own: Sequence[str] = ()) -> dict[str, Any] | None:
@@ -61,8 +84,8 @@ def unsure(judged: Sequence[Judged], own: Sequence[str] = ()) -> dict[str, Any] 
         return None
     both = {"with": calibrated(pairs, deviation_N), "without": calibrated(pairs, None)}
     rows = [
-        _row(name, "{:.3f} with the deviations, {:.3f} without", [b[key] for b in both.values()],
-             meaning)
+        _row(name, "{} with the deviations, {} without",
+             [told(b[key], b["intervals"][key]) for b in both.values()], meaning)
         for name, key, meaning in (
             ("calibration error", "error", "mean gap between the predicted and the observed chance"
              " that people prefer what scores higher; 0 is perfect"),
@@ -71,15 +94,22 @@ def unsure(judged: Sequence[Judged], own: Sequence[str] = ()) -> dict[str, Any] 
              " one half: 0.693"),
         )
     ]  # fmt: skip
-    numbers: dict[str, Any] = {"median": float(np.median(deviation_N))}
-    rows.append(_row("deviation of a difference", "{:.3f}", [numbers["median"]],
+    groups = _groups(pairs)
+    middle = bootstrap(deviation_N, groups, np.median)
+    numbers: dict[str, Any] = {"median": middle.value}
+    rows.append(_row("deviation of a difference", "{}", [told(middle.value, middle[1:3])],
                      "median, in units of the score"))  # fmt: skip
     if len(pairs) >= FEWEST:
-        right_N = np.array([v.right for v in pairs])
-        surer_N = np.argsort(np.argsort(deviation_N, kind="stable")) < len(pairs) // 2
-        halves = [float(right_N[part].mean()) for part in (surer_N, ~surer_N)]
-        numbers |= {"accuracy_surer": halves[0], "accuracy_less_sure": halves[1]}
-        rows.append(_row("accuracy by deviation", "{:.3f} and {:.3f}", halves,
+        share_N = surer_half(deviation_N)
+        halves = [
+            bootstrap_sums(np.stack([share * _right(pairs), share], axis=1), groups,
+                           lambda sums: sums[..., 0] / sums[..., 1])
+            for share in (share_N, 1 - share_N)
+        ]  # fmt: skip
+        for name, half in zip(("surer", "less_sure"), halves, strict=True):
+            numbers |= {f"accuracy_{name}": half.value, f"accuracy_{name}_interval": half[1:3]}
+        rows.append(_row("accuracy by deviation", "{} and {}",
+                         [told(half.value, half[1:3]) for half in halves],
                          "of the half of the pairs with smaller deviations and of the other half;"
                          " equal: the deviations say nothing about mistakes"))  # fmt: skip
     names = ", ".join(dict.fromkeys(one.case.dimension for one in asked))
@@ -87,5 +117,19 @@ def unsure(judged: Sequence[Judged], own: Sequence[str] = ()) -> dict[str, Any] 
     return {"about": about, "rows": rows, **both, **numbers}
 
 
-def _row(name: str, words: str, values: Sequence[float], meaning: str) -> dict[str, str]:
+def surer_half(deviation_N: np.ndarray) -> np.ndarray:
+    """float [N]: the part of each pair that belongs to the half with smaller deviations. Pairs of
+    one deviation belong to it alike, whatever their order; where all are equal, by one half."""
+    _, place_N, counts = np.unique(deviation_N, return_inverse=True, return_counts=True)
+    before = np.cumsum(counts) - counts
+    return np.clip((len(deviation_N) / 2 - before) / counts, 0, 1)[place_N]
+
+
+def told(value: float, interval: Sequence[float]) -> str:
+    """'0.812 [0.790, 0.833]'; without the interval where there is none."""
+    low, high = interval
+    return f"{value:.3f}" + (f" [{low:.3f}, {high:.3f}]" if np.isfinite(low) else "")
+
+
+def _row(name: str, words: str, values: Sequence[str], meaning: str) -> dict[str, str]:
     return {"name": name, "value": words.format(*values), "meaning": meaning}

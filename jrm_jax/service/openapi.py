@@ -31,8 +31,9 @@ class ErrorOut(pydantic.BaseModel):
 
 
 class Number(pydantic.BaseModel):
-    """Of one dimension. `normalised`: (reward - mean) / deviation of the training rewards.
-    `deviation`: how unsure the model is of the reward, where it says so."""
+    """Of one dimension. `normalised`: (reward - mean) / standard deviation, both of all rewards in
+    training. `deviation`, another number: how unsure the model is of this reward, in its units;
+    only where the model says so."""
 
     reward: float
     normalised: float | None

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-import jax
 import numpy as np
 
 from jrm_jax.data.images import to_rgb
@@ -20,7 +19,7 @@ from jrm_jax.data.labels import BROKEN_TEXT, is_text
 from jrm_jax.data.picture_names import read_named, short
 from jrm_jax.data.schema import Candidate, Image, Part, Text
 from jrm_jax.errors import UserError
-from jrm_jax.gaussian import log_expected_sigmoid
+from jrm_jax.gaussian import log_chances
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -33,10 +32,11 @@ Result = TypeVar("Result")
 class Scores(NamedTuple):
     """Of one group. Columns stand in the order of `dimensions`.
 
-    reward_KR: float32, linear and unbounded. normalised_KR: (reward - mean) / deviation of the
+    reward_KR: float32, unbounded. normalised_KR: (reward - mean) / standard deviation, both of the
     training rewards; NaN where the model does not know them. deviation_KR: float32, of a model
     whose rewards are Gaussians (`config.loss.gaussian`): how unsure it is of each, in units of the
-    reward, which is their mean; None of other models.
+    reward, which is their mean (beside normalised_KR, divide it by that standard deviation, too);
+    None of other models.
     """
 
     reward_KR: np.ndarray
@@ -49,10 +49,10 @@ class Scores(NamedTuple):
         (expected) sigmoid of the difference of their rewards."""
         gap_KKR = self.reward_KR[:, None] - self.reward_KR[None]
         if self.deviation_KR is None:
-            return np.asarray(jax.nn.sigmoid(gap_KKR))
+            return np.exp(-np.logaddexp(np.float32(0), -gap_KKR))
         square_KR = np.square(self.deviation_KR)
         deviation_KKR = np.sqrt(square_KR[:, None] + square_KR[None])
-        return np.exp(log_expected_sigmoid(gap_KKR, deviation_KKR))
+        return np.exp(log_chances(gap_KKR, deviation_KKR))
 
     def as_rows(self) -> list[dict[str, Any]]:
         """Of each candidate, for JSON: `reward` and `normalised` (null if unknown) of the first

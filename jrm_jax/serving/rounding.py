@@ -28,13 +28,15 @@ class Rounding(NamedTuple):
     """trained: entries of the backbone that training changed. kept: of these, how many still differ
     from the backbone's when both are stored. difference: the largest between a score of the stored
     model and of the trained one, over `pictures` pictures. spread: standard deviation of the
-    scores."""
+    scores. deviation: the largest ratio between their deviations, less 1; None where rewards are
+    plain numbers."""
 
     trained: int
     kept: int
     difference: float
     spread: float
     pictures: int
+    deviation: float | None = None
 
     def words(self, dtype: str) -> str:
         share = self.difference / self.spread if self.spread else 0.0
@@ -45,7 +47,10 @@ class Rounding(NamedTuple):
         if self.trained:
             kept = f"{dtype} keeps {self.kept / self.trained:.1%} of the"
             moved = f"{kept} {self.trained:,} weights that training changed; {moved}"
-        more = "; --dtype=float32 keeps all" if share > MUCH and dtype != "float32" else ""
+        if self.deviation is not None:
+            moved += f", their deviations by at most {self.deviation:.1%}"
+        worst = max(share, self.deviation or 0.0)
+        more = "; --dtype=float32 keeps all" if worst > MUCH and dtype != "float32" else ""
         return moved + more
 
 
@@ -57,12 +62,13 @@ def measure(trained: Trained, folder: Path, dtype: str) -> Rounding:
     """
     changed, kept = _entries(trained, dtype)
     groups = [_group(index) for index in range(GROUPS)]
-    ours, theirs = (
-        np.concatenate([s.reward_KR for s in RewardModel(model).score_batch(groups)])
-        for model in (trained, load_trained(folder))
-    )
-    difference = float(np.abs(ours - theirs).max())
-    return Rounding(changed, kept, difference, float(ours.std()), len(ours))
+    both = [RewardModel(model).score_batch(groups) for model in (trained, load_trained(folder))]
+    ours, theirs = (np.concatenate([one.reward_KR for one in scores]) for scores in both)
+    difference, deviation = float(np.abs(ours - theirs).max()), None
+    if both[0][0].deviation_KR is not None:
+        logs = [np.log(np.concatenate([one.deviation_KR for one in scores])) for scores in both]
+        deviation = float(np.expm1(np.abs(logs[0] - logs[1]).max()))
+    return Rounding(changed, kept, difference, float(ours.std()), len(ours), deviation)
 
 
 def _entries(trained: Trained, dtype: str) -> tuple[int, int]:
