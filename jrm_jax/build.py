@@ -241,13 +241,35 @@ def init_state(
 
 
 def head_start(config: ConfigDict, backbone: BackboneConfig) -> HeadStart:
-    """What the backbone's folder has for the reward head of a run."""
-    if config.backbone.random:
-        return HeadStart()
-    dimensions = tuple(config.data.dimensions)
-    wanted = abstract_reward_head(config, backbone.text.hidden, len(dimensions))
-    folder = backbone_folder(config)
-    return read_head_start(folder, backbone, dimensions, config.head.anew, wanted)
+    """What the backbone's folder has for the reward head of a run. Its words warn of a head that
+    can never score."""
+    start = HeadStart()
+    if not config.backbone.random:
+        dimensions = tuple(config.data.dimensions)
+        wanted = abstract_reward_head(config, backbone.text.hidden, len(dimensions))
+        folder = backbone_folder(config)
+        start = read_head_start(folder, backbone, dimensions, config.head.anew, wanted)
+    why = describe_fixed_head(config, lambda: start) if config.loss.preference_weight else ""
+    warning = f"WARNING: what this run trains cannot score: {why}" if why else ""
+    return start._replace(words="; ".join(filter(None, (start.words, warning))))
+
+
+def describe_fixed_head(config: ConfigDict, start: Callable[[], HeadStart]) -> str:
+    """'' where each leaf of the reward head learns or goes on from the folder, which `start`
+    reads where it is needed."""
+    patterns, groups = trainable_patterns(config), config.optimizer.groups
+    head = optim.flatten({"reward_head": abstract_reward_head(config, 1, 1)})
+    fixed = [
+        path for path in head
+        if not (optim.matching(patterns, [path]) and optim.multiplier(groups, path))
+    ]  # fmt: skip
+    anew = [path for path in fixed if path not in start().known()]
+    if not anew:
+        return ""
+    return (
+        f"config.trainable or config.optimizer.groups keep {', '.join(anew)} as it began, and the "
+        "backbone's folder has none"
+    )
 
 
 def reward_row(start: HeadStart, tokenizer: Tokenizer) -> int:

@@ -171,6 +171,17 @@ def test_a_frozen_leaf_is_read_where_the_folder_has_it(folder, columns):
     np.testing.assert_array_equal(found["reward_head"]["kernel"], columns[::-1].T)
 
 
+def test_a_run_that_will_never_score_is_told_so_before_it_starts(folder, small_backbone):  # noqa: F811
+    fixed = {"trainable": ("backbone",), "data.dimensions": ("overall", "quality")}
+    for place, config, warns in (
+        (folder, joint, False), (small_backbone, joint, True), (small_backbone, generative, False),
+    ):  # fmt: skip
+        config = config.get_config()
+        config.update_from_flattened_dict(fixed | {"backbone.path": str(place)})
+        words = build.head_start(config, load_config(place)).words
+        assert ("WARNING" in words and "keep reward_head/kernel" in words) == warns, words
+
+
 @pytest.mark.parametrize(
     ("tensors", "said"),
     [

@@ -5,8 +5,8 @@
 
 A reward is a real number without fixed scale; larger is better, and only differences between
 candidates of one source and instruction carry meaning. Under the preference loss the chance that
-people prefer i to j is sigmoid(reward_i - reward_j). `Scores.normalised` is (reward - mean) /
-deviation over the rewards of the training set, for those who add it to other rewards. A model
+people prefer i to j is sigmoid(reward_i - reward_j). `Scores.normalised_KR` is (reward - mean) /
+standard deviation, both of the rewards in training, for those who add it to other rewards. A model
 that was trained with `config.loss.gaussian` says how unsure it is: `Scores.deviation_KR`.
 
 Letters: K candidates, R reward dimensions, B groups.

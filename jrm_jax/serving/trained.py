@@ -188,19 +188,7 @@ def _why_no_score(
         return "config.loss.preference_weight is 0, it learns from critiques alone"
     if not taught.get("preference"):
         return "no group it has seen had a label"
-    patterns, groups = build.trainable_patterns(config), config.optimizer.groups
-    head = optim.flatten({"reward_head": build.abstract_reward_head(config, 1, 1)})
-    fixed = [
-        path for path in head
-        if not (optim.matching(patterns, [path]) and optim.multiplier(groups, path))
-    ]  # fmt: skip
-    anew = [path for path in fixed if path not in start().known()] if fixed else []
-    if not anew:
-        return ""
-    return (
-        f"config.trainable or config.optimizer.groups keep {', '.join(anew)} as it began, and the "
-        "backbone's folder has none"
-    )
+    return build.describe_fixed_head(config, start)
 
 
 def _load_export(folder: Path, laid_out: LayOut) -> Trained:
