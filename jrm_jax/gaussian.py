@@ -73,7 +73,8 @@ def log_chances(gap: np.ndarray, deviation: np.ndarray) -> np.ndarray:
     for first in range(0, gap.size, block):
         parts = [flat[first : first + block] for flat in (gap.ravel(), deviation.ravel())]
         filled = [np.pad(part, (0, block - len(part))) for part in parts]
-        chances[first : first + block] = _log_expected_sigmoid(*filled)[: len(parts[0])]
+        found = np.asarray(_log_expected_sigmoid(*filled))
+        chances[first : first + block] = found[: len(parts[0])]
     return chances.reshape(gap.shape)
 
 
