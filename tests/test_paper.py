@@ -108,7 +108,7 @@ def test_a_head_of_layers_stays_float32_in_a_bfloat16_folder(family, tmp_path):
     for path, leaf in flatten(head).items():
         np.testing.assert_array_equal(read[path], leaf)
     loaded, info = classifier(out, dtype=torch.bfloat16)
-    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert not info["missing_keys"] and set(info["unexpected_keys"]) <= {"lm_head.weight"}
     assert loaded.model.dtype == torch.bfloat16
     found = dict(loaded.score.named_parameters())
     for name, tensor in stored_head.head_tensors(head).items():
