@@ -42,14 +42,18 @@ def test_the_design_covers_what_it_must():
     assert plan[0].is_trial and {p.arm for p in plan if p.is_trial} == {"discriminative"}
     assert {p.flip for p in plan if p.is_trial} == {0.0, 0.35}
     headline = [p for p in points if (p.labelled, p.flip) == (1600, 0.35)]
-    for arm in (*config.verdict.arms, config.verdict.placebo, "discriminative", "teacher"):
+    compared = [arm for pair in config.verdict.arms for arm in pair]
+    assert compared == ["joint", "joint_shuffled", "joint_words", "words_shuffled"]
+    for arm in (*compared, "discriminative", "teacher"):
         assert {p.seed for p in headline if p.arm == arm} == set(range(5))
     for arm in ("discriminative", "joint", "joint_words", "joint_through", "teacher",
                 "joint_teacher", "regression", "staged", "staged_joint"):  # fmt: skip
         places = {(p.labelled, p.flip) for p in points if p.arm == arm}
         assert places == {(n, f) for n in (100, 400, 1600, 6400) for f in (0.0, 0.2, 0.35)}
-    first = [p.arm for p in points[:4]]
-    assert first == ["discriminative", "joint", "joint_words", "joint_shuffled"]
+    assert [p.arm for p in points[:5]] == ["discriminative", *study.HEADLINE_ARMS[1:]]
+    assert set(study.HEADLINE_ARMS[1:]) == set(compared)
+    for arm in study.CURVES:  # else nothing could be recommended from them
+        assert {p.seed for p in points if p.arm == arm} >= set(range(config.verdict.advice_seeds))
     with pytest.raises(UserError, match="no arm 'jiont'"):
         config.points = ((("jiont",), (8,), (0.0,), 1),)
         design.plan(config)
@@ -99,129 +103,6 @@ def test_a_point_is_known_by_everything_its_numbers_depend_on():
     config = settings()
     config.verdict.gain, config.trials = 99.0, ()
     assert cells.fingerprint(config, point) == first
-
-
-# Numbers by hand
-
-
-def made(scores, split="hard", **more):
-    """The result of a cell; scores by group."""
-    return {
-        "scores/test": [[0.0, 1.0]] * 4, "scores/hard": scores, "valid": 0.6, "step": 2,
-        "ranks": {"2": {"effective_rank": 3.0}}, "says": {"2": {"verdict": 0.7}},
-        "seconds": {"train": 10.0, "measure": 2.0},
-        "machine": {"device": "d", "cpu": "c", "jax": "j"}, **more,
-    }  # fmt: skip
-
-
-@pytest.fixture
-def hand(monkeypatch):
-    """(config, gold order by group): candidate 0 is the better one of each of eight groups."""
-    from jrm_jax.study.analysis import Pairs
-
-    config = settings("regimes_tiny")
-    config.sizes, config.flips = (100, 400, 1600), (0.35,)
-    config.headline.labelled = 400
-    config.points = ((tuple(ARMS), config.sizes, (0.35,), 2),)
-    config.trials = ()
-    config.world.update({"test": 4, "hard": 8})
-
-    def pairs(split, count, seed):
-        zero = np.zeros(count, int)
-        return Pairs(np.arange(count), zero, zero + 1, zero, zero)
-
-    monkeypatch.setattr(regimes_numbers.analysis, "load_pairs", pairs)
-    for name in ("load_distances", "load_damage"):
-        rule = lambda split, count, seed: ((0.0, 1.0),) * count  # noqa: E731
-        monkeypatch.setitem(
-            regimes_numbers.RULES,
-            next(k for k, v in regimes_numbers.RULES.items() if v.__name__ == name), rule,
-        )  # fmt: skip
-    return config
-
-
-def right(count):
-    """Scores that order the first `count` of eight groups."""
-    return [[1.0, 0.0]] * count + [[0.0, 1.0]] * (8 - count)
-
-
-def test_gains_are_of_the_same_place_and_seed(hand):
-    found = {
-        Point("discriminative", 400, 0.35, 0): made(right(4)),
-        Point("discriminative", 400, 0.35, 1): made(right(5)),
-        Point("discriminative", 1600, 0.35, 0): made(right(8)),
-        Point("joint", 400, 0.35, 0): made(right(7)),
-        Point("joint", 400, 0.35, 2): made(right(0)),
-    }
-    table = regimes_numbers.Table(hand, found)
-    gain = table.gain("joint", 400, 0.35, "hard")
-    assert (gain["value"], gain["seeds"]) == (3 / 8, 1)
-    assert table.gain("joint", 1600, 0.35, "hard") is None
-    assert table.gain("discriminative", 400, 0.35, "hard") is None
-    place = table.place("discriminative", 400, 0.35)
-    assert place["hard"]["value"] == 9 / 16 and place["rank"] == 3.0
-    by_hand = np.mean([np.log1p(np.exp(-1.0))] * 9 + [np.log1p(np.exp(1.0))] * 7)
-    assert place["preference"] == pytest.approx(by_hand)
-
-
-@pytest.mark.parametrize(
-    "joint, words, shuffled, holds",
-    [(8, 8, 4, True), (8, 4, 4, False), (8, 8, 8, False), (4, 4, 4, False)],
-)
-def test_the_verdict_needs_both_arms_and_no_placebo(hand, joint, words, shuffled, holds):
-    counts = {"discriminative": 4, "joint": joint, "joint_words": words, "joint_shuffled": shuffled}
-    found = {
-        Point(arm, 400, 0.35, seed): made(right(count))
-        for arm, count in counts.items() for seed in (0, 1)
-    }  # fmt: skip
-    verdict = regimes_numbers.verdict(hand, regimes_numbers.Table(hand, found))
-    assert verdict["holds"] is holds and verdict["seeds"] == 2
-    assert verdict["confidence"] == pytest.approx(0.975)  # two comparisons
-    del found[Point("joint", 400, 0.35, 0)], found[Point("joint", 400, 0.35, 1)]
-    missing = regimes_numbers.verdict(hand, regimes_numbers.Table(hand, found))
-    assert missing["holds"] is None and missing["arms"]["joint"] is None
-
-
-def test_label_efficiency_by_hand(hand):
-    curve = {100: 2, 400: 4, 1600: 6}
-    found = {
-        Point("discriminative", size, 0.35, 0): made(right(n)) for size, n in curve.items()
-    } | {
-        Point("joint", size, 0.35, 0): made(right(4 + (size > 100))) for size in curve
-    }  # fmt: skip
-    table = regimes_numbers.Table(hand, found)
-    # discriminative is at one half with 400 labels, joint with 100
-    assert table.efficiency("joint", 0.35, 0.5)["value"] == pytest.approx(4.0)
-    # five of eight: half way from 400 to 1600, by the logarithm; joint has it at 400
-    assert table.efficiency("joint", 0.35, 5 / 8)["value"] == pytest.approx(2.0)
-    reached = table.efficiency("joint", 0.35, 6 / 8)
-    assert reached["value"] == 0.0 and reached["sizes"] == [100, 400, 1600]  # joint never does
-    assert table.efficiency("joint", 0.35, 0.9) is None  # neither does
-    assert table.efficiency("teacher", 0.35, 0.5) is None  # not run
-    exact = table.efficiency("discriminative", 0.35, 0.5)
-    assert exact["value"] == pytest.approx(1.0)
-
-
-def test_advice_is_of_what_was_measured(hand):
-    found = {}
-    text = "\n".join(regimes_report.advice(hand, regimes_numbers.collect(hand, found)))
-    assert "Not measured yet: 3 of 3 places" in text and "| use |" not in text
-    for seed in (0, 1):
-        found[Point("discriminative", 400, 0.35, seed)] = made(right(3))
-        found[Point("joint", 400, 0.35, seed)] = made(right(8))
-    collected = regimes_numbers.collect(hand, found)
-    text = "\n".join(regimes_report.advice(hand, collected))
-    assert "| good ones, for all groups | joint +62.5" in text and "2 of 3 places" in text
-    one = {p: r for p, r in found.items() if p.seed == 0}
-    text = "\n".join(regimes_report.advice(hand, regimes_numbers.collect(hand, one)))
-    assert "too few seeds to say" in text
-    for seed in (0, 1):
-        found[Point("joint", 400, 0.35, seed)] = made(right(3))
-    text = "\n".join(regimes_report.advice(hand, regimes_numbers.collect(hand, found)))
-    assert "discriminative; no gain can be told from zero" in text
-    page = regimes_report.markdown(hand, collected, [])
-    assert "**Nothing is decided yet**: with 400 pairs" in page.splitlines()[2]
-    assert "Not yet run: joint_words" in page and "None" not in page and "nan" not in page
 
 
 # Several at a time
@@ -295,6 +176,88 @@ def test_processes_do_not_outlive_their_runner(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         runner.run(config, jobs=2)
     assert [process.poll() for process in started] == [-signal.SIGTERM] * 2
+
+
+def held_locks(tmp_path, monkeypatch):
+    """(config, names of the locks that each process started is handed)."""
+    config = settings("regimes_tiny")
+    config.out, config.workdir = str(tmp_path / "out"), str(tmp_path / "runs")
+    handed = []
+
+    class Process:
+        pid = os.getpid()
+
+        def __init__(self, command, pass_fds=(), **_):
+            handed.append({Path(os.readlink(f"/proc/self/fd/{fd}")).name for fd in pass_fds})
+
+        def poll(self):
+            return 0
+
+    monkeypatch.setattr(runner.subprocess, "Popen", Process)
+    return config, handed
+
+
+def test_who_makes_a_first_run_hands_on_its_lock(tmp_path, monkeypatch):
+    """So that processes that outlive a killed runner are left to it."""
+    config, handed = held_locks(tmp_path, monkeypatch)
+    monkeypatch.setattr(runner.shutil, "rmtree", lambda folder: None)
+    cell = Point("staged", 8, 0.35, 0)
+    with runner._locked(config, cell.name) as claim:
+        found = runner._start(config, cell, runner.Place((claim,)))
+    name = found["backbone.path"].name.removesuffix("-export")
+    assert handed == [{cell.name, name}] * 2  # training and export
+
+
+def test_a_first_run_is_known_by_its_whole_config(monkeypatch):
+    config, cell = settings(), Point("staged", 400, 0.2, 0)
+    first = cells.first_fingerprint(config, cell)
+    assert first == cells.first_fingerprint(config, cell._replace(labelled=100))
+    assert first != cells.first_fingerprint(config, cell._replace(seed=1))
+    base = cells._base()
+    base.loss.first_weight = 9.0  # a default that no arm names
+    monkeypatch.setattr(cells, "_base", lambda: base.copy_and_resolve_references())
+    assert first != cells.first_fingerprint(config, cell)
+
+
+def test_a_cell_alone_is_not_made_beside_another_command(tmp_path, monkeypatch):
+    config, _ = held_locks(tmp_path, monkeypatch)
+    cell, seen = Point("staged", 8, 0.35, 0), []
+    monkeypatch.setattr(runner, "make_cell", lambda *arguments: seen.append(arguments[-1]))
+    with runner._locked(config, cell.name), pytest.raises(UserError, match="another command"):
+        runner.remake(config, cell)
+    assert not seen
+    runner.remake(config, cell)
+    assert len(seen) == 1 and len(seen[0].claims) == 1
+
+
+def test_jobs_take_cores_that_are_free(tmp_path, monkeypatch):
+    config, handed = held_locks(tmp_path, monkeypatch)
+    bound, barrier = [], threading.Barrier(2, timeout=60)
+    monkeypatch.setattr(runner.os, "sched_getaffinity", lambda pid: {4, 5, 6})
+    monkeypatch.setattr(runner.os, "sched_setaffinity", lambda pid, cores: bound.append(cores))
+    monkeypatch.setattr(runner, "may_use_an_accelerator", lambda: False)
+
+    def make(config, cell, keep, place):
+        barrier.wait()  # both jobs are at work
+        runner._call(["x"], cell, place)
+        cells.save_cell(config, cell, {"fingerprint": cells.fingerprint(config, cell),
+                                       "seconds": {"train": 1.0, "measure": 1.0}})  # fmt: skip
+
+    monkeypatch.setattr(runner, "make_cell", make)
+    with runner._locked(config, "core-5"):  # of another command
+        runner.run(config, jobs=2)
+    assert sorted(map(min, bound)) == [4, 6]
+    assert sorted(name for names in handed for name in names if "core" in name) == [
+        "core-4", "core-6"
+    ]  # fmt: skip
+
+
+def test_longer_trials_take_longer():
+    config = settings()
+    found = {Point("discriminative", 1600, 0.0, 0, 1e-3, 400):
+             {"seconds": {"train": 100.0, "measure": 4.0}}}  # fmt: skip
+    assert cells.estimate(config, Point("discriminative", 1600, 0.0, 0, 1e-3, 1600), found) == 404.0
+    assert cells.estimate(config, Point("joint", 1600, 0.35, 0), found) == 104.0
 
 
 @pytest.fixture(scope="module")
@@ -381,3 +344,15 @@ def test_the_readme_says_what_the_page_says():
     table = (ROOT / "docs" / "regimes" / regimes_report.TABLE).read_text().strip()
     assert table and table in (ROOT / "README.md").read_text()
     assert table in (ROOT / "docs" / "regimes.md").read_text()
+
+
+def test_the_page_is_what_its_numbers_say():
+    """A change of the words is a change of the page: `--report` writes it anew."""
+    config, out = settings(), ROOT / "docs" / "regimes"
+    numbers = json.loads((out / "numbers.json").read_text())
+    shown, notes = [path.stem for path in out.glob("*.png")], (out / "notes.md").read_text()
+    page = regimes_report.markdown(config, numbers, shown, notes)
+    assert page == out.with_suffix(".md").read_text()
+    # what a rule without a model reaches is no accuracy to count labels at
+    rules = [rule["hard"]["high"] for rule in numbers["rules"].values()]
+    assert min(config.verdict.efficiency) > max(rules)

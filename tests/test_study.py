@@ -117,11 +117,12 @@ def test_longer_runs_end_where_the_other_arm_is_reached():
 def test_the_time_a_cell_will_take():
     found = {Cell("joint", 10, 1.0, s): {"seconds": {"train": 10.0 + s, "measure": 4.0}}
              for s in range(3)}  # fmt: skip
-    assert cells.estimate(Cell("joint", 10, 1.0, 7), found) == 15.0
-    assert cells.estimate(Cell("discriminative_x2", 10, 1.0, 0), found) == 28.0
-    assert cells.estimate(Cell("joint", 10, 1.0, 7), {}) is None
+    config = study.get_config()
+    assert cells.estimate(config, Cell("joint", 10, 1.0, 7), found) == 15.0
+    assert cells.estimate(config, Cell("discriminative_x2", 10, 1.0, 0), found) == 28.0
+    assert cells.estimate(config, Cell("joint", 10, 1.0, 7), {}) is None
     assert "2 to go, about 0:43" in runner.budget(
-        [Cell("joint", 10, 1.0, 7), Cell("discriminative_x2", 10, 1.0, 0)], found
+        config, [Cell("joint", 10, 1.0, 7), Cell("discriminative_x2", 10, 1.0, 0)], found
     )
 
 

@@ -22,7 +22,7 @@ from jrm_jax.shell.stop import ending
 _CONFIG = config_flags.DEFINE_config_file("config", None, "File[:arguments].", lock_config=True)
 _MINUTES = flags.DEFINE_float("minutes", 0.0, "Stop after so many; 0: when all is done.")
 _REPORT = flags.DEFINE_bool("report", False, "Only write the page, from the cells there are.")
-_JOBS = flags.DEFINE_integer("jobs", 1, "Cells made at a time, on a core each.", lower_bound=1)
+_JOBS = flags.DEFINE_integer("jobs", 1, "Cells made at a time, on a free core each.", lower_bound=1)
 _CELL = flags.DEFINE_string("cell", "", "Make this cell (again), and nothing else.")
 _KEEP = flags.DEFINE_bool("keep", False, "Keep the folders of the runs after measuring them.")
 
@@ -35,7 +35,7 @@ def main() -> None:
         config = _CONFIG.value
         with ending("stopped; the same command goes on"):  # the run of a cell ends, too
             if _CELL.value:
-                runner.make_cell(config, runner.find_cell(config, _CELL.value), _KEEP.value)
+                runner.remake(config, runner.find_cell(config, _CELL.value), _KEEP.value)
                 return
             if not _REPORT.value:
                 runner.run(config, _MINUTES.value, _KEEP.value, _JOBS.value)

@@ -194,17 +194,37 @@ def shared_changes(config: ConfigDict) -> dict[str, Any]:
 
 
 def training_config(config: ConfigDict, cell: Cell) -> ConfigDict:
-    from configs import joint
-
-    base = joint.get_config()
+    base = _base()
     base.update_from_flattened_dict(cell.changes(config))
     return base
+
+
+def _base() -> ConfigDict:
+    from configs import joint
+
+    return joint.get_config()
 
 
 def fingerprint(config: ConfigDict, cell: Cell) -> str:
     """Of everything a cell's numbers depend on: its config, the measures, the world, the weights it
     starts from."""
-    settings = training_config(config, cell).to_dict()
+    content = [
+        _settings(training_config(config, cell)),
+        cell.measures(config), WORLD_VERSION, VERSION, *cell.depends(config),
+    ]  # fmt: skip
+    return _digest(content)
+
+
+def first_fingerprint(config: ConfigDict, cell: Cell) -> str:
+    """Likewise of the run that comes before it, of a cell that has one."""
+    base = _base()
+    base.update_from_flattened_dict(cell.first(config))
+    return _digest([_settings(base), WORLD_VERSION])
+
+
+def _settings(training: ConfigDict) -> dict[str, Any]:
+    """What of a training config its numbers depend on."""
+    settings = training.to_dict()
     for name, value in LATER.items():
         *path, field = name.split(".")
         part = functools.reduce(dict.__getitem__, path, settings)
@@ -213,7 +233,10 @@ def fingerprint(config: ConfigDict, cell: Cell) -> str:
     settings["backbone"]["path"] = backbone_digest(settings["backbone"]["path"])
     for name in ("cache", "workers", "prefetch"):
         settings["data"].pop(name)
-    content = [settings, cell.measures(config), WORLD_VERSION, VERSION, *cell.depends(config)]
+    return settings
+
+
+def _digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -273,13 +296,20 @@ def unneeded(cell: Cell, found: Mapping[Cell, Mapping[str, Any]]) -> str:
     return ""
 
 
-def estimate(cell: Cell, found: Mapping[Cell, Mapping[str, Any]]) -> float | None:
-    """Seconds, from measured cells of its arm, else from the slowest others; None at first."""
+def estimate(
+    config: ConfigDict, cell: Cell, found: Mapping[Cell, Mapping[str, Any]]
+) -> float | None:
+    """Seconds, from measured cells of its arm, else from the slowest others, by the number of their
+    steps; None at first."""
+
+    def length(other: Cell) -> float:
+        """In units of the config's steps."""
+        return other.changes(config)["total_steps"] / config.train.total_steps
 
     def seconds(others: list[Cell], pick) -> float:
-        rates = [found[c]["seconds"]["train"] / c.what.steps for c in others]
+        rates = [found[c]["seconds"]["train"] / length(c) for c in others]
         rest = [found[c]["seconds"]["measure"] for c in others]
-        return pick(rates) * cell.what.steps + pick(rest)
+        return pick(rates) * length(cell) + pick(rest)
 
     same = [c for c in found if c.arm == cell.arm]
     return seconds(same, statistics.median) if same else seconds([*found], max) if found else None

@@ -290,7 +290,7 @@ def budget(config: ConfigDict, found: Found) -> dict[str, Any]:
         name = f"{own['device']}, {own['cpu']}, jax {own['jax']}"
         machines[name] = machines.get(name, 0) + 1
     missing = [c for c in every if c not in found and not spared[c]]
-    costs = [cells.estimate(c, found) for c in missing]
+    costs = [cells.estimate(config, c, found) for c in missing]
     return {
         "cells": {c.name: result["seconds"] for c, result in found.items()},
         "seconds": sum(sum(r["seconds"].values()) for r in found.values()),

@@ -63,6 +63,21 @@ ARMS = {
     ),
 }  # fmt: skip
 BASELINE = "discriminative"
+# What critiques may be like, and the arms that learn from such ones.
+CRITIQUES = {
+    "good ones, for all groups": (
+        "joint", "joint_words", "joint_through", "teacher", "joint_teacher", "regression",
+        "staged", "staged_joint",
+    ),
+    "good ones, without scores": ("joint_masked", "words_masked"),
+    "a model judge's, which err": ("joint_noisy", "words_noisy", "teacher_noisy"),
+}  # fmt: skip
+
+
+def place_words(labelled: int, flip: float) -> str:
+    """'1,600 pairs, one a group, 35 % of them wrong'."""
+    noise = f"{100 * flip:g} % of them wrong" if flip else "none of them wrong"
+    return f"{labelled:,} pairs, one a group, {noise}"
 
 
 class Point(NamedTuple):

@@ -1,20 +1,19 @@
 """All numbers of the second part's page, from the cells there are: one dict in JSON types.
 
-Letters: N pairs, G groups, S seeds, L numbers of labelled groups, D draws.
+Letters: N pairs, G groups, S seeds.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from jrm_jax.study import analysis
+from jrm_jax.study import analysis, efficiency
 from jrm_jax.study.numbers import budget
-from jrm_jax.study.regimes import ARMS, BASELINE, Point
+from jrm_jax.study.regimes import ARMS, BASELINE, CRITIQUES, Point
 
 Found = Mapping[Point, Mapping[str, Any]]
 SPLITS = ("test", "hard")
@@ -83,7 +82,7 @@ class Table:
         if not values_SN:
             return None
         settings = self.config.verdict
-        found = analysis.interval(
+        found = analysis.seeds_interval(
             values_SN, self.pairs[split].group, settings.draws, confidence or settings.confidence
         )
         return {**found._asdict(), "seeds": len(values_SN)}
@@ -109,6 +108,7 @@ class Table:
         return {
             **{s: self.spread([self._right[p, s] for p in points], s) for s in SPLITS},
             "gain": {s: self.gain(arm, labelled, flip, s) for s in SPLITS},
+            "advice": self._advice(arm, labelled, flip),
             "valid": _mean([r["valid"] for r in results]),
             "step": [r["step"] for r in results],
             "preference": _mean([analysis.preference_loss(hard, s) for s in scores]),
@@ -121,6 +121,13 @@ class Table:
             ),
             "seconds": _mean([sum(r["seconds"].values()) for r in results]),
         }  # fmt: skip
+
+    def _advice(self, arm: str, labelled: int, flip: float) -> dict[str, Any] | None:
+        """The gain on `hard`, with an interval for as many comparisons as there are arms for the
+        same critiques; None of an arm that is none to choose."""
+        rivals = max((len(arms) for arms in CRITIQUES.values() if arm in arms), default=0)
+        confidence = 1 - (1 - self.config.verdict.confidence) / max(1, rivals)
+        return self.gain(arm, labelled, flip, "hard", confidence) if rivals else None
 
     def rule(self, load: Any) -> dict[str, Any]:
         """How right a rule that needs no model is, by split: the smaller number is the better."""
@@ -144,14 +151,9 @@ class Table:
             "step": self.found[point]["step"],
         }
 
-    # Label efficiency
-
     def efficiency(self, arm: str, flip: float, accuracy: float) -> dict[str, Any] | None:
-        """How many times fewer labelled groups this arm needs than the discriminative one to reach
-        an accuracy on `hard`: their curves are straight between the sizes that both have, by the
-        logarithm of the size. Draws are of seeds and whole groups; where one arm alone reaches the
-        accuracy the factor is infinite, or 0. None: fewer than two sizes, or neither reaches it.
-        """
+        """How many times fewer labelled groups this arm needs than the discriminative one
+        (`efficiency.compare`), by the sizes that both have; None: fewer than two."""
         shared = [
             size for size in self.config.sizes
             if all(self.seeds(a, size, flip) for a in (arm, BASELINE))
@@ -160,25 +162,12 @@ class Table:
             return None
         curves = [[self._by_group(a, size, flip) for size in shared] for a in (arm, BASELINE)]
         sizes_G = np.bincount(np.unique(self.pairs["hard"].group, return_inverse=True)[1])
-        rng, draws = np.random.default_rng(0), self.config.verdict.draws
-        groups = len(sizes_G)
-        picks_DG = rng.multinomial(groups, np.full(groups, 1 / groups), draws)
-        whole_1G = np.ones((1, groups), int)
-        needed = [
-            _needed(_accuracies(c, whole_1G, sizes_G, None), shared, accuracy) for c in curves
-        ]
-        value = _factor(*needed)[0]
-        if math.isnan(value):
-            return None
-        drawn = [_needed(_accuracies(c, picks_DG, sizes_G, rng), shared, accuracy) for c in curves]
-        factors_D = _factor(*drawn)
-        factors_D = factors_D[~np.isnan(factors_D)]
-        tail = 50 * (1 - self.config.verdict.confidence)
-        low, high = np.percentile(factors_D, (tail, 100 - tail), method="nearest")
-        return {
-            "value": _finite(value), "low": _finite(low), "high": _finite(high), "sizes": shared,
-            "seeds": min(len(c) for curve in curves for c in curve),
-        }  # fmt: skip
+        settings = self.config.verdict
+        found = efficiency.compare(
+            *curves, sizes_G, shared, accuracy, settings.draws, settings.confidence
+        )
+        seeds = min(len(c) for curve in curves for c in curve)
+        return {**found, "sizes": shared, "seeds": seeds}
 
     def _by_group(self, arm: str, labelled: int, flip: float) -> np.ndarray:
         """[S, G]: right pairs of each group of `hard`."""
@@ -187,67 +176,33 @@ class Table:
         return np.stack([np.bincount(place_N, self._right[p, "hard"]) for p in points])
 
 
-def _accuracies(
-    curve: Sequence[np.ndarray],
-    picks_DG: np.ndarray,
-    sizes_G: np.ndarray,
-    rng: np.random.Generator | None,
-) -> np.ndarray:
-    """[D, L]; `rng` draws seeds, too."""
-    columns = []
-    for right_SG in curve:
-        seeds = len(right_SG)
-        picks_DS = np.ones((len(picks_DG), seeds))
-        if rng is not None:
-            picks_DS = rng.multinomial(seeds, np.full(seeds, 1 / seeds), len(picks_DG))
-        right_D = ((picks_DG @ right_SG.T) * picks_DS).sum(1) / seeds
-        columns.append(right_D / (picks_DG @ sizes_G))
-    return np.stack(columns, axis=1)
-
-
-def _needed(accuracy_DL: np.ndarray, sizes: Sequence[int], wanted: float) -> np.ndarray:
-    """[D]: labelled groups at which a curve first reaches the accuracy; infinite: never."""
-    found = np.full(len(accuracy_DL), np.inf)
-    for row, curve in enumerate(accuracy_DL):
-        for at, value in enumerate(curve):
-            if value >= wanted:
-                share = (wanted - curve[at - 1]) / (value - curve[at - 1]) if at else 1.0
-                first, last = math.log(sizes[max(0, at - 1)]), math.log(sizes[at])
-                found[row] = math.exp(first + share * (last - first))
-                break
-    return found
-
-
-def _factor(arm_D: np.ndarray, base_D: np.ndarray) -> np.ndarray:
-    """NaN where neither reaches the accuracy."""
-    with np.errstate(invalid="ignore"):
-        return base_D / arm_D
-
-
 def verdict(config: ConfigDict, table: Table) -> dict[str, Any]:
     """Whether the claim holds, by the thresholds of the config: 'arms': {arm: its gain, with an
-    interval for as many comparisons as there are arms, and what it passes}, 'placebo', 'seeds',
-    'holds' (None: cells are missing)."""
+    interval for as many comparisons as there are arms, and what it passes}, 'placebos': {the same
+    arm with critiques of other examples: its gain, and whether that is none}, 'seeds', 'holds'
+    (None: cells are missing)."""
     settings, place = config.verdict, (config.headline.labelled, config.headline.flip)
     confidence = 1 - (1 - settings.confidence) / len(settings.arms)
-    arms = {}
-    for arm in settings.arms:
+    arms, placebos = {}, {}
+    for arm, placebo in settings.arms:
         gain = table.gain(arm, *place, "hard", confidence)
         arms[arm] = gain and {
             **gain,
             "enough": bool(100 * gain["value"] >= settings.gain),
             "above_zero": bool(gain["low"] > 0),
         }
-    placebo = table.gain(settings.placebo, *place, "hard")
-    null = placebo and bool(100 * placebo["value"] < settings.null or placebo["low"] <= 0)
-    rows = [*arms.values(), placebo]
-    seeds = min((row["seeds"] if row else 0) for row in rows)
-    holds = None
+        gain = table.gain(placebo, *place, "hard")
+        placebos[placebo] = gain and {
+            **gain, "null": bool(100 * gain["value"] < settings.null or gain["low"] <= 0)
+        }  # fmt: skip
+    rows = [*arms.values(), *placebos.values()]
+    seeds, holds = min(row["seeds"] if row else 0 for row in rows), None
     if all(rows):
-        holds = bool(null) and all(row["enough"] and row["above_zero"] for row in arms.values())
+        holds = all(row["enough"] and row["above_zero"] for row in arms.values())
+        holds = holds and all(row["null"] for row in placebos.values())
     return {
-        "arms": arms, "placebo": placebo and {**placebo, "null": null}, "seeds": seeds,
-        "confidence": confidence, "holds": holds,
+        "arms": arms, "placebos": placebos, "seeds": seeds, "confidence": confidence,
+        "holds": holds,
     }  # fmt: skip
 
 
@@ -261,8 +216,3 @@ def _mean(values: Sequence[float]) -> float | None:
 
 def _mean_by_name(rows: Sequence[Mapping[str, float]]) -> dict[str, float | None]:
     return {name: _mean([row[name] for row in rows if name in row]) for name in rows[0]}
-
-
-def _finite(value: float) -> float | str:
-    """Infinity is none of JSON's numbers."""
-    return "infinite" if math.isinf(value) else float(value)

@@ -11,7 +11,8 @@ from ml_collections import ConfigDict
 
 from jrm_jax.shell.terminal import duration
 from jrm_jax.study import design, figures
-from jrm_jax.study.regimes import ARMS
+from jrm_jax.study.advice import advice
+from jrm_jax.study.regimes import ARMS, place_words
 from jrm_jax.study.regimes_numbers import collect
 from jrm_jax.study.tables import number, points, share, table
 
@@ -20,16 +21,6 @@ NOTES = "notes.md"  # by hand
 TABLE = "table.md"  # what README shows, too
 NOT_YET = "not yet run"
 YES = {True: "yes", False: "**no**", None: NOT_YET}
-# What critiques may be like, and the arms that learn from such ones.
-CRITIQUES = {
-    "good ones, for all groups": (
-        "joint", "joint_words", "joint_through", "teacher", "joint_teacher", "regression",
-        "staged", "staged_joint",
-    ),
-    "good ones, without scores": ("joint_masked", "words_masked"),
-    "a model judge's, which err": ("joint_noisy", "words_noisy", "teacher_noisy"),
-}  # fmt: skip
-CONTROLS = ("joint_shuffled", "words_shuffled")
 
 
 def write(config: ConfigDict) -> list[Path]:
@@ -87,7 +78,7 @@ def markdown(config: ConfigDict, numbers: Numbers, shown: list[str], notes: str 
 
 def sentence(config: ConfigDict, numbers: Numbers) -> str:
     """What came out, in one sentence."""
-    found, place = numbers["verdict"], _place(config.headline.labelled, config.headline.flip)
+    found, place = numbers["verdict"], place_words(config.headline.labelled, config.headline.flip)
     said = ", ".join(
         f"{arm} {100 * row['value']:+.1f} ({100 * row['low']:+.1f} to {100 * row['high']:+.1f})"
         for arm, row in found["arms"].items() if row
@@ -106,73 +97,33 @@ def sentence(config: ConfigDict, numbers: Numbers) -> str:
     return f"{words}: with {place}, points of accuracy on `hard` over discriminative are {said}."
 
 
-def advice(config: ConfigDict, numbers: Numbers) -> list[str]:
-    """The table for users: by what was measured, and nothing else."""
-    rows = []
-    for flip, by_size in numbers["curves"].items():
-        for size, arms in by_size.items():
-            for critiques, names in CRITIQUES.items():
-                found = {a: arms[a]["gain"]["hard"] for a in names if arms[a]}
-                found = {arm: gain for arm, gain in found.items() if gain}
-                if found:
-                    place = _place(int(size), float(flip))
-                    rows.append((place, critiques, _advised(found)))
-    measured = {row[0] for row in rows}
-    left = len(config.flips) * len(config.sizes) - len(measured)
-    head = ("your labels are", "your critiques are", "use")
-    lines = table(head, rows) if rows else []
-    if left:
-        sizes = ", ".join(f"{size:,}" for size in config.sizes)
-        flips = ", ".join(f"{100 * flip:g}" for flip in config.flips)
-        lines += [
-            f"Not measured yet: {left} of {left + len(measured)} places ({sizes} pairs, each with "
-            f"{flips} % of them wrong).",
-            "",
-        ]
-    return lines
-
-
-def _advised(gains: Mapping[str, Mapping[str, Any]]) -> str:
-    best = max(gains, key=lambda arm: gains[arm]["value"])
-    words = f"{best} {points(gains[best])}"
-    if gains[best]["seeds"] < 2:
-        return f"too few seeds to say; best so far: {words}"
-    better = [arm for arm in gains if gains[arm]["low"] > 0]
-    if not better:
-        return f"discriminative; no gain can be told from zero (largest: {words})"
-    better.sort(key=lambda arm: -gains[arm]["value"])
-    return "; ".join(f"{arm} {points(gains[arm])}" for arm in better)
-
-
-def _place(labelled: int, flip: float) -> str:
-    noise = f"{100 * flip:g} % of them wrong" if flip else "none of them wrong"
-    return f"{labelled:,} pairs, one a group, {noise}"
-
-
 # Pieces
 
 
 def _claim(config: ConfigDict, numbers: Numbers) -> list[str]:
     settings, found = config.verdict, numbers["verdict"]
-    place = _place(config.headline.labelled, config.headline.flip)
+    place = place_words(config.headline.labelled, config.headline.flip)
     rows = [
         (f"{arm} - discriminative", points(row) if row else NOT_YET,
          f"at least +{settings.gain:g}: {YES[row and row['enough']]}; "
          f"above zero: {YES[row and row['above_zero']]}")
         for arm, row in found["arms"].items()
     ]  # fmt: skip
-    placebo = found["placebo"]
-    rows.append((f"{settings.placebo} - discriminative", points(placebo) if placebo else NOT_YET,
-                 f"no gain: {YES[placebo and placebo['null']]}"))  # fmt: skip
+    rows += [
+        (f"{arm} - discriminative", points(row) if row else NOT_YET,
+         f"no gain: {YES[row and row['null']]}")
+        for arm, row in found["placebos"].items()
+    ]  # fmt: skip
+    arms, placebos = (" and ".join(found[kind]) for kind in ("arms", "placebos"))
     return [
         "## The claim",
         "",
         f"Fixed before running: with {place}, and critiques of all {config.groups:,} groups, "
-        f"{' and '.join(settings.arms)} each gain at least {settings.gain:g} points over "
-        f"discriminative on `hard`, their intervals ({100 * found['confidence']:g} %, so that both "
-        f"together are {100 * settings.confidence:g} %) lie above zero, and critiques of other "
-        f"examples gain less than {settings.null:g} point or nothing that can be told from zero; "
-        f"{settings.seeds} seeds.",
+        f"{arms} each gain at least {settings.gain:g} points over discriminative on `hard`, their "
+        f"intervals ({100 * found['confidence']:g} %, so that both together are "
+        f"{100 * settings.confidence:g} %) lie above zero, and with critiques of other examples "
+        f"({placebos}) each gains less than {settings.null:g} point or nothing that can be told "
+        f"from zero; {settings.seeds} seeds.",
         "",
         *table(("on `hard`", "points (interval)", "threshold"), rows),
     ]
@@ -198,7 +149,7 @@ def _headline(config: ConfigDict, numbers: Numbers) -> list[str]:
         "arm", "test", "hard", "points over discriminative, hard", "preference loss, hard",
         "calibration error", "effective rank", "reads the verdict", "gain by the attack",
     )  # fmt: skip
-    place = _place(config.headline.labelled, config.headline.flip)
+    place = place_words(config.headline.labelled, config.headline.flip)
     return [
         f"## All arms, with {place}",
         "",
@@ -254,7 +205,10 @@ def _efficiency(numbers: Numbers) -> list[str]:
         "## Label efficiency",
         "",
         "How many times fewer labels than discriminative, by straight lines between the sizes of "
-        "the curves above (logarithm of the size).",
+        "the curves above (logarithm of the size). An arm that has the accuracy with the smallest "
+        "size already may need fewer labels than that, and one that does not have it with the "
+        "largest needs more: then the factor is a bound (`>=`, `<=`), or not measurable. So it is "
+        "with each draw of the interval.",
         "",
         *(table(head, rows) if rows else ["Not yet: it needs two sizes of two arms.", ""]),
     ]
@@ -262,11 +216,17 @@ def _efficiency(numbers: Numbers) -> list[str]:
 
 def _factor(row: Mapping[str, Any] | None) -> str:
     if not row:
-        return "not reached"
-    value, low, high = (
-        row[k] if isinstance(row[k], str) else f"{row[k]:.2g}" for k in ("value", "low", "high")
-    )
-    return f"{value} ({low} to {high}), {row['seeds']} seed{'s' * (row['seeds'] != 1)}"
+        return NOT_YET
+    least, most, low, high = (row[key] for key in ("least", "most", "low", "high"))
+    if not least and most is None:
+        value = "not measurable"
+    elif most is None:
+        value = f">= {least:.2g}"
+    else:
+        value = f"{most:.2g}" if least == most else f"<= {most:.2g}"
+    low, high = f"{low:.2g}" if low else "no bound", f"{high:.2g}" if high else "no bound"
+    share = f", not measurable in {100 * row['open']:.0f} % of the draws" if row["open"] else ""
+    return f"{value} ({low} to {high}{share}), {row['seeds']} seed{'s' * (row['seeds'] != 1)}"
 
 
 def _rules(numbers: Numbers) -> list[str]:
@@ -325,8 +285,9 @@ def _budget(config: ConfigDict, numbers: Numbers) -> list[str]:
     return [
         "## Budget",
         "",
-        f"Written before the first cell: {config.budget_hours:g} hours of one core. So far {made} "
-        f"cells took {duration(found['seconds'])} of wall time; {missing} are not yet run{about}. "
+        f"Written before the first cell of the headline: {config.budget_hours:g} hours of one core "
+        f"that has nothing else to do. {config.budget_words} So far {made} cells took "
+        f"{duration(found['seconds'])} of wall time; {missing} are not yet run{about}. "
         + "".join(f"{count} ran on {name}. " for name, count in found["machines"].items()).rstrip(),
         "",
         *(table(("cell", "training", "measuring"), rows) if rows else []),
@@ -339,12 +300,16 @@ def _protocol(config: ConfigDict) -> list[str]:
         "## Protocol",
         "",
         f"- {config.groups:,} groups of the built-in world. Some are labelled: one pair, chosen by "
-        "chance, with one vote, which is wrong with the chance given. All have critiques. `valid`, "
+        "chance, with one vote, which is wrong with the chance given, unless the two are equally "
+        "good: such votes, 6.7 %, stay half to each, so that of all votes 33 % are wrong where "
+        "it says 35 %. All have critiques. `valid`, "
         "`test` and `hard` are clean, with all pairs.",
         f"- Every batch of every arm holds {rows} labelled groups, the same ones in the same "
-        f"order. An arm that learns from critiques has {rows} more rows, drawn from all groups; "
-        "their labels do not count. So labels are seen equally often in all arms, and critiques "
-        "cost time and nothing else.",
+        f"order; where {rows} does not divide their number, the last batch of a pass over them "
+        "holds what is left (with 100 every 13th batch holds 4). An arm that learns from "
+        f"critiques has {rows} more rows, drawn from all groups; their labels "
+        "do not count. So labels are seen equally often in all arms, and critiques cost time and "
+        "nothing else.",
         f"- {train.total_steps} steps in all arms, and {config.stage_steps} of critiques alone "
         "before them in the two arms that begin so. The checkpoint with the best accuracy on "
         f"`valid` ({world.valid} groups) counts.",
@@ -353,10 +318,13 @@ def _protocol(config: ConfigDict) -> list[str]:
         "- Noisy critiques: a fifth of what they state is replaced by another word of its kind, "
         "and their scores correlate with gold at 0.7.",
         f"- `test` has {world.test} groups, `hard` {world.hard}. Intervals: "
-        f"{100 * config.verdict.confidence:g} %, {config.verdict.draws} bootstrap draws of seeds "
-        "and of whole groups; with one seed of groups alone, so that they say nothing of other "
-        "seeds. Differences are paired by seed and pair. In the first table and the curves they "
-        "are not corrected for the number of arms.",
+        f"{100 * config.verdict.confidence:g} %. Of groups by {config.verdict.draws} bootstrap "
+        "draws of whole groups, of seeds by Student's t; half-widths are the root of the two "
+        "squares (a test measures that such intervals hold the truth as often as they say, "
+        "with two seeds and more). With one seed of groups alone, so that they say nothing of "
+        "other seeds. Differences are paired by seed and pair. In the curves they are not corrected "
+        "for the number of arms. In the table of what to use they are, for as many as there are with "
+        f"such critiques, and an arm is named from {config.verdict.advice_seeds} seeds on.",
         "- Preference loss: mean of -log sigmoid(difference) on the true order of all pairs of "
         "`hard`; 0.693 is what knowing nothing costs. Other measures as in [the first "
         "part](study.md); the attack is measured for seed "

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -78,10 +77,22 @@ def run(config: ConfigDict, minutes: float = 0.0, keep: bool = False, jobs: int 
         raise error
 
 
-def budget(todo: list[Cell], found: dict[Cell, dict]) -> str:
+def remake(config: ConfigDict, cell: Cell, keep: bool = False) -> None:
+    """Make one cell, also if it is there.
+
+    Raises:
+        UserError: another command is making it; or as `make_cell`.
+    """
+    with _locked(config, cell.name) as claim:
+        if claim is None:
+            raise UserError(f"cell {cell.name}: another command is making it; wait until it ends")
+        make_cell(config, cell, keep, Place((claim,)))
+
+
+def budget(config: ConfigDict, todo: list[Cell], found: dict[Cell, dict]) -> str:
     """'12 of 26 cells are made; 14 to go, about 3:20:00'."""
     words = f"{len(found)} cells are made, {len(todo)} to go"
-    costs = [cells.estimate(cell, found) for cell in todo]
+    costs = [cells.estimate(config, cell, found) for cell in todo]
     if not todo:
         return words
     if None in costs:
@@ -100,6 +111,20 @@ class _Shared:
     def work(self, job: int) -> None:
         """Make one cell after another, until none is left that nobody makes."""
         say = f"job {job}: " if self.jobs > 1 else ""
+        with contextlib.ExitStack() as bound:
+            self._work(say, *self._core(bound))
+
+    def _core(self, bound: contextlib.ExitStack) -> tuple[int | None, tuple[int, ...]]:
+        """A core for this job alone, which no job of any command of this study has, and the file of
+        its lock; None and (): there is none, or none is needed."""
+        if self.jobs > 1 and not may_use_an_accelerator():
+            for core in sorted(os.sched_getaffinity(0)):
+                claim = bound.enter_context(_locked(self.config, f"core-{core}"))
+                if claim is not None:
+                    return core, (claim,)
+        return None, ()
+
+    def _work(self, say: str, core: int | None, claims: tuple[int, ...]) -> None:
         try:
             while not self.stop.is_set():
                 with contextlib.ExitStack() as held:
@@ -108,7 +133,7 @@ class _Shared:
                         return
                     cell, claim = chosen
                     print(f"{say}cell {cell.name}: {cell.what.words}", flush=True)
-                    place = Place(claim, self.ends, self.stop, self.jobs, job)
+                    place = Place((claim, *claims), self.ends, self.stop, self.jobs, core)
                     make_cell(self.config, cell, self.keep, place)
         except OutOfTime:
             print(f"{say}stopped in {cell.name}; the same command goes on", flush=True)
@@ -127,7 +152,7 @@ class _Shared:
                 cell for cell in design.plan(self.config)
                 if cell not in found and not cells.unneeded(cell, found)
             ]  # fmt: skip
-            print(budget(todo, found), flush=True)
+            print(budget(self.config, todo, found), flush=True)
             for cell in todo:
                 claim = held.enter_context(_locked(self.config, cell.name))
                 # another may have made it since it was looked for
@@ -140,14 +165,14 @@ class _Shared:
 
 
 class Place(NamedTuple):
-    """Where a cell's processes run: the file whose lock they hold, when they end, and which of how
-    many jobs this is."""
+    """Where a cell's processes run: the files whose locks they hold, too, when they end, how many
+    jobs there are, and the core that this one is bound to."""
 
-    claim: int | None = None
+    claims: tuple[int, ...] = ()
     ends: float | None = None
     stop: threading.Event = threading.Event()
     jobs: int = 1
-    job: int = 0
+    core: int | None = None
 
 
 ANYWHERE = Place()
@@ -225,12 +250,11 @@ def _start(config: ConfigDict, cell: Cell, place: Place) -> dict[str, Any]:
     fields = cell.first(config)
     if fields is None:
         return {}
-    start = cells.backbone_digest(config.train.backbone.path)
-    content = json.dumps([fields, cells.WORLD_VERSION, start])
-    name = f"first-s{cell.seed}-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
+    name = f"first-s{cell.seed}-{cells.first_fingerprint(config, cell)}"
     workdir = Path(config.workdir) / name
     folder = workdir.with_name(f"{name}-export")
-    with _locked(config, name, place):
+    with _locked(config, name, place) as claim:
+        place = place._replace(claims=(*place.claims, claim))  # it outlives this process with them
         if not folder.is_dir():
             _train(workdir, fields, cell, place)
             command = ["jrm_jax.export", f"--checkpoint={workdir}", f"--out={folder}"]
@@ -259,12 +283,11 @@ def _call(command: list[str], cell: Cell, place: Place) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", *command],
         env=settings,
-        pass_fds=() if place.claim is None else (place.claim,),
+        pass_fds=place.claims,
     )
     try:
-        if place.jobs > 1 and not may_use_an_accelerator():
-            cores = sorted(os.sched_getaffinity(0))
-            os.sched_setaffinity(process.pid, {cores[place.job % len(cores)]})
+        if place.core is not None:
+            os.sched_setaffinity(process.pid, {place.core})
         while (status := process.poll()) is None:
             _check_time(place)
             time.sleep(LOOK)
