@@ -155,7 +155,7 @@ def regimes(variant: str) -> ConfigDict:
     # 0.85 s; a cell of 400 steps 3 to 7 minutes with measuring: 298 points and 10 trials.
     config.budget_hours = 31.0
     config.budget_words = (
-        "Before the first trial it said 30, then 26 for 251 points. After three trials critiques of "
+        "Before the first trial it said 30, then 26 for 251 points. After four trials critiques of "
         "other examples came to it for the second arm, too, with five seeds, and a third seed of "
         "the curves."
     )

@@ -322,9 +322,10 @@ def _protocol(config: ConfigDict) -> list[str]:
         "draws of whole groups, of seeds by Student's t; half-widths are the root of the two "
         "squares (a test measures that such intervals hold the truth as often as they say, "
         "with two seeds and more). With one seed of groups alone, so that they say nothing of "
-        "other seeds. Differences are paired by seed and pair. In the curves they are not corrected "
-        "for the number of arms. In the table of what to use they are, for as many as there are with "
-        f"such critiques, and an arm is named from {config.verdict.advice_seeds} seeds on.",
+        "other seeds. Differences are paired by seed and pair. In the curves they are not "
+        "corrected for the number of arms. In the table of what to use they are, for as many as "
+        f"there are with such critiques, and an arm is named from {config.verdict.advice_seeds} "
+        "seeds on.",
         "- Preference loss: mean of -log sigmoid(difference) on the true order of all pairs of "
         "`hard`; 0.693 is what knowing nothing costs. Other measures as in [the first "
         "part](study.md); the attack is measured for seed "
