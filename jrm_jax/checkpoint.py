@@ -246,14 +246,15 @@ def open_checkpoints(
 
 
 def read_checkpoint(
-    folder: Path, trainable: Any, which: int | str = "best"
+    folder: Path, trainable: Any | None, which: int | str = "best"
 ) -> tuple[int, Any, dict]:
     """(step, trainable, meta) of a run that may be training: nothing is changed or printed.
 
     A checkpoint that the trainer removes meanwhile makes way for the one that is then meant.
 
     Args:
-        trainable: tree of jax.ShapeDtypeStruct with shardings.
+        trainable: tree of jax.ShapeDtypeStruct with shardings; None: as it was saved, whole on the
+            first device.
         which: see `pick`.
 
     Raises:
@@ -266,6 +267,8 @@ def read_checkpoint(
         checkpoint = (folder / str(step)).resolve()
         try:
             meta = json.loads((checkpoint / META).read_text())
+            if trainable is None:
+                return step, _read_tree(checkpoint / "trainable"), meta
             with ocp.StandardCheckpointer() as checkpointer:
                 return step, checkpointer.restore(checkpoint / "trainable", trainable), meta
         except Exception as error:  # half of it may be gone: any kind
@@ -284,19 +287,22 @@ def read_arrays(workdir: Path, step: int) -> dict[str, np.ndarray]:
     however many processes wrote it."""
     _quieten()
     folder = (workdir / "checkpoints" / str(step)).resolve()
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    restored = {}
-    for name in ("trainable", "opt_state"):
-        with ocp.StandardCheckpointer() as checkpointer:
-            target = jax.tree.map(
-                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
-                checkpointer.metadata(folder / name).item_metadata.tree,
-            )
-            restored[name] = checkpointer.restore(folder / name, target)
+    restored = {name: _read_tree(folder / name) for name in ("trainable", "opt_state")}
     return {
         jax.tree_util.keystr(path): np.asarray(leaf)
         for path, leaf in jax.tree_util.tree_leaves_with_path(restored)
     }
+
+
+def _read_tree(folder: Path) -> Any:
+    """A tree of a checkpoint as it was saved, whole on the first device."""
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    with ocp.StandardCheckpointer() as checkpointer:
+        target = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
+            checkpointer.metadata(folder).item_metadata.tree,
+        )
+        return checkpointer.restore(folder, target)
 
 
 def _finite(metric: float) -> float:

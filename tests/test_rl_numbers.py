@@ -8,7 +8,7 @@ import pytest
 from configs import rl
 from jrm_jax.data.buckets import Bucket
 from jrm_jax.errors import UserError
-from jrm_jax.rl import best_of_n, check, fits, numbers, report, runner
+from jrm_jax.rl import best_of_n, check, fits, numbers, report
 from jrm_jax.rl.editing import make_problem
 from jrm_jax.rl.reward import Chance, Reward
 from jrm_jax.rl.rollout import SPLITS
@@ -179,40 +179,6 @@ def test_numbers_by_hand(config):
     assert [*numbers.collect(own, [*runs, *noisy])["gains"]] == ["joint", "joint, noisy"]
     half = report.markdown(own, numbers.collect(own, runs[:2]), "x", [])
     assert half.splitlines()[2].endswith("is open.")
-
-
-def test_models_have_names_of_their_own(config, tmp_path):
-    for name in ("a/run", "b/run", "c"):
-        (tmp_path / name).mkdir(parents=True)
-    given = [str(tmp_path / name) for name in ("a/run", "b/run", "c", "c")]
-    found, missing = runner.models(config, given)
-    assert [m.arm for m in found] == ["a/run", "b/run", f"{tmp_path.name}/c", "gold", "chance"]
-    assert len({m.name for m in found}) == 5 and not missing
-    for name in ("gold", "a-run"):
-        (tmp_path / name).mkdir()
-    near = [str(tmp_path / name) for name in ("gold", "a/run", "a-run", "b/run")]
-    others, _ = runner.models(config, near)
-    assert len({m.name for m in others}) == 6 and [m.arm for m in others][-2:] == ["gold", "chance"]
-    assert "gold" not in [m.arm for m in others[:4]]
-    later = rl.get_config("tiny")
-    later.arms = (("joint", (f"{tmp_path}/joint-s?-*",)),)
-    (tmp_path / "joint-s3-0123456789abcdef").mkdir()
-    assert runner.models(later, [])[0][0].number == 3
-    together = rl.get_config("tiny")
-    together.reward.ensemble = True
-    assert runner.models(together, given[:3])[0][0].folders == tuple(given[:3])
-    with pytest.raises(UserError, match="two or more"):
-        runner.models(together, given[:1])
-    with pytest.raises(UserError, match="give --model"):
-        runner.models(config, [])
-    other = rl.get_config("tiny")
-    other.controls = ("luck",)
-    with pytest.raises(UserError, match="none of gold, chance"):
-        runner.models(other, given)
-    with pytest.raises(UserError, match="no such folder"):
-        runner.models(config, [str(tmp_path / "x")])
-    jobs = [*runner.jobs(config, found)]
-    assert [job.seed for job in jobs] == [None] * 4 + [0] * 5
 
 
 @pytest.mark.parametrize(

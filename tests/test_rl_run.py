@@ -16,9 +16,10 @@ from configs import rl
 from jrm_jax import RewardModel
 from jrm_jax.checkpoint import read_arrays
 from jrm_jax.errors import UserError
-from jrm_jax.rl import runner, training
+from jrm_jax.rl import training
 from jrm_jax.rl.reward import Reward
 from jrm_jax.rl.rollout import SPLITS
+from jrm_jax.rl.settings import protocol
 
 ROOT = Path(__file__).resolve().parents[1]
 KEPT = ROOT / "tests" / "rl_run.json"  # a run of `gold` that another process made
@@ -61,7 +62,7 @@ def all_problems(pools):
 def make_run(config, pools, folder, reward=None, seed=0):
     settings = {
         "arm": "gold" if reward is None else "model", "model": [], "number": 0, "seed": seed,
-        "iterations": config.iterations, "protocol": runner.protocol(config), "pair_accuracy": [],
+        "iterations": config.iterations, "protocol": protocol(config), "pair_accuracy": [],
     }  # fmt: skip
     return training.Run(config, "gold-0-s0", folder, seed, settings, reward, pools)
 

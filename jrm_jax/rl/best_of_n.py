@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,15 @@ from jrm_jax.evaluation.statistics import spearman
 from jrm_jax.rl import base
 from jrm_jax.rl.editing import make_problem
 from jrm_jax.rl.examples import liked, worst
-from jrm_jax.rl.reward import Reward
-from jrm_jax.rl.rollout import BEST, SPLITS, Dice, batches, make_pool, roll, together
+from jrm_jax.rl.folder import claimed, settle
+from jrm_jax.rl.reward import Chance, Reward
+from jrm_jax.rl.rollout import BEST, SPLITS, Dice, Pool, batches, make_pool, roll, together
 from jrm_jax.run.workdir import write_whole
 from jrm_jax.shell.report import json_safe
 from jrm_jax.shell.stop import StopRequest
 from jrm_jax.study.analysis import best_of_n
+
+BLOCKS = "blocks"  # in a run's folder: edits that are scored
 
 
 def sizes(attempts: int) -> list[int]:
@@ -42,46 +45,70 @@ def divergence(n: int) -> float:
 
 
 def measure(
-    config: ConfigDict, name: str, settings: dict[str, Any], reward: Reward | None, out: Path,
+    config: ConfigDict, name: str, folder: Path, settings: dict[str, Any],
+    reward: Reward | Chance | None, pools: Mapping[str, Pool], known: Mapping[str, Any], out: Path,
     stop: StopRequest, say: Callable[[str], None],
 ) -> int:  # fmt: skip
     """Write what best-of-n makes of a reward (None: gold) to `out`; the signal that stopped it, or
-    0."""
-    began, result = time.monotonic(), {"name": name, **settings, "worst": []}
-    start, attempts = base.load(), config.best_of.attempts
-    for split in SPLITS:
-        problems = [
-            make_problem(split, index, config.world_seed)
-            for index in range(config.best_of.problems)
-        ]
-        pool, blocks, best = make_pool(problems), [], {}
-        count = -(-attempts // config.edits)
-        for block in range(count):
-            if signal := stop.now():
-                return signal
-            parts = [
-                roll(
-                    start, pool.pick(rows), config.edits, Dice(0, BEST, 1000 * block + rows[0]),
-                    reward,
-                )
-                for rows in batches(len(problems), config.groups)
-            ]  # fmt: skip
-            found = together(parts)
-            blocks.append((found.reward_GK, found.proxy_GK, found.gold_GK))
-            for row in liked(found, split):
-                if row["index"] not in best or row["reward"] > best[row["index"]]["reward"]:
-                    best[row["index"]] = row
-            if count >= 4 and (block + 1) % (count // 4) == 0:
-                seen, every = (SPLITS.index(split) * count + block + 1), count * len(SPLITS)
-                say(f"{name}: best of n, {seen * 100 // every} % of the edits are scored")
-        reward_PA, proxy_PA, gold_PA = (
-            np.concatenate(column, 1)[:, :attempts] for column in zip(*blocks, strict=True)
-        )
-        result[split] = _numbers(reward_PA, proxy_PA, gold_PA)
-        result["worst"] += worst([*best.values()])
-    result["seconds"] = round(time.monotonic() - began, 1)
-    write_whole(out, json.dumps(json_safe(result), indent=1) + "\n")
+    0. Each block of edits is kept in `folder` when it is scored, and not scored again.
+
+    Args:
+        pools: that of `train`. known: what else goes into `out`.
+
+    Raises:
+        UserError: another run's folder, or another process works there; a score that failed.
+    """
+    with claimed(folder, settings, say):
+        settle(folder, config, pools["train"], reward)
+        result = {"name": name, **settings, **known, "worst": [], "seconds": 0.0}
+        count = -(-config.best_of.attempts // config.edits)
+        for place, split in enumerate(SPLITS):
+            pool, rows = held_out(config, split), []
+            for block in range(count):
+                path = folder / BLOCKS / f"{split}-{block}.json"
+                if not path.exists():
+                    if signal := stop.now():
+                        return signal
+                    path.parent.mkdir(exist_ok=True)
+                    write_whole(path, json.dumps(_block(config, pool, split, block, reward)))
+                rows.append(json.loads(path.read_text()))
+                if count >= 4 and (block + 1) % (count // 4) == 0:
+                    share = (place * count + block + 1) / (count * len(SPLITS))
+                    say(f"{name}: best of n, {share:.0%} of the edits are scored")
+            result[split] = _numbers(
+                *(np.concatenate([row[column] for row in rows], 1)[:, : config.best_of.attempts]
+                  for column in ("reward", "proxy", "gold"))
+            )  # fmt: skip
+            best = [max(own, key=lambda row: row["reward"]) for own in
+                    zip(*(row["liked"] for row in rows), strict=True)]  # fmt: skip
+            result["worst"] += worst(best)
+            result["seconds"] += sum(row["seconds"] for row in rows)
+        result["seconds"] = round(result["seconds"], 1)
+        write_whole(out, json.dumps(json_safe(result), indent=1) + "\n")
     return 0
+
+
+def held_out(config: ConfigDict, split: str) -> Pool:
+    count = config.best_of.problems
+    return make_pool([make_problem(split, index, config.world_seed) for index in range(count)])
+
+
+def _block(
+    config: ConfigDict, pool: Pool, split: str, block: int, reward: Reward | Chance | None
+) -> dict[str, Any]:
+    """Some edits of each problem: 'reward', 'proxy', 'gold' [P, edits], 'liked' as `liked`."""
+    began, start = time.monotonic(), base.load()
+    parts = [
+        roll(start, pool.pick(rows), config.edits, Dice(0, BEST, 1000 * block + rows[0]), reward)
+        for rows in batches(len(pool.problems), config.groups)
+    ]
+    found = together(parts)
+    columns = {"reward": found.reward_GK, "proxy": found.proxy_GK, "gold": found.gold_GK}
+    return {
+        **{name: values_GK.tolist() for name, values_GK in columns.items()},
+        "liked": liked(found, split),
+        "seconds": time.monotonic() - began,
+    }
 
 
 def _numbers(reward_PA: np.ndarray, proxy_PA: np.ndarray, gold_PA: np.ndarray) -> dict[str, Any]:

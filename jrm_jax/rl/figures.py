@@ -9,7 +9,7 @@ from typing import Any
 
 from jrm_jax.errors import UserError
 from jrm_jax.rl import fits
-from jrm_jax.rl.runner import CONTROLS
+from jrm_jax.rl.models import CONTROLS
 
 COLOURS = ("#c0392b", "#2471a3", "#1e8449", "#8e44ad", "#e59866", "#148f77", "#7d6608", "#555555")
 Numbers = Mapping[str, Any]

@@ -18,8 +18,10 @@ from ml_collections import ConfigDict
 from jrm_jax.errors import UserError
 from jrm_jax.evaluation.statistics import spearman
 from jrm_jax.rl import best_of_n, fits
+from jrm_jax.rl.models import CONTROLS
 from jrm_jax.rl.rollout import SPLITS
-from jrm_jax.rl.runner import CONTROLS, RUNS, protocol
+from jrm_jax.rl.runner import RUNS
+from jrm_jax.rl.settings import protocol
 from jrm_jax.study.analysis import interval
 
 TREATED, BASELINE = "joint", "discriminative"

@@ -10,8 +10,9 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from jrm_jax.rl import base, examples, figures
+from jrm_jax.rl.models import CONTROLS
 from jrm_jax.rl.numbers import BASELINE, PREDICTORS, TREATED, collect, load
-from jrm_jax.rl.runner import CONTROLS, RUNS
+from jrm_jax.rl.runner import RUNS
 from jrm_jax.shell.report import json_safe
 from jrm_jax.shell.terminal import duration
 from jrm_jax.study.tables import MISSING, number, table

@@ -3,49 +3,34 @@ not made again."""
 
 from __future__ import annotations
 
-import glob
+import functools
 import json
-import re
+import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
 from jrm_jax.errors import UserError
 from jrm_jax.rl import best_of_n, training
-from jrm_jax.rl.editing import Problem, make_problem
+from jrm_jax.rl.editing import Problem
+from jrm_jax.rl.models import CHANCE, Model, models
 from jrm_jax.rl.reward import Chance, Reward
 from jrm_jax.rl.rollout import SPLITS
+from jrm_jax.rl.settings import check_same, protocol
 from jrm_jax.run.workdir import RESULTS, write_whole
 from jrm_jax.serving.reward_model import RewardModel
+from jrm_jax.serving.trained import Identity, identify
+from jrm_jax.shell.report import json_safe
 from jrm_jax.shell.stop import StopRequest
 from jrm_jax.shell.terminal import duration
+from jrm_jax.study.analysis import attack_gain
 
 MEASURED = "measured.json"  # what the study writes into a run's folder
-CHANCE = "chance"
-CONTROLS = ("gold", CHANCE)  # arms whose reward is no model's
 RUNS = "results"
-# Of a config, what a run's numbers do not depend on.
-APART = (
-    "arms", "iterations", "seeds", "seed", "name", "variant", "controls", "verdict", "out",
-    "log_interval", "save_interval",
-)  # fmt: skip
-
-
-class Model(NamedTuple):
-    """A reward: its arm, which of the arm's, and the folders of its models (none: gold)."""
-
-    arm: str
-    number: int
-    folders: tuple[str, ...]
-
-    @property
-    def name(self) -> str:
-        """'joint-0', as part of a file's name."""
-        return f"{re.sub(r'[^A-Za-z0-9._]+', '-', self.arm)}-{self.number}"
 
 
 class Job(NamedTuple):
@@ -57,82 +42,29 @@ class Job(NamedTuple):
         return f"{self.model.name}-{'best' if self.seed is None else f's{self.seed}'}"
 
 
-def models(config: ConfigDict, given: Sequence[str]) -> tuple[list[Model], list[str]]:
-    """(rewards, arms of the config of which no folder is there).
-
-    Args:
-        given: folders of --model; each is an arm of its own, by its folder's name, or all of them
-            one reward.
-
-    Raises:
-        UserError: nothing to measure, or a folder that is not there.
-    """
-    for folder in given:
-        if not Path(folder).is_dir():
-            raise UserError(f"--model={folder}: no such folder: give a run's, or an export's")
-    found, missing = [], []
-    if config.reward.ensemble:
-        if len(given) < 2:
-            raise UserError("--config.reward.ensemble=True needs two or more --model")
-        found.append(Model("ensemble", 0, tuple(given)))
-    else:
-        names = _names(given)
-        found += [Model(names[folder], 0, (folder,)) for folder in dict.fromkeys(given)]
-        for arm, patterns in config.arms:
-            folders = [path for pattern in patterns for path in sorted(glob.glob(pattern))]
-            found += [Model(arm, _seed(path, place), (path,)) for place, path in enumerate(folders)]
-            missing += [] if folders else [arm]
-    if not found:
-        hint = f" (none is there of {', '.join(missing)})" if missing else ""
-        raise UserError(f"give --model=FOLDER, the folder of a run or of an export{hint}")
-    unknown = [arm for arm in config.controls if arm not in CONTROLS]
-    if unknown:
-        raise UserError(f"config.controls: {unknown[0]!r} is none of {', '.join(CONTROLS)}")
-    found += [Model(arm, 0, ()) for arm in config.controls]
-    return found, missing
-
-
-def _seed(path: str, place: int) -> int:
-    """Of a run of the study, whose folder's name says it: other models may be made later."""
-    found = re.search(r"-s(\d+)-[0-9a-f]+$", path)
-    return int(found[1]) if found else place
-
-
-def _names(folders: Sequence[str]) -> dict[str, str]:
-    """The last part of each path, or as many parts as tell them apart, as files and from the
-    controls."""
-    parts = {folder: Path(folder).resolve().parts for folder in folders}
-    for length in range(1, max(map(len, parts.values()), default=1) + 1):
-        names = {folder: "/".join(own[-length:]) for folder, own in parts.items()}
-        files = {Model(name, 0, ()).name for name in names.values()}
-        if len(files) == len(set(parts.values())) and not set(names.values()) & {*CONTROLS}:
-            break
-    return names
-
-
 def jobs(config: ConfigDict, found: Sequence[Model]) -> Iterator[Job]:
     """Best-of-n of all models first: it is cheap, and has no chance of training in it."""
     yield from (Job(model, None) for model in found if model.arm != CHANCE)
-    for seed in range(config.seeds):
-        for model in found:
-            if model.folders or not seed:
-                yield Job(model, config.seed + seed)
+    for model in found:  # one after the other: each is loaded once more
+        for seed in range(config.seeds if model.folders else 1):
+            yield Job(model, config.seed + seed)
 
 
-def protocol(config: ConfigDict) -> dict[str, Any]:
-    """What every run's numbers depend on, beside its models and seed; in JSON types."""
-    whole = json.loads(config.to_json_best_effort())
-    return {name: value for name, value in whole.items() if name not in APART}
+def settings_of(config: ConfigDict, job: Job, of: Callable[[str], Identity]) -> dict[str, Any]:
+    """What a run's file says of itself before it is made.
 
-
-def settings_of(config: ConfigDict, job: Job) -> dict[str, Any]:
-    """What a run's file says of itself before it is made."""
+    Args:
+        of: tells which weights a folder's scores come from.
+    """
     model = job.model
     return {
-        "arm": model.arm, "model": list(model.folders), "number": model.number, "seed": job.seed,
+        "arm": model.arm,
+        "model": [{"path": f, **of(f)._asdict()} for f in map(os.path.normpath, model.folders)],
+        "number": model.number,
+        "seed": job.seed,
         "iterations": None if job.seed is None else config.iterations,
         "protocol": protocol(config),
-    }  # fmt: skip
+    }
 
 
 def folder_of(config: ConfigDict, workdir: Path) -> Path:
@@ -150,88 +82,100 @@ def run(
         UserError: see `models`, `Reward` and `training.Run`.
     """
     found, missing = models(config, given)
-    out, todo = folder_of(config, workdir) / RUNS, []
+    out, todo, of = folder_of(config, workdir) / RUNS, [], functools.cache(identify)
     out.mkdir(parents=True, exist_ok=True)
-    for job in jobs(config, found):
-        path = out / f"{job.name}.json"
-        if not is_made(config, path, job):
-            todo.append((job, path))
-    say(f"{len([*jobs(config, found)]) - len(todo)} runs are made, {len(todo)} to go")
+    every = [*jobs(config, found)]
+    for job in every:
+        path, settings = out / f"{job.name}.json", settings_of(config, job, of)
+        if not is_made(path, settings):
+            todo.append((job, path, settings))
+    say(f"{len(every) - len(todo)} runs are made, {len(todo)} to go")
     if missing:
         say(f"no folder yet of {', '.join(missing)}: left out until there is one")
     if not todo:
         return 0
-    pools, loaded, spent = training.pools(config), {}, []
-    every = [problem for pool in pools.values() for problem in pool.problems]
-    every += [
-        make_problem(split, index, config.world_seed)
-        for split in SPLITS
-        for index in range(config.best_of.problems)
-    ]
-    for place, (job, path) in enumerate(todo):
-        left = duration(sum(spent) / len(spent) * (len(todo) - place)) if spent else "unknown"
+    pools, loaded, spent = training.pools(config), {}, {True: [], False: []}
+    problems = [problem for pool in pools.values() for problem in pool.problems]
+    problems += [p for split in SPLITS for p in best_of_n.held_out(config, split).problems]
+    for place, (job, path, settings) in enumerate(todo):
+        left = _left(spent, [later.seed is None for later, *_ in todo[place:]])
         say(f"{job.name}: run {place + 1} of {len(todo)}, time left {left}")
+        began = time.monotonic()
         if job.model not in loaded:
-            loaded = {job.model: _reward(config, job.model, every, say)}  # one at a time in memory
-        args = (config, job.name, settings_of(config, job), loaded[job.model], pools)
+            loaded.clear()  # one at a time in memory
+            loaded[job.model] = _reward(config, job.model, settings["model"], problems, say)
+        args = (config, job.name, settings, loaded[job.model], pools)
         status = _make(*args, workdir, path, stop, say)
         if status:
             return status
-        spent.append(json.loads(path.read_text())["seconds"])
+        spent[job.seed is None].append(time.monotonic() - began)
     return 0
 
 
-def is_made(config: ConfigDict, path: Path, job: Job) -> bool:
+def _left(spent: dict[bool, list[float]], to_go: Sequence[bool]) -> str:
+    """Time for runs of either kind (best-of-n or not), by the mean of those that were made."""
+    if any(not spent[kind] for kind in to_go):
+        return "unknown"
+    return duration(sum(sum(spent[kind]) / len(spent[kind]) for kind in to_go))
+
+
+def is_made(path: Path, settings: dict[str, Any]) -> bool:
+    """
+    Raises:
+        UserError: what is there is of other settings or other weights, or a longer run.
+    """
     if not path.exists():
         return False
-    kept, wanted = json.loads(path.read_text()), settings_of(config, job)
-    more = (wanted["iterations"] or 0) - (kept["iterations"] or 0)
-    same = all(kept[name] == wanted[name] for name in ("protocol", "model"))
-    if not same or more < 0:
-        raise UserError(
-            f"{path} is of other settings or another model: use the same to go on, or another "
-            "--workdir"
-        )
-    return not more
+    kept = json.loads(path.read_text())
+    check_same(path, kept, settings)
+    had, wanted = (row["iterations"] or 0 for row in (kept, settings))
+    if had > wanted:
+        raise UserError(f"{path} has {had} iterations: config.iterations must be {had} or more")
+    return had == wanted
 
 
 def _reward(
-    config: ConfigDict, model: Model, problems: Sequence[Problem], say: Callable[[str], None]
-) -> Reward | Chance | None:
+    config: ConfigDict, model: Model, known: Sequence[dict[str, Any]], problems: Sequence[Problem],
+    say: Callable[[str], None],
+) -> Reward | Chance | None:  # fmt: skip
+    """
+    Args:
+        known: of each of its models, as `settings_of` says it.
+    """
     if not model.folders:
         return Chance() if model.arm == CHANCE else None
     here = jax.devices()[:1]  # a call is too small to be shared out
     loaded = [
-        RewardModel.load(folder, batch_size=config.groups, say=say, devices=here)
-        for folder in model.folders
-    ]
+        RewardModel.load(
+            row["path"], row["step"], batch_size=config.groups, say=say, devices=here
+        )
+        for row in known
+    ]  # fmt: skip
     own = config.reward
     return Reward(loaded, model.folders, problems, config.edits, own.penalty, own.unsure)
 
 
-def _known(folders: Sequence[str]) -> dict[str, Any]:
-    """What is known of models without a policy, for each folder, None where it is not: accuracy on
-    `test`; of runs that the study has measured and kept, the effective rank of the reward token's
-    state, and what an attack on the pixels gains, in deviations of the scores."""
+def _known(models: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What is known of models without a policy, for each, None where it is not: accuracy on `test`;
+    of runs that the study has measured and kept, the effective rank of the reward token's state,
+    and what an attack on the pixels gains, in deviations of the scores.
+
+    Args:
+        models: as `settings_of` says them.
+    """
     known: dict[str, list] = {"pair_accuracy": [], "effective_rank": [], "attack_gain": []}
-    for folder in map(Path, folders):
+    for folder, step in ((Path(row["path"]), row["step"]) for row in models):
         results, measured = (
             json.loads(path.read_text()) if (path := folder / name).is_file() else {}
             for name in (RESULTS, MEASURED)
         )
         ranks, attack = measured.get("ranks") or {}, measured.get("attack")
         last = ranks[max(ranks, key=int)]["effective_rank"] if ranks else None
-        gain = None
-        if attack:
-            before, after = (
-                np.concatenate([np.asarray(row) for row in attack[when]])
-                for when in ("before", "after")
-            )
-            gain = float((after - before).mean() / before.std())
-        known["pair_accuracy"].append(results.get("test/pair_accuracy"))
+        own = results.get("step") == step  # not of other weights
+        known["pair_accuracy"].append(results.get("test/pair_accuracy") if own else None)
         known["effective_rank"].append(last)
-        known["attack_gain"].append(gain)
-    return known
+        known["attack_gain"].append(attack_gain(attack)["gain_in_spreads"] if attack else None)
+    return json_safe(known)
 
 
 def _make(
@@ -239,13 +183,13 @@ def _make(
     pools: dict, workdir: Path, path: Path, stop: StopRequest, say: Callable[[str], None],
 ) -> int:  # fmt: skip
     folder, known = workdir / name, _known(settings["model"])
-    run = training.Run(config, name, folder, settings["seed"] or 0, settings, reward, pools)
-    if settings["seed"] is not None:
-        status = run.train(stop, say)
-        if not status:
-            made = json.loads((folder / training.RUN).read_text())
-            write_whole(path, json.dumps(made | known, indent=1) + "\n")
-        return status
-    folder.mkdir(parents=True, exist_ok=True)
-    run.settle()
-    return best_of_n.measure(config, name, settings | known, reward, path, stop, say)
+    if settings["seed"] is None:
+        return best_of_n.measure(
+            config, name, folder, settings, reward, pools, known, path, stop, say
+        )
+    run = training.Run(config, name, folder, settings["seed"], settings, reward, pools)
+    status = run.train(stop, say)
+    if not status:
+        made = json.loads((folder / training.RUN).read_text())
+        write_whole(path, json.dumps(made | known, indent=1) + "\n")
+    return status

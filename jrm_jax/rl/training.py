@@ -2,9 +2,8 @@
 
 A turn of the loop: evaluate (when due), save (when due), draw edits, have them scored, update. What
 an iteration draws follows from the seed and its number alone, so that a run that was stopped goes
-on bit for bit. A run's folder holds `config.json`, `scale.json` (of the reward, from edits of the
-base), `metrics.jsonl`, `tensorboard/`, `checkpoints/` and, at its end, `run.json`: all that the
-page is made of.
+on bit for bit. Beside what `folder` keeps there, a run's folder holds `metrics.jsonl`,
+`tensorboard/`, `checkpoints/` and, at its end, `run.json`: all that the page is made of.
 
 Letters: G problems, K edits of each.
 """
@@ -23,14 +22,14 @@ from ml_collections import ConfigDict
 
 from jrm_jax.checkpoint import Checkpoints, open_checkpoints
 from jrm_jax.errors import UserError
-from jrm_jax.metrics import Writer
+from jrm_jax.metrics import JSONL, Writer
 from jrm_jax.rl import base, grpo, measures
 from jrm_jax.rl.editing import make_problem
 from jrm_jax.rl.examples import liked, worst
-from jrm_jax.rl.reward import Chance, Reward, Scale
+from jrm_jax.rl.folder import claimed, settle
+from jrm_jax.rl.reward import Chance, Reward
 from jrm_jax.rl.rollout import (
     EVALUATE,
-    SETTLE,
     SPLITS,
     TRAIN,
     Dice,
@@ -41,15 +40,11 @@ from jrm_jax.rl.rollout import (
     roll,
     together,
 )
-from jrm_jax.run.lock import hold
-from jrm_jax.run.workdir import CHECKPOINTS, CONFIG, write_whole
-from jrm_jax.shell.report import difference, flat, json_safe
+from jrm_jax.run.workdir import CHECKPOINTS, write_whole
+from jrm_jax.shell.report import json_safe
 from jrm_jax.shell.stop import StopRequest
 
-SCALE, RUN = "scale.json", "run.json"
-SETTLING = 4  # batches of the base's edits, from which the scale of a reward is taken
-# A run may become longer than it was to be at first.
-FREE = ("iterations",)
+RUN = "run.json"
 
 
 def pools(config: ConfigDict) -> dict[str, Pool]:
@@ -104,10 +99,11 @@ class Run:
         Raises:
             UserError: another config, another run here, a score that failed, a full disk.
         """
-        self._check_config()
-        with hold(self.folder, say), open_checkpoints(self.folder / CHECKPOINTS, say) as kept:
-            self.settle()
-            write_whole(self.folder / CONFIG, json.dumps(self.settings, indent=1) + "\n")
+        with (
+            claimed(self.folder, self.settings, say),
+            open_checkpoints(self.folder / CHECKPOINTS, say) as kept,
+        ):
+            self.base_gold = settle(self.folder, self.config, self.pools["train"], self.reward)
             params, opt_state, start = self._resume(kept)
             writer = Writer(self.folder, self.config.iterations, start)
             try:
@@ -119,19 +115,19 @@ class Run:
         self, kept: Checkpoints, writer: Writer, stop: StopRequest, params: Any, opt_state: Any,
         start: int,
     ) -> int:  # fmt: skip
-        config, began, saved = self.config, time.monotonic(), start if start else -1
-        before = self.seconds
+        config, began, before = self.config, time.monotonic(), self.seconds
+        saved = {*kept.steps()}
+        evaluated = {row["step"] for row in self.evaluations}
         for step in range(start, config.iterations + 1):
             last = step == config.iterations
             kept.check()
-            if (step > start or not start) and (last or step % config.eval_interval == 0):
+            if step not in evaluated and (last or step % config.eval_interval == 0):
                 self._evaluate(params, step, writer)
             stopping = stop.now()
-            if (last or stopping or step % config.save_interval == 0) and saved != step:
+            if (last or stopping or step % config.save_interval == 0) and step not in saved:
                 self.seconds = before + time.monotonic() - began
                 meta = {"seconds": self.seconds, "evaluations": self.evaluations}
                 kept.save(step, params, opt_state, json_safe(meta), math.nan)
-                saved = step
             if stopping:
                 return stopping
             if last:
@@ -193,48 +189,20 @@ class Run:
 
     # Files
 
-    def _check_config(self) -> None:
-        path = self.folder / CONFIG
-        if not path.exists():
-            return
-        before, now = (
-            {n: v for n, v in flat(json.loads(text)).items() if n not in FREE}
-            for text in (path.read_text(), json.dumps(self.settings))
-        )
-        if before != now:
-            raise UserError(
-                f"{self.folder} belongs to a run with other settings ({difference(before, now)}): "
-                "use the same to go on, or another --workdir"
-            )
-
-    def settle(self) -> None:
-        """The scale of the reward and of gold, from edits of the base; kept for the whole run."""
-        path = self.folder / SCALE
-        if path.exists():
-            kept = json.loads(path.read_text())
-            self.base_gold = tuple(kept["gold"])
-            if kept["reward"]:
-                self.reward.scale = Scale(*kept["reward"])
-            return
-        count = min(self.config.groups * SETTLING, self.config.problems)
-        pool = self.pools["train"].pick(range(count))
-        found = self.edits(self.base, pool, SETTLE, 0, None)
-        self.base_gold = float(found.gold_GK.mean()), float(found.gold_GK.std())
-        scale = None
-        if self.reward is not None:
-            scale = self.reward.settle(pool.problems, found.pictures_NHW3)
-        kept = {"gold": self.base_gold, "reward": scale}
-        write_whole(path, json.dumps(kept, indent=1) + "\n")
-
     def _resume(self, kept: Checkpoints) -> tuple[Any, Any, int]:
         params, opt_state = self.base, self.optimizer.init(self.base)
         if not kept.steps():
+            (self.folder / JSONL).unlink(missing_ok=True)  # of a start that came to nothing
             return params, opt_state, 0
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
             (params, opt_state),
         )
         step, params, opt_state, meta = kept.restore(*abstract)
+        if step > self.config.iterations:
+            raise UserError(
+                f"{self.folder} has had {step} iterations: config.iterations must be {step} or more"
+            )
         kept.delete_after(step)
         self.seconds, self.evaluations = meta["seconds"], meta["evaluations"]
         print(f"resuming {self.folder} from iteration {step}", flush=True)

@@ -298,11 +298,11 @@ def digest(folder: Path, weights: bool = True) -> dict[str, str]:
     Beyond 64 million weights, tensors are compared by name, shape, type and the row in the middle.
     """
     found = {
-        "config": _hash([_plain_config(folder / "config.json")]),
-        "tokenizer": _hash(f.read_bytes() for n in TOKENIZER if (f := folder / n).is_file()),
+        "config": hashed([_plain_config(folder / "config.json")]),
+        "tokenizer": hashed(f.read_bytes() for n in TOKENIZER if (f := folder / n).is_file()),
     }
     if weights:
-        found["weights"] = _hash(_sampled(TensorFiles(folder)))
+        found["weights"] = hashed(_sampled(TensorFiles(folder)))
     return found
 
 
@@ -333,7 +333,8 @@ def _sampled(files: TensorFiles) -> Iterator[bytes]:
         yield files.read(name, slices).tobytes()
 
 
-def _hash(parts: Iterable[bytes]) -> str:
+def hashed(parts: Iterable[bytes]) -> str:
+    """16 hexadecimal digits."""
     found = hashlib.sha256()
     for part in parts:
         found.update(part)

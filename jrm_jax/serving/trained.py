@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -89,8 +90,48 @@ def load_trained(
         if backbone:
             raise UserError(f"{path} is an export, which holds its backbone: no other can be given")
         return _load_export(path, laid_out or _here)
+    raise UserError(_what_it_is(path))
+
+
+class Identity(NamedTuple):
+    """Which weights a folder's scores come from. step: of the training. digest: of what trained, of
+    its backbone and of the protocol; wherever the folder lies."""
+
+    step: int
+    digest: str
+
+
+def identify(path: str | Path, step: int | str = "best") -> Identity:
+    """What `load_trained` would read by now. Of exports beyond 64 million weights a part of each
+    tensor is compared.
+
+    Raises:
+        UserError: neither a run with a checkpoint nor an export.
+    """
+    path = Path(path)
+    if (path / CHECKPOINTS).is_dir() and (path / CONFIG).is_file():
+        found, trainable, meta = read_checkpoint(path / CHECKPOINTS, None, step)
+        leaves, record = optim.flatten(trainable), backbones.read_record(path)
+        adapters = build.lora_scale(read_config(path))
+        known = [_scoring(meta["stamp"]), record and record.digest, adapters]
+        parts = (
+            part
+            for name in sorted(leaves)
+            for part in (f"{name} {leaves[name].shape} {leaves[name].dtype}".encode(),
+                         jax.device_get(leaves[name]).tobytes())
+        )  # fmt: skip
+    elif (path / STAMP).is_file():
+        card = json.loads((path / STAMP).read_text())
+        found, known, parts = card["step"], [_scoring(card["stamp"]), backbones.digest(path)], ()
+    else:
+        raise UserError(_what_it_is(path))
+    text = json.dumps(known, sort_keys=True).encode()
+    return Identity(found, backbones.hashed(itertools.chain((text,), parts)))
+
+
+def _what_it_is(path: Path) -> str:
     what = "is no folder" if not path.is_dir() else f"has neither checkpoints nor {STAMP}"
-    raise UserError(f"{path} {what}: give the folder of a run, or one that jrm_jax.export wrote")
+    return f"{path} {what}: give the folder of a run, or one that jrm_jax.export wrote"
 
 
 def _here(shapes: dict[str, Any]) -> dict[str, Any]:
@@ -222,6 +263,11 @@ def _load_export(folder: Path, laid_out: LayOut) -> Trained:
     return Trained(architecture, params, encoder, folder, card)
 
 
+def _scoring(stamp: dict[str, Any]) -> dict[str, Any]:
+    """That of a stamp on which a score depends."""
+    return {name: value for name, value in stamp.items() if name != "data"}
+
+
 def _check_stamp(path: Path, stamp: dict[str, Any], encoder: Encoder) -> None:
     found = protocol_stamp(
         encoder.template,
@@ -230,8 +276,7 @@ def _check_stamp(path: Path, stamp: dict[str, Any], encoder: Encoder) -> None:
         encoder.positions,
         encoder.dimensions,
     )
-    own = [name for name in stamp if name != "data"]  # which a score does not depend on
-    differing = [name for name in own if stamp[name] != found.get(name)]
+    differing = [name for name in _scoring(stamp) if stamp[name] != found.get(name)]
     if differing:
         words = ", ".join(f"{n} was {stamp[n]!r}, is {found.get(n)!r}" for n in differing)
         raise UserError(f"{path}: the files do not fit what the model was trained with: {words}")

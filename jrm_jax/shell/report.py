@@ -59,10 +59,13 @@ def in_words(values: dict[str, float]) -> str:
     return "  ".join(f"{name} {value:.4g}" for name, value in values.items())
 
 
-def json_safe(values: dict[str, Any]) -> dict[str, Any]:
-    return {
-        k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()
-    }
+def json_safe(values: Any) -> Any:
+    """With null for what JSON has no number for, however deep in dicts, lists and tuples."""
+    if isinstance(values, dict):
+        return {name: json_safe(value) for name, value in values.items()}
+    if isinstance(values, list | tuple):
+        return [json_safe(value) for value in values]
+    return None if isinstance(values, float) and not math.isfinite(values) else values
 
 
 def difference(before: dict, now: dict) -> str:

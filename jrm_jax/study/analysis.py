@@ -213,14 +213,22 @@ def attack_numbers(pairs: Pairs, attack: dict[str, Scores] | None) -> dict[str, 
         mixed.append((before[g][i] - before[g][j], before[g][i] - after[g][j]))
     clean_N, pushed_N = np.array(mixed).T
     right_N = clean_N > 0
-    gain = np.concatenate([np.subtract(a, b) for a, b in zip(after, before, strict=True)])
-    spread = np.concatenate([np.asarray(row) for row in before]).std()
     return {
         "pairs": int(right_N.sum()),
         "turned": float((pushed_N[right_N] <= 0).mean()) if right_N.any() else math.nan,
-        "gain": float(gain.mean()),
-        "gain_in_spreads": float(gain.mean() / spread) if spread else math.nan,
+        **attack_gain(attack),
     }
+
+
+def attack_gain(attack: dict[str, Scores]) -> dict[str, float]:
+    """'gain': mean of what an attack adds to a score; 'gain_in_spreads': the same in units of the
+    spread of the scores before, NaN where they have none."""
+    before, after = (
+        np.concatenate([np.asarray(row, float) for row in attack[when]])
+        for when in ("before", "after")
+    )
+    gain, spread = float((after - before).mean()), before.std()
+    return {"gain": gain, "gain_in_spreads": float(gain / spread) if spread else math.nan}
 
 
 def agreement(pairs: Pairs, scores: Scores, distances: Scores) -> float:

@@ -1,0 +1,70 @@
+"""The folder of one run: whose it is, who works there, and the scale of its reward.
+
+It holds `config.json` (the run's settings) and `scale.json`, beside what the run itself keeps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from jrm_jax.rl import base
+from jrm_jax.rl.reward import Chance, Reward, Scale
+from jrm_jax.rl.rollout import SETTLE, Dice, Pool, roll
+from jrm_jax.rl.settings import check_same
+from jrm_jax.run.lock import hold
+from jrm_jax.run.workdir import CONFIG, write_whole
+
+SCALE = "scale.json"
+SETTLING = 4  # batches of the base's edits, from which the scale of a reward is taken
+
+
+@contextlib.contextmanager
+def claimed(
+    folder: Path, settings: Mapping[str, Any], say: Callable[[str], None]
+) -> Iterator[None]:
+    """This process alone works in `folder`, which is made if need be, on the run of `settings`.
+
+    Raises:
+        UserError: another run's folder, or another process works there.
+    """
+    with hold(folder, say):
+        path = folder / CONFIG
+        if path.exists():
+            check_same(folder, json.loads(path.read_text()), settings)
+        else:
+            (folder / SCALE).unlink(missing_ok=True)  # nobody knows whose it is
+        write_whole(path, json.dumps(settings, indent=1) + "\n")
+        yield
+
+
+def settle(
+    folder: Path, config: ConfigDict, pool: Pool, reward: Reward | Chance | None
+) -> tuple[float, float]:
+    """Gives a reward its scale, from edits of the base, and returns that of gold (mean and
+    deviation of its scores on them). Both are kept for the whole run.
+
+    Args:
+        pool: of `train`.
+
+    Raises:
+        UserError: as `Reward.settle`.
+    """
+    path = folder / SCALE
+    if not path.exists():
+        count = min(config.groups * SETTLING, config.problems)
+        part = pool.pick(range(count))
+        found = roll(base.load(), part, config.edits, Dice(0, SETTLE, 0), None)
+        scale = None if reward is None else reward.settle(part.problems, found.pictures_NHW3)
+        gold = float(found.gold_GK.mean()), float(found.gold_GK.std())
+        write_whole(path, json.dumps({"gold": gold, "reward": scale}, indent=1) + "\n")
+    kept = json.loads(path.read_text())
+    if kept["reward"] is not None:
+        reward.scale = Scale(*kept["reward"])
+    mean, deviation = kept["gold"]
+    return mean, deviation
