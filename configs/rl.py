@@ -61,7 +61,9 @@ def get_config(arg: str | None = None):
 
     # Fixed before the first run of the comparison. In gold score, 0 to 1.
     config.verdict = ConfigDict()
-    config.verdict.gain = 0.02  # joint over discriminative: at least this, and above zero
+    # Joint over discriminative, at least this and above zero: at the peak of RL, at its end, and at
+    # the largest of the divergences below that all runs reach.
+    config.verdict.gain = 0.02
     config.verdict.confidence = 0.95
     config.verdict.draws = 2000  # of the bootstrap
     config.verdict.nats = (2.0, 5.0, 10.0, 20.0)  # where gold is compared at equal divergence

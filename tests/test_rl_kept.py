@@ -91,6 +91,22 @@ def measured(config, pools, place, reward, own, stop=None):
     return status or {n: v for n, v in json.loads(out.read_text()).items() if n != "seconds"}
 
 
+def test_the_splits_of_best_of_n_are_drawn_apart(config, monkeypatch):
+    """Their problems count as independent."""
+    seen = []
+
+    def roll(params, pool, count, dice, reward):
+        seen.append(dice)
+        raise UserError("enough")
+
+    monkeypatch.setattr(best_of_n, "roll", roll)
+    for split in best_of_n.SPLITS:
+        for block in (0, 1):
+            with pytest.raises(UserError, match="enough"):
+                best_of_n._block(config, best_of_n.held_out(config, split), split, block, None)
+    assert len({(die.seed, die.what, die.number) for die in seen}) == len(seen) == 4
+
+
 def test_best_of_n_goes_on_where_it_was(config, pools, tmp_path):
     mine = job_settings(config)
     whole = Counted()

@@ -1,6 +1,7 @@
 """What a reward refuses, and the numbers of the page: by hand, and from what was put in."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from configs import rl
 from jrm_jax.data.buckets import Bucket
 from jrm_jax.errors import UserError
-from jrm_jax.rl import best_of_n, check, fits, numbers, report
+from jrm_jax.rl import best_of_n, check, figures, fits, numbers, report
 from jrm_jax.rl.editing import make_problem
 from jrm_jax.rl.reward import Chance, Reward
 from jrm_jax.rl.rollout import SPLITS
@@ -85,6 +86,16 @@ def test_an_ensemble_and_its_doubts(problems):
         alone.settle(problems, black(problems, 2))
 
 
+def test_a_deviation_that_is_not_finite_is_never_a_reward(problems):
+    """Nor is one that is too large for a number; best of n would take it for the best."""
+    for bad in (math.nan, math.inf, 3e38):
+        reward = Reward([Fake([0.0, 0.1], 1.0)], "a", problems, 2, 90.0, "deviation")
+        reward.settle(problems, black(problems, 2))
+        reward._models[0].deviation = bad
+        with np.errstate(all="ignore"), pytest.raises(UserError, match="reward is not finite, for"):
+            reward(problems, black(problems, 2))
+
+
 def test_a_predicted_deviation_is_taken_off(problems):
     reward = Reward([Fake([0.0, 2.0], 3.0)], "a", problems, 2, penalty=0.5, unsure="deviation")
     reward.settle(problems, black(problems, 2))
@@ -128,7 +139,7 @@ def test_fits_find_what_was_put_in(form):
     assert math.isnan(fits.top(0.3, -0.1, form)) and math.isnan(fits.fit([0, 1], [0, 1], form)[0])
     rng = np.random.default_rng(0)
     noisy = [np.array(gain)[:, None] + rng.normal(size=(7, 40)) * 0.2 for _ in range(4)]
-    found = fits.with_intervals([kl] * 4, noisy, form, 200, 0.95)
+    found = fits.with_intervals([kl] * 4, noisy, form, 200, 0.95, range(4))
     for name, true in (("alpha", 0.3), ("beta", 0.06)):
         assert found[name]["low"] < true < found[name]["high"], name
 
@@ -143,7 +154,7 @@ def curve(arm, number, seed, gold_T, kl_T=(0.0, 1.0, 4.0)):
             rows.append(values)
     return {
         "arm": arm, "number": number, "seed": seed, "name": f"{arm}-{number}-s{seed}",
-        "iterations": 2,
+        "iterations": len(gold_T) - 1, "model": [{"path": f"runs/{arm}", "step": 1, "digest": "d"}],
         "evaluations": rows, "seconds": 1.0, "lost_start": {"noisy": 2.0}, "lost_end": {},
         "pair_accuracy": [0.8], "worst": [],
     }  # fmt: skip
@@ -168,17 +179,105 @@ def test_numbers_by_hand(config):
     assert gains["peak"]["value"] == pytest.approx(0.2) and gains["peak"]["runs"] == 2
     assert gains["last"]["value"] == pytest.approx(-0.1)
     assert gains["at"]["2.5"]["value"] == pytest.approx(0.05)
-    text = report.markdown(own, found, "x", [])
+    text = report.markdown(own, found, Path("x"), [])
     assert "is not borne out here" in text.splitlines()[2]
     better = [curve("joint", n, 0, (0.5, 0.8, 0.8)) for n in (0, 1)] + runs[2:]
-    text = report.markdown(own, numbers.collect(own, better), "x", [])
+    text = report.markdown(own, numbers.collect(own, better), Path("x"), [])
     assert "is borne out here" in text.splitlines()[2]
     alone = numbers.collect(own, [runs[0], runs[2]])
-    assert "is not decided yet" in report.markdown(own, alone, "x", []).splitlines()[2]
+    assert "is not decided yet" in report.markdown(own, alone, Path("x"), []).splitlines()[2]
     noisy = [{**run, "arm": f"{run['arm']}, noisy"} for run in runs[::2]]
     assert [*numbers.collect(own, [*runs, *noisy])["gains"]] == ["joint", "joint, noisy"]
-    half = report.markdown(own, numbers.collect(own, runs[:2]), "x", [])
+    half = report.markdown(own, numbers.collect(own, runs[:2]), Path("x"), [])
     assert half.splitlines()[2].endswith("is open.")
+
+
+def test_two_policy_seeds_of_a_model_are_one_model(config):
+    """Runs that differ by model only: the interval is as wide as with one run of each."""
+    rng = np.random.default_rng(0)
+    golds = [(0.5, *rng.normal(0.6, 0.1, 2)) for _ in range(4)]
+    once, twice = (
+        numbers.collect(config, [curve("joint", n, seed, golds[n]) for n in range(4)
+                                 for seed in range(seeds)])["arms"]["joint"]["rl"]
+        for seeds in (1, 2)
+    )  # fmt: skip
+    for name in ("peak", "last", "fall"):
+        assert {**twice[name], "runs": 4} == once[name] and twice[name]["runs"] == 8, name
+    for name in ("alpha", "beta"):
+        assert twice["fit"][name] == pytest.approx(once["fit"][name])
+
+
+def test_runs_are_read_as_far_as_all_of_them_go(config):
+    long = curve("joint", 0, 0, (0.5, 0.7, 0.6, 0.1, 0.9), (0.0, 1.0, 4.0, 9.0, 16.0))
+    short = curve("discriminative", 0, 0, (0.5, 0.6, 0.6))
+    long["lost_end"], short["lost_end"] = {"blurred": 9.0}, {"noisy": 1.0}
+    found = numbers.collect(config, [long, short])
+    joint = found["arms"]["joint"]["rl"]
+    assert joint["steps"] == [0, 1, 2] and joint["last"]["value"] == pytest.approx(0.6)
+    assert found["longer"] == ["joint-0-s0"] and found["iterations"] == 2
+    assert joint["lost"]["end"] == {}
+    text = report.markdown(config, found, Path("x"), [])
+    assert "2 iterations of" in text and "read up to there" in text and "blurred" not in text
+    assert "--config.iterations=2" in text
+
+
+def test_the_command_of_a_page_has_what_was_set(tmp_path):
+    own = rl.get_config("comparison")
+    own.optimizer.kl_weight = 0.01
+    runs = [curve("joint", 0, 0, (0.5, 0.7, 0.6)), curve("mine", 0, 0, (0.5, 0.7, 0.6))]
+    own.out = "docs/rl-0.5"
+    found = numbers.collect(own, runs)
+    words = report.command(own, found, Path(own.out))
+    assert words == (
+        "python -m jrm_jax.rl --config=configs/rl.py:comparison --model=runs/mine "
+        "--config.out=docs/rl-0.5 --config.iterations=2 --config.optimizer.kl_weight=0.01"
+    )
+    plain = rl.get_config()
+    assert "--workdir=here" in report.command(plain, found, Path("here/report"))
+
+
+def test_each_regime_has_its_sentence_from_the_arm_with_most_models(config):
+    own = rl.get_config("tiny")
+    own.verdict.nats = (1.0, 3.0, 9.0)
+    low, high = (0.5, 0.6, 0.6), (0.5, 0.8, 0.8)
+    runs = [curve("joint", 0, 0, high), curve("discriminative", 0, 0, low)]
+    for n in range(3):
+        runs += [curve("joint, clean", n, 0, low), curve("discriminative, clean", n, 0, low)]
+        runs += [curve("joint, noisy", n, s, high) for s in range(n < 2)]
+        runs += [curve("discriminative, noisy", n, 0, low)]
+    found = numbers.collect(own, runs)
+    line = report.markdown(own, found, Path("x"), []).splitlines()[2]
+    clean, noisy, default = line.split("With ")[1:]
+    assert clean.startswith("3 models of each kind trained on clean labels")
+    assert "is not borne out here" in clean and "at 3 nats" in clean
+    assert noisy.startswith("2 models of each kind trained on noisy labels")
+    assert "is borne out here" in noisy
+    assert default.startswith("1 model of each kind, the claim") and "not decided yet" in default
+    # higher at the peak and at the end, but not where both are equally far
+    near = [curve("joint", n, 0, high, (0.0, 1.0, 6.0)) for n in range(2)]
+    far = [curve("discriminative", n, 0, (0.5, 0.7, 0.6), (0.0, 0.5, 3.0)) for n in range(2)]
+    own.verdict.nats = (0.5,)
+    found = numbers.collect(own, near + far)
+    assert found["gains"]["joint"]["equal"]["nats"] == 0.5
+    assert found["gains"]["joint"]["equal"]["value"] < 0 < found["gains"]["joint"]["peak"]["value"]
+    assert found["verdicts"][0]["holds"] is False
+    own.verdict.nats = (50.0,)
+    found = numbers.collect(own, near + far)
+    assert found["verdicts"][0]["holds"] is None
+
+
+def test_noise_alone_is_no_fall():
+    rng, falls, naive = np.random.default_rng(0), [], []
+    for _ in range(400):
+        gold_TG = rng.normal(0.5, 0.2, (11, 64))
+        falls.append((numbers.peak_of(gold_TG)[0] - gold_TG[-1]).mean())
+        naive.append(gold_TG.mean(1).max() - gold_TG[-1].mean())
+    assert abs(np.mean(falls)) < 0.006 < 0.03 < np.mean(naive)
+
+
+def test_arms_look_different():
+    looks = [tuple(figures.look(place).values()) for place in range(40)]
+    assert len(set(looks)) == 40
 
 
 @pytest.mark.parametrize(
@@ -188,6 +287,12 @@ def test_numbers_by_hand(config):
         ("optimizer.clip", 0.0, "above 0"), ("optimizer.scale", "x", "batch, group"),
         ("reward.penalty", -1.0, "0 or more"), ("reward.unsure", "x", "spread, deviation"),
         ("optimizer.learning_rate", math.nan, "above 0"), ("best_of.attempts", 0, "at least 1"),
+        ("optimizer.clip", math.inf, "finite"), ("optimizer.kl_weight", math.inf, "finite"),
+        ("reward.penalty", math.inf, "finite"), ("seed", -1, "0 or more"),
+        ("seed", 2**31, "at most"), ("verdict.confidence", 95.0, "a share"),
+        ("verdict.confidence", 1.0, "a share"), ("verdict.draws", 3, "at least 40"),
+        ("verdict.nats", (2.0, -1.0), "above 0"), ("verdict.gain", math.nan, "0 or more"),
+        ("eval_problems", 1001, "1000 at most"), ("edits", 5001, "10000 at"),
     ],
 )  # fmt: skip
 def test_bad_settings_are_refused_in_a_line(name, value, words):

@@ -153,7 +153,6 @@ def test_a_run_whose_score_fails_ends_and_keeps_nothing(config, pools, tmp_path)
 
 def test_nothing_is_compiled_after_the_first_time(config, pools, model):
     reward = Reward([model], ["m"], all_problems(pools), config.edits)
-    run = make_run(config, pools, Path("unused"), reward)
     pool = pools["train"]
     rng = np.random.default_rng(0)
 
@@ -168,7 +167,17 @@ def test_nothing_is_compiled_after_the_first_time(config, pools, model):
         assert reward_GK.shape == (2, config.edits) and (reward_GK == proxy_GK).all()
     assert len(model._runner.device.compiled) == before
     normal = reward(pool.problems[:4], pictures(4))[0]
-    assert abs(normal.mean()) < 3 and run.reward is reward
+    assert abs(normal.mean()) < 3 and normal.std() > 0.1
+
+
+def test_more_edits_than_a_row_holds_take_several_rows(pools, model):
+    problems, rng = pools["test"].problems[:2], np.random.default_rng(0)
+    pictures = rng.integers(0, 255, (2 * 9, 96, 96, 3)).astype(np.uint8)
+    scores_MGK, own = Reward([model], ["m"], problems, 9).raw(problems, pictures)
+    alone = Reward([model], ["m"], problems, 3)
+    parts = [alone.raw(problems[:1], pictures[first : first + 3])[0][0, 0] for first in (0, 3, 6)]
+    np.testing.assert_allclose(scores_MGK[0, 0], np.concatenate(parts), atol=1e-4)
+    assert scores_MGK.shape == (1, 2, 9) and own is None
 
 
 # The command

@@ -8,7 +8,7 @@ import pytest
 from jrm_jax.data.world import scenes
 from jrm_jax.data.world.draw import draw as draw_scene
 from jrm_jax.data.world.vocabulary import QUALITIES
-from jrm_jax.rl import drawing, editing, gold
+from jrm_jax.rl import drawing, editing, gold, rollout
 
 KNOB = {name: place for place, name in enumerate(editing.OBJECT_KNOBS)}
 TONE = {name: place for place, name in enumerate(editing.PICTURE_KNOBS)}
@@ -147,6 +147,18 @@ def test_noise_is_the_seeds(attempts):
     program.picture_NW[0, TONE["noisy"]] = 1
     pictures = [drawing.draw([problem], program, [seed]).pictures_NHW3 for seed in (1, 1, 2)]
     assert (pictures[0] == pictures[1]).all() and (pictures[0] != pictures[2]).any()
+
+
+def test_no_two_dice_share_their_noise():
+    """Neither two policy seeds, nor two purposes, iterations or splits."""
+    dice = [
+        rollout.Dice(seed, what, number)
+        for seed in (0, 1)
+        for number in (0, 1, 999, 10**6)
+        for what in (rollout.TRAIN, rollout.EVALUATE, rollout.SETTLE, rollout.BEST)
+    ]
+    seeds = {noise for die in dice for noise in (die.noise(rollout.NOISES)[0::9999])}
+    assert len(seeds) == 2 * len(dice)
 
 
 def test_a_scene_of_too_many_new_objects_has_no_program():

@@ -98,8 +98,9 @@ def _block(
 ) -> dict[str, Any]:
     """Some edits of each problem: 'reward', 'proxy', 'gold' [P, edits], 'liked' as `liked`."""
     began, start = time.monotonic(), base.load()
+    first = 10**6 * SPLITS.index(split) + 1000 * block  # of its own for each split
     parts = [
-        roll(start, pool.pick(rows), config.edits, Dice(0, BEST, 1000 * block + rows[0]), reward)
+        roll(start, pool.pick(rows), config.edits, Dice(0, BEST, first + rows[0]), reward)
         for rows in batches(len(pool.problems), config.groups)
     ]
     found = together(parts)

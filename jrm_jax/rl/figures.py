@@ -12,6 +12,7 @@ from jrm_jax.rl import fits
 from jrm_jax.rl.models import CONTROLS
 
 COLOURS = ("#c0392b", "#2471a3", "#1e8449", "#8e44ad", "#e59866", "#148f77", "#7d6608", "#555555")
+MARKERS = ("o", "s", "^", "D", "v")  # of the arms that have a colour a second time, a third, ...
 Numbers = Mapping[str, Any]
 
 
@@ -28,7 +29,7 @@ def draw(numbers: Numbers, folder: Path) -> list[Path]:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    colours = {arm: COLOURS[i % len(COLOURS)] for i, arm in enumerate(numbers["arms"])}
+    looks = {arm: look(place) for place, arm in enumerate(numbers["arms"])}
     written = []
     for name, (part, fill, width) in FIGURES.items():
         arms = {arm: row[part] for arm, row in numbers["arms"].items() if row[part]}
@@ -38,7 +39,7 @@ def draw(numbers: Numbers, folder: Path) -> list[Path]:
             continue
         figure, axes = plt.subplots(1, width, figsize=(4.4 * width, 3.6), squeeze=False)
         for arm, row in arms.items():
-            fill(row, arm, colours[arm], *axes[0])
+            fill(row, arm, looks[arm], *axes[0])
         axes[0][0].legend(fontsize=7)
         figure.tight_layout()
         # without the version of the library: equal numbers give equal files
@@ -46,6 +47,12 @@ def draw(numbers: Numbers, folder: Path) -> list[Path]:
         plt.close(figure)
         written.append(path)
     return written
+
+
+def look(place: int) -> dict[str, Any]:
+    """Colour and marker of an arm; no two of the first 40 are alike."""
+    again, colour = divmod(place, len(COLOURS))
+    return {"color": COLOURS[colour], "marker": MARKERS[again % len(MARKERS)], "ms": 3}
 
 
 def _roots(kl: list[float]) -> list[float]:
@@ -62,24 +69,24 @@ def _fitted(axis, row: Mapping[str, Any], start: float, form: str, colour: str) 
     axis.plot(_roots(nats), values, ls=":", color=colour, lw=1)
 
 
-def _best(row: Mapping[str, Any], arm: str, colour: str, gold, proxy) -> None:
+def _best(row: Mapping[str, Any], arm: str, look: dict[str, Any], gold, proxy) -> None:
     values = [point["value"] for point in row["gold"]]
     low, high = ([point[end] for point in row["gold"]] for end in ("low", "high"))
-    gold.plot(_roots(row["kl"]), values, marker="o", ms=3, label=arm, color=colour)
-    gold.fill_between(_roots(row["kl"]), low, high, color=colour, alpha=0.12, lw=0)
-    _fitted(gold, row, values[0], fits.BEST_OF_N, colour)
+    gold.plot(_roots(row["kl"]), values, label=arm, **look)
+    gold.fill_between(_roots(row["kl"]), low, high, color=look["color"], alpha=0.12, lw=0)
+    _fitted(gold, row, values[0], fits.BEST_OF_N, look["color"])
     if arm not in CONTROLS:
-        proxy.plot(_roots(row["kl"]), row["proxy"], marker="o", ms=3, color=colour)
+        proxy.plot(_roots(row["kl"]), row["proxy"], **look)
     gold.set(xlabel="root of KL, nats", ylabel="gold of the best of n", title="best of n")
     proxy.set(xlabel="root of KL, nats", ylabel="its score, in the base's deviations")
 
 
-def _rl(row: Mapping[str, Any], arm: str, colour: str, gold, proxy, ranks, gap) -> None:
+def _rl(row: Mapping[str, Any], arm: str, look: dict[str, Any], gold, proxy, ranks, gap) -> None:
     for own in row["by_run"]:
-        gold.plot(_roots(own["kl"]), own["gold"], color=colour, lw=0.7, alpha=0.6)
+        gold.plot(_roots(own["kl"]), own["gold"], color=look["color"], lw=0.7, alpha=0.6)
     x, curves = _roots(row["curves"]["kl"]), row["curves"]
-    gold.plot(x, curves["gold"], marker="o", ms=3, color=colour, label=arm)
-    _fitted(gold, row, row["start"]["value"], fits.RL, colour)
+    gold.plot(x, curves["gold"], label=arm, **look)
+    _fitted(gold, row, row["start"]["value"], fits.RL, look["color"])
     gold.set(xlabel="root of KL, nats", ylabel="gold, test and hard", title="RL")
     for axis, name, words in (
         (proxy, "proxy", "score, in the base's deviations"),
@@ -89,8 +96,7 @@ def _rl(row: Mapping[str, Any], arm: str, colour: str, gold, proxy, ranks, gap) 
         axis.set(xlabel="root of KL, nats", ylabel=words)
         if arm in CONTROLS:  # theirs are no scores of a model
             continue
-        axis.plot(x, [math.nan if v is None else v for v in curves[name]], marker="o", ms=3,
-                  color=colour)  # fmt: skip
+        axis.plot(x, [math.nan if v is None else v for v in curves[name]], **look)
 
 
 # name -> (part of an arm's numbers, what draws it, axes side by side)

@@ -51,12 +51,14 @@ def top(alpha: float, beta: float, form: str) -> float:
 
 def with_intervals(
     kl_ST: Sequence[Sequence[float]], gain_STG: Sequence[np.ndarray], form: str,
-    draws: int, confidence: float,
+    draws: int, confidence: float, model_S: Sequence[int],
 ) -> dict[str, Any]:  # fmt: skip
     """{'alpha', 'beta': {'value', 'low', 'high'}, 'top': nats}: one fit through all runs' points;
-    intervals from drawing runs and problems with replacement, both at once.
+    intervals from drawing models (with all of their runs) and problems with replacement, both at
+    once.
 
     Args:
+        model_S: each run's model.
         gain_STG: [T, G] of each run, over the base's gold on the same problems.
     """
     problems, rng = gain_STG[0].shape[1], np.random.default_rng(0)
@@ -67,9 +69,13 @@ def with_intervals(
         return fit(kl, gain, form)
 
     whole = once(range(len(kl_ST)), slice(None))
+    own = [np.flatnonzero(np.asarray(model_S) == model) for model in sorted(set(model_S))]
     drawn = np.array(
         [
-            once(rng.integers(0, len(kl_ST), len(kl_ST)), rng.integers(0, problems, problems))
+            once(
+                np.concatenate([own[m] for m in rng.integers(0, len(own), len(own))]),
+                rng.integers(0, problems, problems),
+            )
             for _ in range(draws)
         ]
     )

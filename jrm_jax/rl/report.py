@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from jrm_jax.rl import base, examples, figures
 from jrm_jax.rl.models import CONTROLS
 from jrm_jax.rl.numbers import BASELINE, PREDICTORS, TREATED, collect, load
 from jrm_jax.rl.runner import RUNS
-from jrm_jax.shell.report import json_safe
+from jrm_jax.shell.packaged import load_config_module
+from jrm_jax.shell.report import flat, json_safe
 from jrm_jax.shell.terminal import duration
 from jrm_jax.study.tables import MISSING, number, table
 
@@ -33,12 +35,12 @@ def write(config: ConfigDict, out: Path) -> list[Path]:
     drawn = figures.draw(numbers, out)
     (out / "numbers.json").write_text(json.dumps(numbers, indent=1) + "\n")
     written = [out / "numbers.json", *drawn]
-    if arms := _exploits(runs):
+    if arms := _exploits([run for run in runs if run["name"] not in numbers["longer"]]):
         examples.draw_sheet(arms, config.world_seed, out / EXPLOITS)
         written.append(out / EXPLOITS)
     said = [p.read_text() if (p := out / n).is_file() else "" for n in (USERS, NOTES)]
-    page = out.with_suffix(".md")
-    page.write_text(markdown(config, numbers, out.name, [p.name for p in written], *said))
+    page = out.with_name(f"{out.name}.md")
+    page.write_text(markdown(config, numbers, out, [p.name for p in written], *said))
     return [page, *written]
 
 
@@ -60,19 +62,20 @@ def _exploits(runs: Sequence[Mapping[str, Any]]) -> list[tuple[str, list]]:
 
 
 def markdown(
-    config: ConfigDict, numbers: Numbers, folder: str, shown: Sequence[str],
+    config: ConfigDict, numbers: Numbers, out: Path, shown: Sequence[str],
     users: str = "", notes: str = "",
 ) -> str:  # fmt: skip
+    folder = out.name
+
     def figure(name: str, words: str) -> list[str]:
         return [f"![{words}]({folder}/{name})", ""] if name in shown else []
 
-    variant = f":{config.variant}" if config.variant else ""
     parts = [
         "# Scores under optimisation",
         "",
-        _answer(config, numbers),
+        _answer(numbers),
         "",
-        f"Made by `python -m jrm_jax.rl --config=configs/rl.py{variant}` from the runs in "
+        f"Made by `{command(config, numbers, out)}` from the runs in "
         f"`{folder}/{RUNS}/`; add `--report` to make this page, `{folder}/numbers.json` and the "
         f"figures again from these files alone. It is overwritten: words of your own belong into "
         f"`{folder}/{USERS}` and `{folder}/{NOTES}`, which are read into it.",
@@ -92,6 +95,22 @@ def markdown(
     return "\n".join(parts).rstrip() + "\n"
 
 
+def command(config: ConfigDict, numbers: Numbers, out: Path) -> str:
+    """What makes the runs: the variant, what was set beside it, and models that are no arm's."""
+    variant = f":{config.variant}" if config.variant else ""
+    plain = flat(load_config_module("rl").get_config(config.variant or None).to_dict())
+    own = flat(config.to_dict()) | {"iterations": numbers["iterations"] or config.iterations}
+    changed = {n: v for n, v in own.items() if v != plain[n] and n != "arms"}
+    arms = {arm for arm, _ in config.arms}
+    words = [
+        f"--config=configs/rl.py{variant}",
+        *(f"--model={row['path']}" for row in numbers["models"] if row["arm"] not in arms),
+        *([] if config.out else [f"--workdir={out.parent}"]),
+        *(f"--config.{name}={value}" for name, value in changed.items()),
+    ]
+    return f"python -m jrm_jax.rl {' '.join(map(shlex.quote, words))}"
+
+
 def _points(row: Mapping[str, Any] | None) -> str:
     """'+0.031 (+0.012 to +0.050)'"""
     if not row:
@@ -103,24 +122,30 @@ def _gold(row: Mapping[str, Any] | None) -> str:
     return f"{row['value']:.3f} ({row['low']:.3f} to {row['high']:.3f})" if row else MISSING
 
 
-def _answer(config: ConfigDict, numbers: Numbers) -> str:
-    """The first sentence."""
-    gains = numbers["gains"].get(TREATED)
-    if not gains or not gains["last"]:
-        if BASELINE in numbers["arms"] or TREATED in numbers["arms"]:
-            return "Whether a joint score is better to optimise than a discriminative one is open."
-        arms = [arm for arm in numbers["arms"] if arm not in CONTROLS]
-        return f"What optimisation makes of {', '.join(arms)}, where the truth is known."
-    peak, last = gains["peak"], gains["last"]
-    models = min(numbers["arms"][arm]["models"] for arm in (TREATED, BASELINE))
-    held = all(row["value"] >= config.verdict.gain and row["low"] > 0 for row in (peak, last))
-    words = "is borne out here" if held else "is not borne out here"
-    words = words if models > 1 else "is not decided yet"
-    many = f"{models} model{'s' * (models != 1)} of each kind"
+def _answer(numbers: Numbers) -> str:
+    """The first sentence of each regime, that with the most models first."""
+    if numbers["verdicts"]:
+        return " ".join(_sentence(numbers["gains"][own["arm"]], own) for own in numbers["verdicts"])
+    if BASELINE in numbers["arms"] or TREATED in numbers["arms"]:
+        return "Whether a joint score is better to optimise than a discriminative one is open."
+    arms = [arm for arm in numbers["arms"] if arm not in CONTROLS]
+    return f"What optimisation makes of {', '.join(arms)}, where the truth is known."
+
+
+HELD = {True: "is borne out here", False: "is not borne out here", None: "is not decided yet"}
+
+
+def _sentence(gains: Mapping[str, Any], verdict: Mapping[str, Any]) -> str:
+    models, equal = verdict["models"], gains["equal"]
+    of = f" trained on {verdict['regime']} labels" if verdict["regime"] else ""
+    at = f"{_points(equal)} at {equal['nats']:g} nats" if equal else (
+        "at no divergence that is compared have all runs arrived"
+    )  # fmt: skip
     return (
-        f"With {many}, the claim that a joint score is better to optimise {words}: gold is "
-        f"{_points(peak)} higher than with a discriminative score at the peak of RL, and "
-        f"{_points(last)} at its end."
+        f"With {models} model{'s' * (models != 1)} of each kind{of}, the claim that a joint score "
+        f"is better to optimise {HELD[verdict['holds']]}: gold is {_points(gains['peak'])} higher "
+        f"than with a discriminative score at the peak of RL, {_points(gains['last'])} at its end, "
+        f"and {at}."
     )
 
 
@@ -133,14 +158,15 @@ def _claim(config: ConfigDict, numbers: Numbers) -> list[str]:
          *(_points(found["at"][f"{nats:g}"]) for nats in own.nats))
         for arm, found in numbers["gains"].items()
     ]  # fmt: skip
-    head = ("gold over discriminative", f"best of {config.best_of.attempts}", "peak of RL",
+    head = ("gold over discriminative", f"best of {_most(numbers)}", "peak of RL",
             "end of RL", *(f"at {nats:g} nats" for nats in own.nats))  # fmt: skip
     return [
         "## The claim",
         "",
         f"Fixed before running: with {TREATED} scores gold is at least {own.gain:g} higher than "
-        f"with {BASELINE} ones, at the peak of RL and at its end, and both "
-        f"{100 * own.confidence:g} % intervals lie above zero.",
+        f"with {BASELINE} ones, at the peak of RL, at its end, and at the largest of the listed "
+        f"divergences that all runs of both reach, and all three {100 * own.confidence:g} % "
+        "intervals lie above zero. With one model of a kind nothing is decided.",
         "",
         *table(head, rows),
     ]
@@ -153,8 +179,10 @@ def _best(numbers: Numbers) -> list[str]:
         if own:
             fit = own["fit"]
             rows.append(
-                (arm, str(found["models"]), number(own["gold"][0]["value"]), _gold(own["gold"][-1]),
-                 f"{own['peak']['gold']:.3f} at n = {own['peak']['n']}", number(own["fall"]),
+                (arm, str(own["peak"]["models"]), number(own["gold"][0]["value"]),
+                 _gold(own["gold"][-1]),
+                 f"{_gold(own['peak'])} at n = {' or '.join(map(str, own['peak_n']))}",
+                 _gold(own["fall"]),
                  number(own["spearman"], ".2f"), _fit(fit))
             )  # fmt: skip
     head = ("reward", "models", "base", f"best of {_most(numbers)}", "highest", "fall from it",
@@ -182,7 +210,7 @@ def _rl(config: ConfigDict, numbers: Numbers) -> list[str]:
             continue
         last = {name: values[-1] for name, values in own["curves"].items()}
         rows.append(
-            (arm, f"{found['models']} / {len(own['runs'])}", _gold(own["start"]),
+            (arm, f"{own['last']['models']} / {own['last']['runs']}", _gold(own["start"]),
              f"{_gold(own['peak'])} at {own['peak_kl']:.1f}",
              f"{_gold(own['last'])} at {own['last_kl']:.1f}", _gold(own["fall"]),
              f"{len(own['collapsed'])}", number(last["spearman"], ".2f"),
@@ -203,6 +231,8 @@ def _flaws(numbers: Numbers) -> list[str]:
     for arm, found in numbers["arms"].items():
         if found["rl"] and arm not in CONTROLS:
             start, end = found["rl"]["lost"]["start"], found["rl"]["lost"]["end"]
+            if not end:  # no run ends where the curves do
+                continue
             change = {f: end.get(f, 0.0) - start.get(f, 0.0) for f in sorted({*start, *end})}
             worse = [f for f in sorted(change, key=change.get, reverse=True) if change[f] > 0.2]
             words = ", ".join(f"{f} {start.get(f, 0):.1f} to {end.get(f, 0):.1f}" for f in worse)
@@ -239,11 +269,6 @@ def _predictors(numbers: Numbers) -> list[str]:
     return ["## What can be seen before RL", "", *table(head, rows), said, ""]
 
 
-def _counts(numbers: Numbers) -> str:
-    """'200', or '80 or 200' where some runs are longer than others."""
-    return " or ".join(map(str, numbers["iterations"])) or "no"
-
-
 def _protocol(config: ConfigDict, numbers: Numbers) -> list[str]:
     own, best = config.optimizer, config.best_of
     return [
@@ -252,7 +277,7 @@ def _protocol(config: ConfigDict, numbers: Numbers) -> list[str]:
         f"- A policy writes edit programs (`jrm_jax/rl/editing.py`) and starts from the packaged "
         f"base, which imitates {100 * base.PERFECT:.0f} % perfect edits and else the built-in "
         "world's flaws. Pictures go through `RewardModel`; scores are in deviations of the base's.",
-        f"- RL: GRPO, {_counts(numbers)} iterations of {config.groups} instructions x "
+        f"- RL: GRPO, {numbers['iterations'] or 'no'} iterations of {config.groups} instructions x "
         f"{config.edits} edits, {own.updates} updates each, Adam at {own.learning_rate:g}, ratio "
         f"clipped at {own.clip:g}, weight of the divergence {own.kl_weight:g}, advantages over the "
         f"{own.scale}'s spread.",
@@ -262,9 +287,15 @@ def _protocol(config: ConfigDict, numbers: Numbers) -> list[str]:
         "- Divergences from the base are exact for RL, log n - (n - 1) / n for best of n. With d "
         "= root of KL the dotted fits are d (alpha - beta d) and d (alpha - beta log d) (Gao et "
         "al., arXiv 2210.10760).",
-        f"- Intervals: {100 * config.verdict.confidence:g} %, drawing runs and instructions with "
-        "replacement; differences are paired. With one model of a kind they say nothing of other "
-        "models.",
-        f"- {numbers['runs']} runs took {duration(numbers['seconds'])}.",
+        f"- Intervals: {100 * config.verdict.confidence:g} %, drawing models and instructions with "
+        "replacement, after the mean over the policy seeds of each model; differences are paired. "
+        "With one model of a kind they say nothing of other models.",
+        "- The peak is looked for on one half of the instructions and read on the other, and the "
+        "other way round; the fall is from there to the end.",
+        *(["- Longer than that, and read up to there; their flaws and pictures are left out: "
+           f"{', '.join(numbers['longer'])}."] if numbers["longer"] else []),
+        *(f"- {row['arm']} {row['number']} is `{row['path']}`, step {row['step']}, weights "
+          f"{row['digest']}." for row in numbers["models"]),
+        f"- {numbers['runs']} runs took {duration(numbers['seconds'])}, without loading models.",
         "",
     ]

@@ -21,10 +21,11 @@ from jrm_jax.data.world.draw import draw as draw_scene
 from jrm_jax.data.world.draw import encode_png
 from jrm_jax.errors import UserError
 from jrm_jax.rl.editing import Problem
-from jrm_jax.serving.groups import Group
+from jrm_jax.serving.groups import Group, Scores
 from jrm_jax.serving.ladder import UNIT, joined
 from jrm_jax.serving.planned import ahead
 from jrm_jax.serving.reward_model import RewardModel
+from jrm_jax.serving.rows import split
 
 SPREAD, DEVIATION = "spread", "deviation"  # how unsure the reward is: between models, by the model
 
@@ -94,23 +95,21 @@ class Reward:
         found = [self._scored(place, groups) for place in range(len(self._models))]
         scores_MGK = np.array([[s.reward_KR[:, 0] for s in own] for own in found], np.float32)
         for name, scores_GK in zip(self._names, scores_MGK, strict=True):
-            if not np.isfinite(scores_GK).all():
-                bad = problems[int(np.argwhere(~np.isfinite(scores_GK))[0][0])]
-                raise UserError(
-                    f"{name}: a score is not finite, for {bad.instruction!r}; nothing of this "
-                    "iteration is kept"
-                )
+            _check_finite(f"{name}: a score", scores_GK, problems)
         own = [[s.deviation_KR for s in scores] for scores in found]
         if any(deviation is None for row in own for deviation in row):
             return scores_MGK, None
         return scores_MGK, np.array([[d[:, 0] for d in row] for row in own], np.float32)
 
-    def _scored(self, place: int, groups: Sequence[Group]) -> list:
+    def _scored(self, place: int, groups: Sequence[Group]) -> list[Scores]:
+        """A group of more candidates than a row holds takes several."""
         model, bucket, scores = self._models[place], self._buckets[place], []
-        encoded = list(ahead(model.encode, groups, len(groups)))
-        for start in range(0, len(encoded), model.batch_size):
-            scores += model.score_rows(bucket, encoded[start : start + model.batch_size])
-        return scores
+        rows = [split(encoded) for encoded in ahead(model.encode, groups, len(groups))]
+        flat = [row for own in rows for row in own]
+        for start in range(0, len(flat), model.batch_size):
+            scores += model.score_rows(bucket, flat[start : start + model.batch_size])
+        found = iter(scores)
+        return [_joined([next(found) for _ in own]) for own in rows]
 
     def settle(self, problems: Sequence[Problem], pictures_NHW3: np.ndarray) -> Scale:
         """Take the scale from these, edits of the base policy.
@@ -142,7 +141,7 @@ class Reward:
         deviations of the base's scores.
 
         Raises:
-            UserError: as `raw`.
+            UserError: as `raw`; a reward that is not finite, as of a deviation that is not.
         """
         if self.scale is None:
             raise RuntimeError("settle first")
@@ -150,10 +149,31 @@ class Reward:
         mean_M, deviation_M = (np.float32(part)[:, None, None] for part in self.scale)
         normal_MGK = (scores_MGK - mean_M) / deviation_M
         proxy_GK = normal_MGK.mean(0)
-        if not self._penalty:
-            return proxy_GK, proxy_GK
-        unsure_MGK = normal_MGK.std(0)[None] if self._unsure == SPREAD else own_MGK / deviation_M
-        return proxy_GK - np.float32(self._penalty) * unsure_MGK.mean(0), proxy_GK
+        reward_GK = proxy_GK
+        if self._penalty:
+            own = self._unsure == DEVIATION
+            unsure_MGK = own_MGK / deviation_M if own else normal_MGK.std(0)[None]
+            reward_GK = proxy_GK - np.float32(self._penalty) * unsure_MGK.mean(0)
+        for what, values_GK in (("score in deviations", proxy_GK), ("reward", reward_GK)):
+            _check_finite(f"{' + '.join(self._names)}: a {what}", values_GK, problems)
+        return reward_GK, proxy_GK
+
+
+def _joined(parts: Sequence[Scores]) -> Scores:
+    """Of the rows of one group."""
+    columns = ([part[place] for part in parts] for place in (0, 1, 3))
+    reward_KR, normalised_KR, deviation_KR = (
+        None if own[0] is None else np.concatenate(own) for own in columns
+    )
+    return Scores(reward_KR, normalised_KR, parts[0].dimensions, deviation_KR)
+
+
+def _check_finite(what: str, values_GK: np.ndarray, problems: Sequence[Problem]) -> None:
+    if not np.isfinite(values_GK).all():
+        bad = problems[int(np.argwhere(~np.isfinite(values_GK))[0][0])]
+        raise UserError(
+            f"{what} is not finite, for {bad.instruction!r}; nothing of this iteration is kept"
+        )
 
 
 class Chance:

@@ -55,6 +55,9 @@ class Rollout(NamedTuple):
     seeds: list[int]
 
 
+NOISES = 10**4  # pictures of one roll
+
+
 class Dice(NamedTuple):
     """What chance comes from: a seed, one of the purposes below, and a number of that purpose."""
 
@@ -69,8 +72,9 @@ class Dice(NamedTuple):
         )
 
     def noise(self, count: int) -> list[int]:
-        """Seeds of the noise of so many pictures."""
-        first = 10**9 * self.what + 10**4 * self.number
+        """Seeds of the noise of so many pictures, at most NOISES: no two dice share one while
+        runs have fewer than 100,000 iterations."""
+        first = 10**18 * self.seed + 10**9 * self.what + NOISES * self.number
         return [first + row for row in range(count)]
 
 
