@@ -79,6 +79,7 @@ def test_names_of_models_meet_no_others(config, tmp_path):
     found, _ = models.models(own, given[1:])
     assert [m.arm for m in found][:5] == ["x/joint", "y/gold", "z/chance", "u/ensemble", "v/Gold"]
     assert len({m.name.casefold() for m in found}) == len(found) == 8
+    assert arms_of(own, given[1:2]) == ["x/joint", "joint"]
     given = folders(tmp_path, "p/a run", "q/a-run", "r/A-RUN")
     assert arms_of(config, given) == ["p/a run", "q/a-run", "r/A-RUN"]
     with pytest.raises(UserError, match="would both be joint-clean-0"):

@@ -106,7 +106,7 @@ def command(config: ConfigDict, numbers: Numbers, out: Path) -> str:
         f"--config=configs/rl.py{variant}",
         *(f"--model={row['path']}" for row in numbers["models"] if row["arm"] not in arms),
         *([] if config.out else [f"--workdir={out.parent}"]),
-        *(f"--config.{name}={value}" for name, value in changed.items()),
+        *(f"--config.{name}={value}" for name, value in sorted(changed.items())),
     ]
     return f"python -m jrm_jax.rl {' '.join(map(shlex.quote, words))}"
 
