@@ -230,7 +230,7 @@ def test_the_command_of_a_page_has_what_was_set(tmp_path):
     words = report.command(own, found, Path(own.out))
     assert words == (
         "python -m jrm_jax.rl --config=configs/rl.py:comparison --model=runs/mine "
-        "--config.out=docs/rl-0.5 --config.iterations=2 --config.optimizer.kl_weight=0.01"
+        "--config.iterations=2 --config.optimizer.kl_weight=0.01 --config.out=docs/rl-0.5"
     )
     plain = rl.get_config()
     assert "--workdir=here" in report.command(plain, found, Path("here/report"))
