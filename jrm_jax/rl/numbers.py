@@ -247,7 +247,7 @@ def _at(config: ConfigDict, curves: Sequence[_Curve], nats: float) -> dict[str, 
 
 
 def _lost(runs: Runs, name: str) -> dict[str, float]:
-    flaws = sorted({flaw for run in runs for flaw in run[name]})
+    flaws = sorted({flaw for run in runs for flaw in run[name]})  # equal files from equal runs
     return {flaw: float(np.mean([run[name].get(flaw, 0.0) for run in runs])) for flaw in flaws}
 
 
