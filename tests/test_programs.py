@@ -90,18 +90,41 @@ def test_what_a_model_was_trained_on_has_its_rungs(encoder):
     assert not any(size % 128 for b in on_tpu for size in (b.patches, b.prompt, b.candidate))
 
 
-def test_the_same_group_meets_the_same_program_whatever_came_before(encoder):
+@pytest.mark.parametrize("warmed", [0, 3, LIMIT])
+@pytest.mark.parametrize("limit", [LIMIT, 12])
+def test_the_same_group_meets_the_same_program_whatever_came_before(encoder, limit, warmed):
     rungs, rng = ladder.make_ladder(encoder, slots), np.random.default_rng(0)
     groups = [a_group(encoder, rng, *rng.integers(1, (3, 9))) for _ in range(30)]
-    needs, met = [rows.need_of(group) for group in groups], []
-    for order in (needs, needs[::-1]):
-        shelf = Programs(rungs, slots, encoder.processor)
-        for rung in rungs[: shelf.spare]:
+    needs = [rows.need_of(group) for group in groups]
+    usual = [need for need in needs if holds(need, rungs)]
+    # each rung's own size, and prompts that no rung holds, ever longer ones
+    usual += [rung for rung in rungs if ladder.cheapest(rung, rungs, slots) == rung]
+    odd = [need for need in needs if need not in usual]
+    odd += [dataclasses.replace(usual[0], prompt=words) for words in (1500, 2000, 3000, 6000, 9000)]
+    for order in (usual + odd, odd + usual, odd[::-1] + usual[::-1], [*odd[:2], *usual, *odd[2:]]):
+        shelf = Programs(rungs, slots, encoder.processor, limit)
+        for rung in rungs[: min(warmed, shelf.spare)]:
             shelf.take(Program(rung, 8))
-        met.append({need: shelf.choose(need, [8]) for need in order})
-        assert all(shelf.choose(need, [8]) == met[-1][need] for need in needs if holds(need, rungs))
-    for need in needs:
-        assert met[0][need] == met[1][need] or not holds(need, rungs)
+        met = {}
+        for need in order:
+            try:
+                met[need] = shelf.choose(need, [8])
+                assert ladder.holds(met[need].bucket, need)
+            except UserError:
+                assert need in odd
+        for need in usual:
+            assert met[need] == (ladder.cheapest(need, rungs, slots), 8)
+        assert len(shelf.taken) <= limit
+
+
+@pytest.mark.parametrize("limit", [2, 3, 4, 8])
+def test_what_no_rung_holds_leaves_the_rungs_their_places(limit):
+    shelf = programs(limit)
+    for words in (500, 900, 700, 300, 100):
+        shelf.choose(Bucket(2, 3, 256, 256 + words, 80, 0), [8])
+    asked = LADDER[::-1][: limit - 1]
+    assert [shelf.choose(rung, [8]).bucket for rung in asked] == list(asked)
+    assert len(shelf.taken) <= limit
 
 
 def holds(need, rungs):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from configs import joint
 from jrm_jax.data import sizes as sizes_module
 from jrm_jax.data.buckets import Bucket, needs
 from jrm_jax.data.plan import Plan, Source
+from jrm_jax.data.processor import Processor
 from jrm_jax.data.sizes import Sizes
 from jrm_jax.errors import UserError
 from jrm_jax.run import buckets
@@ -132,7 +134,8 @@ def test_classes_where_the_config_asks_for_them(choose):
         assert small.critique == (8 if language else 0)
 
 
-# sizes that are no numbers
+# sizes that no group has, and that are no numbers
+HUGE = buckets.as_text([Bucket(2, 3, 16, 10**30, 16, 8)])
 TEXT = buckets.as_text([Bucket(2, 3, 16, 24, 16, 8)]).replace("16", '"16"')
 
 
@@ -141,11 +144,53 @@ def test_a_run_keeps_its_buckets(tmp_path):
     chosen = (Bucket(2, 3, 16, 24, 16, 8), Bucket(4, 5, 16, 40, 32, 16))
     (tmp_path / buckets.RECORD).write_text(buckets.as_text(chosen))
     assert buckets.read_record(tmp_path) == chosen
-    for damaged in ("", "[", "[{}]", '[{"candidates": 2}]', "3", "null", "[]", TEXT):
+    for damaged in ("", "[", "[{}]", '[{"candidates": 2}]', "3", "null", "[]", TEXT, HUGE):
         (tmp_path / buckets.RECORD).write_text(damaged)
         with pytest.raises(UserError, match=r"buckets.json is damaged: remove it") as raised:
             buckets.read_record(tmp_path)
         assert "\n" not in str(raised.value)
+
+
+GOOD = {"candidates": 2, "images": 3, "patches": 16, "prompt": 24, "candidate": 16, "critique": 8}
+
+
+@pytest.mark.parametrize("size", [-1, 2**20 + 1, 10**9, 10**30, 1.0, True, None])
+@pytest.mark.parametrize("name", GOOD)
+def test_no_group_has_such_sizes(name, size):
+    assert buckets.from_rows([GOOD]) == (Bucket(*GOOD.values()),)
+    assert buckets.from_rows([GOOD, GOOD | {name: size}]) is None
+    zero = buckets.from_rows([GOOD | {name: 0}])
+    assert (zero is None) == (name in ("candidates", "prompt", "candidate"))
+
+
+def test_what_a_model_was_trained_with_is_no_larger_than_it():
+    processor = Processor(16, 2, min_pixels=4096, max_pixels=64 * 1024)
+    encoder = SimpleNamespace(processor=processor)
+    for positions in (4096, 0):
+        backbone = SimpleNamespace(text=SimpleNamespace(positions=positions))
+
+        def read(*rows):
+            return buckets.of_training(rows, encoder, backbone)  # noqa: B023
+
+        assert len(read(*[GOOD] * 64)) == 64 and read(*[GOOD] * 65) is None
+        largest = positions or buckets.LARGEST
+        most = dict.fromkeys(GOOD, largest) | {"patches": processor.most_patches}
+        assert read(GOOD, most)
+        for name in GOOD:
+            above = most | {name: most[name] + (129 if name == "patches" else 1)}
+            assert read(GOOD, above) is None, name
+        assert read({}) is None
+
+
+def test_no_picture_has_more_patches():
+    for least, cap in ((4096, 64 * 1024), (65536, 16 * 1024 * 1024), (3136, 4096)):
+        processor = Processor(16, 2, min_pixels=least, max_pixels=cap)
+        found = max(
+            int(np.prod(processor.grid(short, min(200 * short, long))))
+            for short in (*range(1, 66), 100, 301)
+            for long in map(int, np.geomspace(short, 200 * short, 200))
+        )
+        assert found <= processor.most_patches <= 2 * found
 
 
 def test_shares_by_hand():

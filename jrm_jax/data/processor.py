@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jrm_jax.data.images import check_size, decode, image_size
+from jrm_jax.data.images import MAX_ASPECT, check_size, decode, image_size
 from jrm_jax.errors import UserError
 
 _BICUBIC = 3
@@ -37,6 +37,17 @@ class Processor:
     @property
     def features(self) -> int:
         return 3 * self.patch**2
+
+    @property
+    def most_patches(self) -> int:
+        """No picture has more. A long one may exceed `max_pixels`: `smart_resize` gives it one row
+        of visual tokens at least, and rounds both sides up to reach `min_pixels`."""
+        side = self.patch * self.merge
+        most, least = self.max_pixels // side**2, -(-self.min_pixels // side**2)
+        one_row = math.isqrt(MAX_ASPECT * self.max_pixels // side**2)
+        # (a + 1)(b + 1) for sides with a * b = least; their sum is largest at the longest shape
+        grown = least + math.ceil((MAX_ASPECT + 1) * math.sqrt(least / MAX_ASPECT)) + 1
+        return max(most, one_row, grown) * self.merge**2
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """(rows, columns) of patches of a picture of that size.

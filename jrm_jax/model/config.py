@@ -9,7 +9,7 @@ describe no released checkpoint, so a field that is not in the file is an error.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,8 @@ class DeltaConfig:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """The decoder. `mrope_section` counts rotary frequencies for (time, height, width)."""
+    """The decoder. `mrope_section` counts rotary frequencies for (time, height, width).
+    `positions` bounds nothing that is computed: two decoders that differ in it are equal."""
 
     layers: int
     hidden: int
@@ -87,6 +88,7 @@ class TextConfig:
     gated: bool = False  # attention's output times the sigmoid of a gate, per head and dimension
     zero_centred: bool = False  # norms multiply by 1 + scale
     delta: DeltaConfig | None = None  # None: all layers are attention
+    positions: int = field(default=0, compare=False)  # it was made for; 0: not said
 
     @property
     def separate_head(self) -> bool:
@@ -264,7 +266,7 @@ def _text_config(family: str, fields: _Fields, tied: bool) -> TextConfig:
             f"rotary type {rope.get('rope_type', rope.get('type'))!r} is not supported"
         )
     hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
-    layers = fields.integer("num_hidden_layers")
+    layers, longest = fields.integer("num_hidden_layers"), "max_position_embeddings"
     head_dim = fields.get("head_dim", default=hidden // heads) if qwen3 else hidden // heads
     text = TextConfig(
         layers=layers,
@@ -285,6 +287,7 @@ def _text_config(family: str, fields: _Fields, tied: bool) -> TextConfig:
         gated=hybrid,
         zero_centred=hybrid,
         delta=_delta_config(fields, layers) if hybrid else None,
+        positions=fields.integer(longest) if fields.get(longest) is not None else 0,
     )
     if len(text.mrope_section) != 3 or 2 * sum(text.mrope_section) != text.turning:
         raise fields.fail(

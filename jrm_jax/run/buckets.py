@@ -19,9 +19,11 @@ from ml_collections import ConfigDict
 
 from jrm_jax.data.buckets import Bucket, Cost, as_table, assign, make_buckets, needs
 from jrm_jax.data.choosing import choose_buckets
+from jrm_jax.data.encode import Encoder
 from jrm_jax.data.plan import Plan, Source
 from jrm_jax.data.sizes import Sizes, cache_places, write_cache
 from jrm_jax.errors import UserError
+from jrm_jax.model.config import BackboneConfig
 
 VERSION = 1  # raise it when `choosing` chooses otherwise
 RECORD = "buckets.json"  # in the run's folder
@@ -30,6 +32,9 @@ RECORD = "buckets.json"  # in the run's folder
 # evaluation's comes on top. Programs of large models take minutes, and their steps seconds.
 COMPILE_STEPS = 30
 READ_STEPS = 8  # of these, what the evaluation's program takes: 10 to 18 s there
+LARGEST = 2**20  # of any size in a record: four times the longest text that a backbone reads
+MANY = 64  # buckets of a training from which a ladder is made: ten times what the default may have
+ROUNDED = 128  # patch slots are a multiple of it at most, see `choose`
 UNIT = 64  # how often an example of weight 1 counts; fractions are rounded to its parts
 
 
@@ -54,7 +59,7 @@ def choose(
     """
     data = config.data
     kept = [(split, s, _kept(s)) for split, each in sources.items() for s in each]
-    round_patches = merge**2 if data.round_to < 128 else 128
+    round_patches = merge**2 if data.round_to < ROUNDED else ROUNDED
     if data.candidate_cuts or data.visual_cuts:
         return make_buckets(
             [sizes for _, _, sizes in kept],
@@ -171,13 +176,30 @@ def as_rows(buckets: Sequence[Bucket]) -> list[dict[str, int]]:
 
 
 def from_rows(rows: Any) -> tuple[Bucket, ...] | None:
-    """What `as_rows` gave; None where it is something else."""
+    """What `as_rows` gave; None where it is something else, or no group has such sizes."""
     try:
         found = tuple(Bucket(**fields) for fields in rows)
     except TypeError:
         return None
     sizes = [size for bucket in found for size in bucket.sizes]
-    return found if all(type(size) is int and size >= 0 for size in sizes) else None
+    if not all(type(size) is int and 0 <= size <= LARGEST for size in sizes):
+        return None
+    return found if all(min(b.candidates, b.prompt, b.candidate) for b in found) else None
+
+
+def of_training(
+    rows: Any, encoder: Encoder, backbone: BackboneConfig
+) -> tuple[Bucket, ...] | None:
+    """`from_rows`, of the training of this model; None also of what it cannot have left: more than
+    `MANY` buckets, pictures larger than its processor makes them, or one of the other sizes larger
+    than the number of positions of its backbone."""
+    patches = encoder.processor.most_patches + ROUNDED
+    others = backbone.text.positions or LARGEST
+    most = Bucket(others, others, patches, others, others, others)
+    found = from_rows(rows)
+    if found is None or len(found) > MANY or not most.fits(as_table(found)).all():
+        return None
+    return found
 
 
 def read_record(workdir: Path) -> tuple[Bucket, ...] | None:
@@ -200,7 +222,7 @@ def read_record(workdir: Path) -> tuple[Bucket, ...] | None:
 def _parse(path: Path) -> tuple[Bucket, ...] | None:
     try:
         return from_rows(json.loads(path.read_text()))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
 
 

@@ -53,8 +53,8 @@ class Programs:
     Args:
         ladder: the buckets agreed upon, see `ladder.py`.
         cost: of a group in a bucket.
-        limit: programs at most. The last one is made wide, as what comes later must fit: it holds
-            whatever a rung holds.
+        limit: programs at most. One is made wide, when a group finds no other: what comes later
+            must fit, so it holds whatever a rung holds.
         unit: token slots come in multiples of it.
 
     Raises:
@@ -75,6 +75,7 @@ class Programs:
         self._unit = unit
         self._limit, self._lock = limit, threading.RLock()
         self._taken: list[Program] = []
+        self._last: Program | None = None  # the wide one
         self._known: dict[tuple, Program] = {}  # what `fit` answered last
         self._rung = functools.lru_cache(KNOWN)(self._find_rung)
 
@@ -91,8 +92,8 @@ class Programs:
 
     @property
     def spare(self) -> int:
-        """How many may be added while the last one is kept for what the others do not hold."""
-        return max(0, self.left - 1)
+        """How many may be added while one is kept for what the others do not hold."""
+        return max(0, self.left - (self._last is None))
 
     def take(self, program: Program) -> Program:
         """
@@ -102,17 +103,16 @@ class Programs:
         with self._lock:
             if program not in self._taken:
                 if not self.left:
-                    raise UserError(
-                        f"a program for {program.bucket.words} would be number {self._limit + 1},"
-                        f" and {self._limit} are allowed: load the model with a larger number of"
-                        " `programs` (--programs of the commands)"
-                    )
+                    raise self._too_many(program)
                 self._taken.append(program)
                 self._known.clear()  # it may suit better
         return program
 
     def choose(self, need: Bucket, rows: Sequence[int]) -> Program:
         """The program for a group: its rung with rows[0] rows, as long as programs may be added.
+
+        What no rung holds gets one of its own only from what all rungs with rows[0] rows leave, so
+        that a rung has its place whatever came before it.
 
         Args:
             need: the least bucket that holds it.
@@ -122,13 +122,31 @@ class Programs:
             UserError: none holds it, and no more may be added.
         """
         with self._lock:
-            wanted = Program(self._rung(need), rows[0])
-            if wanted in self._taken or self.spare:
-                return self.take(wanted)
-            for count in rows:
-                if (found := cheapest(need, self._with(count), self._cost)) is not None:
-                    return Program(found, count)
-            return self.take(Program(self._wide([wanted.bucket, *self._with(rows[0])]), rows[0]))
+            rungs = set(self._ladder)
+            odd = self._rung(need) not in rungs
+            kept = len(rungs.difference(self._with(rows[0]))) if odd else 0
+            return self._choose(need, rows, kept)
+
+    def _choose(self, need: Bucket, rows: Sequence[int], kept: int) -> Program:
+        """As `choose`. kept: places that are not for this group."""
+        wanted = Program(self._rung(need), rows[0])
+        if wanted in self._taken or self.spare > kept:
+            return self.take(wanted)
+        for count in rows:
+            if (found := cheapest(need, self._with(count), self._cost)) is not None:
+                return Program(found, count)
+        if self._last is not None:
+            raise self._too_many(wanted)
+        wide = self._wide([wanted.bucket, *self._with(rows[0])])
+        self._last = self.take(Program(wide, rows[0]))
+        return self._last
+
+    def _too_many(self, program: Program) -> UserError:
+        return UserError(
+            f"a program for {program.bucket.words} would be number {self._limit + 1}, and"
+            f" {self._limit} are allowed, those of the usual sizes among them: load the model with"
+            " a larger number of `programs` (--programs of the commands)"
+        )
 
     def fit(self, need: Bucket, rows: Sequence[int]) -> Program:
         """As `choose`, for a group of a set: one that is there, unless it is far too large.
@@ -149,7 +167,7 @@ class Programs:
             there, own = self._cost(as_table([found, self._rung(need)]))
             if there <= WASTE * own:
                 return Program(found, rows[0])
-        return self.choose(need, rows)
+        return self._choose(need, rows, 0)  # the places are the set's
 
     def settle(self, needs: Sequence[Needs], rows: int) -> bool:
         """Add the programs that a set is worth, where those that are there would waste more.

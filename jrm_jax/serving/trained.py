@@ -29,6 +29,7 @@ from jrm_jax.model.config import BackboneConfig, load_config
 from jrm_jax.reward_head import HeadStart
 from jrm_jax.run import backbones, buckets
 from jrm_jax.run.workdir import CHECKPOINTS, CONFIG, read_config, read_results
+from jrm_jax.shell import terminal
 
 STAMP = "jrm.json"  # in an exported folder: the protocol stamp, reward statistics, origin
 
@@ -177,10 +178,34 @@ def _load_run(
         "taught": taught,
         "config": named.to_dict(),
         "results": results,
-        "buckets": buckets.as_rows(buckets.read_record(workdir) or ()),
+        "buckets": _ladder_rows(
+            _record(workdir), workdir / buckets.RECORD, encoder, architecture
+        ),
     }
     _check_stamp(workdir, card["stamp"], encoder)
     return Trained(architecture, params, encoder, folder, card)
+
+
+def _record(workdir: Path) -> Any:
+    """Of the buckets of a run, as a card holds it; None where it is damaged."""
+    try:
+        return buckets.as_rows(buckets.read_record(workdir) or ())
+    except UserError:
+        return None
+
+
+def _ladder_rows(
+    rows: Any, path: Path, encoder: Encoder, architecture: BackboneConfig
+) -> list[dict[str, int]]:
+    """What a card says of the buckets of its training. A model scores without them: a record that
+    its training cannot have left is left out, with a warning."""
+    found = buckets.of_training(rows, encoder, architecture)
+    if found is None:
+        terminal.say(
+            f"WARNING: {path}: the record of the training's buckets is damaged. The model scores in"
+            " the buckets of a model without a record: the last digits of its scores may differ"
+        )
+    return buckets.as_rows(found or ())
 
 
 def _load_frozen(
@@ -236,8 +261,6 @@ def _load_export(folder: Path, laid_out: LayOut) -> Trained:
     card = json.loads((folder / STAMP).read_text())
     architecture = weights.as_stored(folder, load_config(folder))
     stamp = card["stamp"]
-    if buckets.from_rows(card.get("buckets", ())) is None:
-        raise UserError(f"{folder / STAMP}: 'buckets' are not as jrm_jax.export writes them")
     encoder = make_encoder(
         folder,
         architecture,
@@ -246,6 +269,9 @@ def _load_export(folder: Path, laid_out: LayOut) -> Trained:
         positions=stamp["positions"],
     )
     _check_stamp(folder, stamp, encoder)
+    if "buckets" in card:  # older exports have none
+        rows = card["buckets"]
+        card["buckets"] = _ladder_rows(rows, folder / STAMP, encoder, architecture)
     laid = laid_out(weights.abstract_params(architecture))
     params = weights.load_params(
         folder,
