@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,7 @@ from jrm_jax.data.pipeline import assemble_batch, make_encoder, repeat_prompt
 from jrm_jax.data.schema import Candidate, Image, Text
 from jrm_jax.data.world import scenes
 from jrm_jax.heads import gather_hidden, init_reward_head, init_words_head, language_kernel
+from jrm_jax.model import backbone as backbone_module
 from jrm_jax.model.backbone import Backbone, init_backbone, normalise_patches
 from jrm_jax.model.config import load_config
 from jrm_jax.optim import flatten, split_params
@@ -357,3 +360,26 @@ def test_special_tokens_in_an_instruction_are_words(world):
     for token in ("<|reward|>", "<|image_pad|>", "<|im_end|>"):
         number = encoder.tokenizer.ids[token]
         assert list(found.prompt.tokens).count(number) == list(plain.prompt.tokens).count(number)
+
+
+def test_threads_trace_one_after_the_other(world, monkeypatch):
+    """flax changes classes while it traces."""
+    encoder, backbone, params, groups = world
+    inside, most, original = [], [], backbone_module.decoder_rotary
+
+    def slow(*arguments):
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.2)
+        inside.pop()
+        return original(*arguments)
+
+    monkeypatch.setattr(backbone_module, "decoder_rotary", slow)
+    batch = lay(encoder, groups[:1])
+
+    def trace(_):
+        return jax.eval_shape(make_forward(backbone, HALF, HALF, LossConfig()), params, batch)
+
+    with ThreadPoolExecutor(2) as pool:
+        assert len({str(found.reward_BKR) for found in pool.map(trace, range(2))}) == 1
+    assert most == [1, 1]

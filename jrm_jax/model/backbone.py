@@ -7,6 +7,7 @@ I image rows per group, N patch slots, V visual tokens per image, F patch featur
 from __future__ import annotations
 
 import re
+import threading
 from typing import Any
 
 import jax
@@ -23,6 +24,10 @@ from jrm_jax.model.vision import VisionInputs, VisionOutputs, VisionTower, norma
 __all__ = ["Backbone", "cast_projections", "init_backbone", "normalise_patches"]
 
 EMBEDDING_SPREAD = 0.1
+# flax makes classes while it traces, and takes fields out of the classes they derive from for a
+# moment. Two threads that traced at once (programs compiled side by side, critiques beside scores)
+# ended in "dictionary changed size during iteration" now and then.
+_TRACING = threading.RLock()
 # what `layers.Linear` multiplies with, and casts first of all
 _PROJECTIONS = re.compile(r"\['(q|k|v|o|z|a|b|out|gate|up|down|qkv|proj|fc1|fc2)'\]\['kernel'\]$")
 
@@ -88,6 +93,12 @@ class Backbone(nn.Module):
     hidden_sharding: NamedSharding | None = None
     reward_token_id: int = -1
     through_reward: bool = False
+
+    @nn.nowrap
+    def apply(self, *arguments: Any, **options: Any) -> Any:
+        """As flax's; of several threads one at a time."""
+        with _TRACING:
+            return super().apply(*arguments, **options)
 
     def setup(self):
         config = self.config
