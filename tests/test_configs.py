@@ -66,7 +66,7 @@ def test_the_recipe_of_the_paper():
             continue
         assert config.total_steps == 10 * int(groups or 200_000) / 64 and config.batch_size == 64
         rates = [float(build.make_schedule(config, config.total_steps)(step))
-                 for step in (config.total_steps // 20, config.total_steps)]  # fmt: skip
+                 for step in (-(-config.total_steps // 20), config.total_steps)]  # fmt: skip
         assert rates == pytest.approx([2e-6, 0.0], abs=1e-9)
         assert (config.optimizer.b1, config.optimizer.b2) == (0.9, 0.95)
         assert config.data.max_visual_tokens == 256 and config.backbone.path == ""

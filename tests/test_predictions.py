@@ -72,8 +72,8 @@ def test_a_later_line_may_bring_the_scores_that_were_missing(tmp_path):
     said = tmp_path / "said.jsonl"
     rows = [{"id": "g1", "scores": None}, {"id": "g1", "scores": [1, 2]}]
     said.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    issues, ((_, (scores, _)),) = read("jsonl", own_lines(tmp_path), said)
-    assert scores == (1, 2) and len(issues) == 1
+    issues, ((_, answer),) = read("jsonl", own_lines(tmp_path), said)
+    assert answer.scores == (1, 2) and len(issues) == 1
 
 
 @pytest.mark.parametrize("score", NO_SCORE)

@@ -172,9 +172,13 @@ def test_processes_do_not_outlive_their_runner(tmp_path, monkeypatch):
 
     monkeypatch.setattr(runner, "make_cell", make)
     monkeypatch.setattr(runner.subprocess, "Popen", note)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & ignores it
     threading.Thread(target=interrupt).start()
-    with pytest.raises(KeyboardInterrupt):
-        runner.run(config, jobs=2)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            runner.run(config, jobs=2)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert [process.poll() for process in started] == [-signal.SIGTERM] * 2
 
 

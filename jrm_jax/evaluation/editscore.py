@@ -143,8 +143,7 @@ def read_predictions(benchmark: Benchmark, paths: Sequence[str]) -> list[Judged]
             if scores is not None:
                 judged.append(Judged(case, Answer(scores)))
     note_duplicates(issues, seen)
-    if any(scores[0] == scores[1] for _, (scores, _) in judged):
-        equal = sum(scores[0] == scores[1] for _, (scores, _) in judged)
+    if equal := sum(answer.scores[0] == answer.scores[1] for _, answer in judged):
         issues.add("equal scores (wrong by the official rule)", f"{equal} of {len(judged)} pairs")
     return judged
 

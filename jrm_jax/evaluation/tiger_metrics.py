@@ -98,7 +98,8 @@ def _published(
 
 def _pairs(items: Sequence[Judged]) -> tuple[np.ndarray, np.ndarray, list[str], list[str]]:
     labels, gaps, groups, ids = [], [], [], []
-    for case, (scores, _) in items:
+    for case, answer in items:
+        scores = answer.scores
         for i, j in combinations(range(len(scores)), 2):
             labels.append(_official_label(case, i, j))
             gaps.append(scores[i] - scores[j])
