@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from jrm_jax.errors import UserError
 from jrm_jax.rl import fits
 from jrm_jax.rl.models import CONTROLS
+from jrm_jax.study import figures
 
 COLOURS = ("#c0392b", "#2471a3", "#1e8449", "#8e44ad", "#e59866", "#148f77", "#7d6608", "#555555")
 MARKERS = ("o", "s", "^", "D", "v")  # of the arms that have a colour a second time, a third, ...
@@ -22,31 +22,21 @@ def draw(numbers: Numbers, folder: Path) -> list[Path]:
     Raises:
         UserError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise UserError("the figures need matplotlib: pip install matplotlib") from error
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     looks = {arm: look(place) for place, arm in enumerate(numbers["arms"])}
-    written = []
-    for name, (part, fill, width) in FIGURES.items():
-        arms = {arm: row[part] for arm, row in numbers["arms"].items() if row[part]}
-        path = folder / f"{name}.png"
-        if not arms:
-            path.unlink(missing_ok=True)
-            continue
-        figure, axes = plt.subplots(1, width, figsize=(4.4 * width, 3.6), squeeze=False)
-        for arm, row in arms.items():
-            fill(row, arm, looks[arm], *axes[0])
-        axes[0][0].legend(fontsize=7)
-        figure.tight_layout()
-        # without the version of the library: equal numbers give equal files
-        figure.savefig(path, dpi=100, metadata={"Software": None})
-        plt.close(figure)
-        written.append(path)
-    return written
+
+    def filled(part: str, fill: Callable[..., None]) -> Callable[..., bool]:
+        def on(numbers: Numbers, *axes: Any) -> bool:
+            arms = {arm: row[part] for arm, row in numbers["arms"].items() if row[part]}
+            for arm, row in arms.items():
+                fill(row, arm, looks[arm], *axes)
+            if arms:
+                axes[0].legend(fontsize=7)
+            return bool(arms)
+
+        return on
+
+    fills = {name: (filled(part, fill), width) for name, (part, fill, width) in FIGURES.items()}
+    return figures.draw(numbers, folder, fills)
 
 
 def look(place: int) -> dict[str, Any]:
