@@ -132,10 +132,6 @@ def patch_unit(unit: int, processor: Processor) -> int:
     return processor.merge**2 if unit <= UNIT else math.lcm(unit, processor.merge**2)
 
 
-def _up(count: int, unit: int) -> int:
-    return -(-count // unit) * unit
-
-
 def _step(count: int, unit: int = 1) -> int:
     """The smallest of unit * (0, 1, 2, 3, 4, 6, 8, 12, ...) that holds `count`."""
     units = -(-count // unit)
