@@ -355,7 +355,8 @@ class _Run:
         if found is None:
             return self._stopped(self.config.total_steps)
         for split, values in found.items():
-            self.writer.write(self.config.total_steps, split, values)
+            if split != "valid":  # which stands at its step already
+                self.writer.write(best, split, values)
             results |= {f"{split}/{name}": value for name, value in values.items()}
         results["reward_mean"], results["reward_std"] = meta["reward_mean"], meta["reward_std"]
         results["seconds"] = self.seconds

@@ -59,7 +59,8 @@ def test_a_run_reports_held_out_numbers(finished):
     assert (workdir / "config.json").exists() and list((workdir / "tensorboard").iterdir())
     rows = metrics(workdir)
     assert [r["step"] for r in rows if r["split"] == "train"] == list(range(1, STEPS + 1))
-    assert {r["step"] for r in rows if r["split"] == "valid"} == {6, STEPS}
+    assert [r["step"] for r in rows if r["split"] == "valid"] == [6, STEPS]
+    assert [r["step"] for r in rows if r["split"] in ("test", "hard")] == 2 * [results["step"]]
     assert all(np.isfinite(r["loss"]) for r in rows if r["split"] == "train")
 
 
