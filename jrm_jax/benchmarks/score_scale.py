@@ -4,7 +4,8 @@
         [--pairs=400] [--out=docs/FILE.md]
 
 Memory: a process scores `--small` groups, another `--groups`, each with a list of paths
-(`score_batch`) and with a generator that draws pictures (`iter_scores`). Programs: `--pairs`
+(`score_batch`), with such a list after `warm`, so that both have the same programs, and with a
+generator that draws pictures (`iter_scores`). Programs: `--pairs`
 made-up pairs in the layout of Multimodal RewardBench 2 (no to four pictures in a prompt, one to
 four in an answer, texts alone, 300 to 2,000 pixels) through `jrm_jax.evaluate`, with an empty cache
 of compiled programs.
@@ -34,7 +35,7 @@ FILES = 64  # pictures of a folder
 WORDS = "make the white cat on left side red and keep everything else of this picture same".split()
 TASKS = ("t2i", "edit", "interleaved", "reasoning")
 MODULE = "jrm_jax.benchmarks.score_scale"
-WAYS = ("list", "generator")
+WAYS = ("list", "list, warm", "generator")
 
 
 def draw(rng: np.random.Generator, low: int, high: int) -> PIL.Image.Image:
@@ -104,15 +105,18 @@ def score(model: str, way: str, count: int, folder: Path) -> None:
     def groups() -> Iterator[Group]:
         rng = np.random.default_rng(2)
         for _ in range(count):
-            if way == "list":
+            if way != "generator":
                 source, *edits = map(str, rng.choice(names, 3))
             else:
                 source, *edits = (draw(rng, 32, 64) for _ in range(3))
             yield Group(" ".join(rng.choice(WORDS, int(rng.integers(5, 40)))), source, edits)
 
     loaded = RewardModel.load(model)
+    if way == "list, warm":
+        loaded.warm()
     began = time.monotonic()
-    scores = loaded.score_batch(list(groups())) if way == "list" else loaded.iter_scores(groups())
+    lazy = way == "generator"
+    scores = loaded.iter_scores(groups()) if lazy else loaded.score_batch(list(groups()))
     number = sum(1 for _ in scores)
     seconds = time.monotonic() - began
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
