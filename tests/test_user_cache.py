@@ -91,6 +91,7 @@ def test_a_chosen_folder(first, tmp_path):
     _, (bits, _, _, _) = first
     found = run(tmp_path / "unused", **{user_cache.SWITCH: str(tmp_path / "chosen")})
     assert found[0] == bits and found[3] == ""
+    assert Path(found[2]).parent == tmp_path / "chosen" / user_cache.BELOW
     assert kept(tmp_path / "chosen") and not (tmp_path / "unused").exists()
     (tmp_path / "file").write_text("")
     found = run(tmp_path / "unused", **{user_cache.SWITCH: str(tmp_path / "file" / "inner")})
@@ -122,15 +123,52 @@ def test_there_need_be_no_home(monkeypatch):
     assert user_cache.folder("programs") is None and user_cache._place() is None
 
 
+def program(name: str) -> str:
+    return f"jit_{name}-{name.encode().hex():0>64}-cache"
+
+
+def write(path: Path, used: int) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(bytes(100))
+    os.utime(path, (used, 0))
+    return path
+
+
 def test_what_was_used_least_lately_goes(monkeypatch, tmp_path):
     monkeypatch.setattr(user_cache, "LIMIT", 250)
+    place = tmp_path / user_cache._machine()
     for name, used in (("a", 30), ("b", 10), ("c", 20), ("d", 40)):
-        path = tmp_path / "machine" / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(bytes(100))
-        os.utime(path, (used, 0))
+        write(place / program(name), used)
     user_cache._trim(tmp_path)
-    assert [path.name for path in sorted((tmp_path / "machine").iterdir())] == ["a", "d"]
+    assert sorted(path.name for path in place.iterdir()) == [program("a"), program("d")]
+
+
+def test_nothing_but_programs_is_ever_removed(monkeypatch, tmp_path):
+    """The folder may be the user's home, a shared disk, or one that looks like a machine's."""
+    monkeypatch.setattr(user_cache, "LIMIT", 0)
+    monkeypatch.setattr(user_cache, "_use", lambda settings: None)
+    monkeypatch.setattr("warnings.showwarning", None)
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    monkeypatch.setenv(user_cache.SWITCH, str(tmp_path))
+    place = user_cache._place()
+    ours = write(place / program("old"), 1)
+    digest = "0" * 64
+    theirs = [
+        write(folder / name, 1)
+        for folder in (tmp_path, tmp_path / "thesis", tmp_path / place.name, place.parent, place)
+        for name in ("chapter0.txt", "100/trainable/manifest.ocdbt", f"{digest}-cache", "w-cache")
+    ]
+    # JAX's names, but not in a machine's folder of ours
+    theirs += [write(tmp_path / program("x"), 1), write(place.parent / "a" / program("x"), 1)]
+    elsewhere = write(tmp_path / "elsewhere" / program("x"), 1)
+    (place.parent / "linked-0123456789ab").symlink_to(elsewhere.parent)
+    (place / program("link")).symlink_to(elsewhere)
+    user_cache.keep_programs()
+    assert not ours.exists() and elsewhere.exists() and all(path.exists() for path in theirs)
+    damaged, other = write(place / program("damaged"), 1), write(place / "jit_damaged-notes.txt", 1)
+    words = "persistent compilation cache entry for 'jit_damaged': it is cut short"
+    user_cache._mend(place, None, f"Error reading {words}")
+    assert not damaged.exists() and other.exists()
 
 
 def test_machines_that_differ_do_not_share(monkeypatch):

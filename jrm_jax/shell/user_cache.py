@@ -3,8 +3,8 @@
 Programs are kept by JAX's own persistent compilation cache. One switch, an environment variable:
 
     JRM_COMPILATION_CACHE=off       nothing is kept
-    JRM_COMPILATION_CACHE=FOLDER    kept there; otherwise in ~/.cache/jrm_jax/programs, or where
-                                    XDG_CACHE_HOME says
+    JRM_COMPILATION_CACHE=FOLDER    kept in FOLDER/jrm_jax_programs; otherwise in
+                                    ~/.cache/jrm_jax/programs, or where XDG_CACHE_HOME says
 
 Who sets JAX's JAX_COMPILATION_CACHE_DIR, or configures JAX in Python, is left alone. A kept program
 is the compiled one, to the bit: what it computes does not change. Commands keep programs for as
@@ -21,6 +21,8 @@ import importlib.util
 import os
 import pkgutil
 import platform
+import re
+import stat
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -31,6 +33,9 @@ from jrm_jax.shell.terminal import say
 
 SWITCH = "JRM_COMPILATION_CACHE"
 LIMIT = 2 * 10**9  # bytes; what was used least lately goes first, at the start of a command
+BELOW = "jrm_jax_programs"  # in a folder that the user chose, where other files may lie
+# JAX's names of files. Nothing else is ever removed, wherever the user has put the cache.
+_MACHINE, _PROGRAM = r"\w*-[0-9a-f]{12}", r".+-[0-9a-f]{64}-(cache|atime)"
 SHORTEST = 0.1  # seconds; what compiles faster is not worth a file
 
 
@@ -84,7 +89,7 @@ def _place() -> Path | None:
     chosen = os.environ.get(SWITCH, "")
     if chosen.lower() in ("off", "0", "no", "false") or os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return None
-    root = Path(chosen).expanduser().absolute() if chosen else folder("programs")
+    root = Path(chosen).expanduser().absolute() / BELOW if chosen else folder("programs")
     return None if root is None else _try(root, say if chosen else None)
 
 
@@ -96,7 +101,7 @@ def _try(root: Path, tell: Callable[[str], None] | None) -> Path | None:
         tempfile.TemporaryFile(dir=place).close()
     except OSError as error:
         if tell is not None:
-            tell(f"compiled programs are not kept: {root}: {error.strerror}")
+            tell(f"compiled programs are not kept: {root.parent}: {error.strerror}")
         return None
     return place
 
@@ -141,13 +146,20 @@ def _use(settings: dict[str, Any]) -> None:
     compilation_cache.reset_cache()  # it takes the settings of its first use
 
 
+def _programs(place: Path) -> list[Path]:
+    """The kept programs in the folder of a machine: what may be removed."""
+    if not re.fullmatch(_MACHINE, place.name) or place.is_symlink():
+        return []
+    return [path for path in place.glob("*") if re.fullmatch(_PROGRAM, path.name)]
+
+
 def _trim(root: Path) -> None:
-    """Remove files, those used least lately first, until `LIMIT` holds."""
+    """Remove programs, those used least lately first, until `LIMIT` holds."""
     found = []
-    for path in root.rglob("*"):
+    for path in (path for place in root.glob("*") for path in _programs(place)):
         with contextlib.suppress(OSError):  # another process may trim too
-            about = path.stat()
-            if path.is_file():
+            about = path.lstat()
+            if stat.S_ISREG(about.st_mode):
                 found.append((max(about.st_atime, about.st_mtime), about.st_size, path))
     total = sum(size for _, size, _ in found)
     for _, size, path in sorted(found):
@@ -169,7 +181,8 @@ def _mend(place: Path, show: Any, message: Any, *rest: Any, **options: Any) -> N
     if words.startswith("Error writing"):
         say(f"a compiled program cannot be kept in {place} ({reason})")
         return
-    for path in place.glob(f"{name}-*"):
-        with contextlib.suppress(OSError):
-            path.unlink()
+    for path in _programs(place):
+        if path.name.startswith(f"{name}-"):
+            with contextlib.suppress(OSError):
+                path.unlink()
     say(f"a kept program cannot be read ({reason}): it is compiled again")
