@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image as Pillow
 
-from jrm_jax.data.ingest.pictures import check_image, image_reader
+from jrm_jax.data.ingest.pictures import GroupPictures, check_image
 from jrm_jax.data.parsing import parse_json
 from jrm_jax.data.schema import (
     Candidate,
@@ -236,7 +236,7 @@ def test_image_files(tmp_path):
     whole = (tmp_path / "whole.png").read_bytes()
     (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "text.png").write_text("not a picture")
-    read = image_reader(tmp_path)
+    read = GroupPictures(tmp_path).read
     assert read("good.png") == png() and read("whole.png") == whole
     for name, words in (("cut.png", "truncated"), ("text.png", "Pillow knows")):
         obj = broken(prompt=[{"image": name}])

@@ -1,15 +1,20 @@
 """Scores of a file of groups: row by row, goes on after a stop, errors in their rows."""
 
+import datetime
+import decimal
 import json
 
 import jax
 import numpy as np
 import pytest
+from benchmark_files import png
+from layout_case import parquet
 from test_score import files, groups, model, workdir  # noqa: F401  fixtures
 
 from jrm_jax import RewardModel, score
 from jrm_jax.errors import UserError
 from jrm_jax.serving import files as scored_files
+from jrm_jax.serving.groups import Scores
 
 
 def many(files, tmp_path, rows):
@@ -116,3 +121,143 @@ def test_options_of_files_that_do_not_fit_are_one_line(workdir, files, tmp_path,
     with pytest.raises(SystemExit, match=words) as ended:
         score.main([f"--model={workdir}", *filled])
     assert "\n" not in str(ended.value)
+
+
+# Rows, without a model
+
+
+class Lengths:
+    """Stands in for a model: a picture's score is the number of its bytes."""
+
+    batch_size, card = 2, {"stamp": {}}
+
+    def problem(self, picture):
+        return None
+
+    def need(self, group):
+        return None
+
+    def iter_found(self, groups, like):
+        for group in groups:
+            reward_K1 = np.asarray([[len(data)] for data in group.candidates], np.float32)
+            yield Scores(reward_K1, reward_K1, ("overall",))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder of groups' pictures; a.png and b.png differ in their scores."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for number, name in enumerate(("cat", "a", "b")):
+        (folder / f"{name}.png").write_bytes(png(number) + bytes(number))
+    return folder
+
+
+def scored(source, out, **options):
+    scored_files.score_file(Lengths(), source, out, **options)
+    return lines_of(out)
+
+
+PARTS = [{"text": "Make it white", "image": None}, {"text": None, "image": "cat.png"}]
+PLAIN = {"instruction": "Make it white", "source": "cat.png", "candidates": ["a.png", "b.png"]}
+
+
+@pytest.mark.parametrize("row", [
+    PLAIN,
+    {"prompt": PARTS, "candidates": [{"parts": [{"text": None, "image": f"{n}.png"}],
+                                      "critique": None} for n in "ab"], "critique": None},
+    {"prompt": ["Make it white", {"image": {"bytes": None, "path": "cat.png"}}],
+     "candidates": [{"image": "a.png"}, {"image": "b.png"}], "chosen": None},
+    {"instruction": "Make it white", "source": "cat.png", "chosen": "a.png", "rejected": "b.png"},
+])  # fmt: skip
+def test_every_form_of_a_record_is_scored(folder, row):
+    (folder / "in.jsonl").write_text(json.dumps(row) + "\n")
+    (found,) = scored(folder, folder.parent / "out.jsonl")
+    sizes = [(folder / f"{name}.png").stat().st_size for name in "ab"]
+    assert [one["reward"] for one in found["candidates"]] == sizes
+    assert [one["picture"] for one in found["candidates"]] == ["a.png", "b.png"]
+
+
+def test_rows_of_a_prepared_set_and_pictures_in_parquet_are_scored(folder):
+    data = {name: (folder / f"{name}.png").read_bytes() for name in ("cat", "a", "b")}
+    record = json.dumps({"prompt": ["Make it white", 0], "dimensions": ["overall"],
+                         "candidates": [[[1], None, False], [[2], None, False]],
+                         "preference": [[[0.5], [1]], [[0], [0.5]]],
+                         "weight": [[[0], [1]], [[1], [0]]]})  # fmt: skip
+    parquet(folder / "a.parquet", [{"id": "x", "record": record, "images": list(data.values())}])
+    parquet(folder / "b.parquet", [{
+        "id": "y", "prompt": [{"text": "Make it white", "image": None},
+                              {"text": None, "image": {"bytes": data["cat"], "path": None}}],
+        "candidates": [{"bytes": data["a"], "path": "a"}, {"bytes": data["b"], "path": None}],
+    }])  # fmt: skip
+    found = scored(folder, folder.parent / "out.jsonl")
+    assert [row["id"] for row in found] == ["x", "y"]
+    for row in found:
+        assert [one["reward"] for one in row["candidates"]] == [len(data["a"]), len(data["b"])]
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"prompt": [{"text": 5}], "candidates": [{"image": "a.png"}]}, "prompt[0].text"),
+    ({"prompt": [{"image": 5}], "candidates": [{"image": "a.png"}]}, "prompt[0].image"),
+    ({"prompt": "Add", "candidates": [{"image": "a.png"}, "b"]}, "candidates[1]"),
+    ({"prompt": "Add", "candidates": None}, "candidates"), ({"record": "x"}, "is missing"),
+    ({"record": "[]", "images": []}, "record"), ({"record": "1", "images": 3}, "images"),
+    ({"candidates": {"a": 1}}, "holds no picture"), ({"source": 3}, "source"),
+    ({"chosen": "a.png"}, "rejected"), ({"id": [1]}, "'id'"), ({"id": True}, "'id'"),
+])  # fmt: skip
+def test_a_bad_row_has_its_error_and_the_rest_is_scored(folder, changes, words):
+    plain = {} if "prompt" in changes or "record" in changes or "chosen" in changes else PLAIN
+    rows = [{**plain, **changes}, {**PLAIN, "id": 8.0}]
+    (folder / "in.json").write_text(json.dumps(rows))
+    bad, good = scored(folder, folder.parent / "out.jsonl")
+    said = bad["error"] if "error" in bad else bad["candidates"][0]["error"]
+    assert words in said and good["id"] == 8 and "reward" in good["candidates"][0]
+
+
+def test_ids_of_parquet_that_json_cannot_hold(folder):
+    for number, name in enumerate((b"x", datetime.date(2026, 1, 1), decimal.Decimal("1.5"))):
+        parquet(folder / f"{number}.parquet", [{**PLAIN, "id": name}])
+    found = scored(folder, folder.parent / "out.jsonl")
+    assert len(found) == 3 and all("field 'id'" in row["error"] for row in found)
+
+
+def test_an_output_may_lie_in_the_folder_of_the_input(folder, monkeypatch, capsys):
+    (folder / "in.jsonl").write_text(json.dumps(PLAIN) + "\n" + json.dumps(PLAIN) + "\n")
+    (folder / "about.json").write_text('{"made": "by us"}')
+    out = folder / "scores.jsonl"
+    with monkeypatch.context() as patch:
+        patch.setattr(Lengths, "iter_found", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            scored(folder, out)
+    assert out.exists() and (folder / "scores.jsonl.state.json").exists()
+    assert len(scored(folder, out)) == 2
+    again = scored(folder, folder / "again.jsonl")  # scores.jsonl is no input
+    assert len(again) == 2 and "reward" in again[1]["candidates"][0]
+    said = capsys.readouterr().err
+    assert "about.json must hold" in said and "scores.jsonl holds scores" in said
+    (folder / "in.jsonl").unlink()
+    with pytest.raises(UserError, match="no file of groups"):
+        scored(folder, folder / "more.jsonl")
+
+
+@pytest.mark.parametrize("line", [
+    '{"row": 1, "candi\n', "\0\0\0\n", '{"row": 7, "error": ""}\n', "3\n",
+])  # fmt: skip
+def test_damaged_files_of_a_stopped_scoring(folder, line):
+    source, out = folder / "in.jsonl", folder.parent / "out.jsonl"
+    source.write_text((json.dumps(PLAIN) + "\n") * 3)
+    whole = scored(source, out)
+    kept = out.read_text()
+    state = out.with_name("out.jsonl.state.json")
+    state.write_text(json.dumps(scored_files._facts(Lengths(), [source], folder)))
+    out.write_text(kept.splitlines(True)[0] + line + kept.splitlines(True)[2])
+    assert scored(source, out) == whole and not state.exists()
+    state.write_text('{"files": ')
+    with pytest.raises(UserError, match="state.json is not JSON .*: give another --output, or"):
+        scored(source, out)
+
+
+def test_an_output_that_cannot_be_written_is_one_line(folder):
+    (folder / "in.jsonl").write_text(json.dumps(PLAIN) + "\n")
+    with pytest.raises(UserError, match="cannot be written: .*a part of this path is a file"):
+        scored(folder, folder / "cat.png" / "new" / "out.jsonl")

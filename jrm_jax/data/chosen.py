@@ -28,15 +28,19 @@ _PLACE = "<image>"  # where a text of messages has the next of `images`
 _LIKE = 0.85  # share of equal letters from which an unknown field is a misspelt known one
 
 
+def is_pair(obj: Mapping[str, Any]) -> bool:
+    """Whether an object has an answer of one side at least."""
+    return any(obj.get(name) is not None for name in SIDES)
+
+
 def as_group(obj: Mapping[str, Any], where: str) -> Mapping[str, Any]:
-    """A pair as prompt, candidates and ranks; anything else as it is. Null fields are absent ones.
+    """A pair as prompt, candidates and ranks; anything else as it is. No field is null.
 
     Raises:
         RecordError: names the field that is missing or has another form.
     """
-    if not isinstance(obj, dict) or "candidates" in obj or not set(SIDES) & set(obj):
+    if not isinstance(obj, dict) or "candidates" in obj or not is_pair(obj):
         return obj
-    obj = {name: value for name, value in obj.items() if value is not None}
     for name in SIDES:
         if name not in obj:
             raise field_error(where, name, "is missing beside the other answer")
@@ -54,9 +58,9 @@ def as_group(obj: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     for name in _SOURCES:
         if name in obj:
             several = obj[name] if isinstance(obj[name], list) else [obj[name]]
-            prompt += [{"image": value} for value in map(_picture, several)]
+            prompt += [{"image": value} for value in several]
     answers = [[read.answer(value, side) for value in _several(obj[side])] for side in SIDES]
-    prompt += [{"image": value} for value in map(_picture, unnamed)]
+    prompt += [{"image": value} for value in unnamed]
     group = {name: obj[name] for name in _KEPT if name in obj}
     ranks = [place for place, values in enumerate(answers, 1) for _ in values]
     return group | {"prompt": prompt, "candidates": [*answers[0], *answers[1]], "ranks": ranks}
@@ -95,11 +99,9 @@ class _Reader:
             if value.get("type") == "image_url":
                 link = value.get("image_url")
                 return [{"image": link.get("url") if isinstance(link, dict) else link}]
-            named = {k: v for k, v in value.items() if k in ("text", "image") and v is not None}
+            named = {k: v for k, v in value.items() if k in ("text", "image")}
             if value.get("type") == "image" and not named:
                 return [{"image": self._next(field)}]
-            if value and set(value) <= {"bytes", "path"}:
-                return [{"image": _picture(value)}]
             if len(named) == 1 and set(value) <= {"text", "image", "type"}:
                 return [named]
         words = "must be a text, a picture's name, or a list of parts or messages"
@@ -120,7 +122,7 @@ class _Reader:
         if found is None:
             words = "has a place for a picture, and 'images' holds none for it"
             raise field_error(self._where, field, words)
-        return _picture(found)
+        return found
 
 
 def _text(value: str) -> dict[str, str]:
@@ -129,11 +131,6 @@ def _text(value: str) -> dict[str, str]:
 
 def _named_or_text(value: str) -> dict[str, str]:
     return {"image" if ends_like_picture(value) else "text": value}
-
-
-def _picture(value: Any) -> Any:
-    """A name or bytes, of a Hugging Face column ({'bytes', 'path'}), too."""
-    return value.get("bytes") or value.get("path") if isinstance(value, dict) else value
 
 
 def _is_message(value: Any) -> bool:

@@ -10,6 +10,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from types import UnionType
 from typing import Any
 
 import numpy as np
@@ -138,7 +139,7 @@ def shown(value: Any) -> str:
     return json.dumps(value, default=repr)[:40]
 
 
-def check_type(value: Any, kind: type, where: str, field: str, words: str) -> None:
+def check_type(value: Any, kind: type | UnionType, where: str, field: str, words: str) -> None:
     if not isinstance(value, kind):
         raise field_error(where, field, f"is {shown(value)}, must be {words}")
 

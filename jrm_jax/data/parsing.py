@@ -7,7 +7,9 @@
      "scores": {"overall": [8, 5]}}              or "ranks": [1, 2], or "preference": [[..]]
 
 A part may be a bare string (text), a prompt or a candidate may be one string or a list of parts.
-Pairs may be written with `chosen` and `rejected`, see `chosen.py`.
+Pairs may be written with `chosen` and `rejected`, see `chosen.py`. As parquet brings such objects,
+a null field is an absent one, and a picture may be bytes or {'bytes', 'path'} (an image column of
+Hugging Face) in place of its name.
 """
 
 from __future__ import annotations
@@ -16,9 +18,9 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jrm_jax.data.chosen import SIDES, as_group
+from jrm_jax.data.chosen import as_group, is_pair
 from jrm_jax.data.labels import check_keys, check_type, field_error, parse_labels, read_id
-from jrm_jax.data.picture_names import ends_like_picture, short
+from jrm_jax.data.picture_names import ends_like_picture, name_or_bytes, short
 from jrm_jax.data.schema import (
     DEFAULT_DIMENSIONS,
     Candidate,
@@ -36,11 +38,12 @@ _EXAMPLE_KEYS = (
 )  # fmt: skip
 _LABELS = ("ranks", "scores", "preference")
 _CANDIDATE_KEYS = ("parts", "critique", "score_line")
+ReadImage = Callable[[str | bytes], bytes]
 
 
 def parse_json(
     obj: Any,
-    read_image: Callable[[str], bytes],
+    read_image: ReadImage,
     where: str,
     *,
     default_id: str | None = None,
@@ -49,7 +52,8 @@ def parse_json(
     """Turn one JSON object (see the top of this file) into a validated example.
 
     Args:
-        read_image: image name -> encoded bytes, e.g. `pictures.image_reader(folder)`.
+        read_image: a picture's name, or its encoded bytes where they stand in the object, -> the
+            bytes that the example keeps, e.g. `pictures.GroupPictures(folder).read`.
         where: 'file:line', the beginning of every message.
         default_id: id of an object without one; default: `where`.
         is_file: whether a text names a picture's file; then it must be said which is meant.
@@ -64,20 +68,15 @@ def parse_json(
         UserError: one line that names file, line and field.
     """
     check_type(obj, dict, where, "(whole line)", "an object")
+    obj = _plain(obj)
     if "critique" in obj:
         raise field_error(
             where, "critique", "is comparative (it stands beside the candidates); give one critique"
             " per candidate, as candidates[i].critique, about that candidate alone",
         )  # fmt: skip
     obj = as_group(obj, where)
-    check_keys(obj, _EXAMPLE_KEYS, ("prompt", "candidates"), where, "")
-    read = _Parts(read_image, is_file, where)
-    prompt = read(obj["prompt"], "prompt")
-    check_type(obj["candidates"], list, where, "candidates", "a list")
-    candidates = tuple(
-        _parse_candidate(value, read, where, f"candidates[{index}]")
-        for index, value in enumerate(obj["candidates"])
-    )
+    check_keys(obj, _EXAMPLE_KEYS, (), where, "")
+    prompt, candidates = _prompt_and_candidates(obj, read_image, where, is_file)
     check_count(candidates, where)
     if obj.get("dimensions") is not None:
         check_type(obj["dimensions"], list, where, "dimensions", "a list of names")
@@ -98,6 +97,42 @@ def parse_json(
     return example
 
 
+def parse_parts(
+    obj: Any, read_image: ReadImage, where: str, is_file: Callable[[str], bool]
+) -> tuple[tuple[Part, ...], tuple[Candidate, ...]]:
+    """(prompt, candidates) of such an object, whatever else it says: no labels are needed.
+
+    Raises:
+        UserError: as `parse_json`.
+    """
+    check_type(obj, dict, where, "(whole line)", "an object")
+    return _prompt_and_candidates(as_group(_plain(obj), where), read_image, where, is_file)
+
+
+def _plain(value: Any) -> Any:
+    """Without nulls in objects, with pictures as their names or bytes."""
+    value = name_or_bytes(value)
+    if isinstance(value, dict):
+        plain = ((name, _plain(item)) for name, item in value.items())
+        return {name: item for name, item in plain if item is not None}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _prompt_and_candidates(
+    obj: Mapping[str, Any], read_image: ReadImage, where: str, is_file: Callable[[str], bool]
+) -> tuple[tuple[Part, ...], tuple[Candidate, ...]]:
+    for name in ("prompt", "candidates"):
+        if name not in obj:
+            raise field_error(where, name, "is missing")
+    read = _Parts(read_image, is_file, where)
+    prompt = read(obj["prompt"], "prompt")
+    check_type(obj["candidates"], list, where, "candidates", "a list")
+    return prompt, tuple(
+        _parse_candidate(value, read, where, f"candidates[{index}]")
+        for index, value in enumerate(obj["candidates"])
+    )
+
+
 def _parse_candidate(value: Any, read: _Parts, where: str, field: str) -> Candidate:
     if not isinstance(value, dict) or "text" in value or "image" in value:
         return Candidate(read(value, field, answer=True))
@@ -113,11 +148,11 @@ def _parse_candidate(value: Any, read: _Parts, where: str, field: str) -> Candid
 class _Parts:
     """Reads the parts of one line."""
 
-    def __init__(self, read_image: Callable[[str], bytes], is_file: Callable, where: str):
+    def __init__(self, read_image: ReadImage, is_file: Callable[[str], bool], where: str):
         self._read_image, self._is_file, self._where = read_image, is_file, where
 
     def __call__(self, value: Any, field: str, answer: bool = False) -> tuple[Part, ...]:
-        if isinstance(value, (str, dict)):
+        if isinstance(value, str | bytes | dict):
             value = [value]
         check_type(value, list, self._where, field, "text or a list of parts")
         return tuple(
@@ -129,14 +164,17 @@ class _Parts:
         if isinstance(part, str):
             self._check_text_is_meant(part, name, answer)
             part = {"text": part}
+        if isinstance(part, bytes):
+            part = {"image": part}
         check_type(part, dict, where, name, 'a string, {"text": ...} or {"image": ...}')
         check_keys(part, ("text", "image"), (), where, name)
         if len(part) != 1:
             raise field_error(where, name, "needs exactly one of 'text' and 'image'")
         ((kind, content),) = part.items()
-        check_type(content, str, where, f"{name}.{kind}", "a string")
         if kind == "text":
+            check_type(content, str, where, f"{name}.text", "a string")
             return Text(content)
+        check_type(content, str | bytes, where, f"{name}.image", "a string")
         try:
             return Image(self._read_image(content))
         except RecordError as error:
@@ -159,13 +197,17 @@ class _Parts:
 
 def named_dimensions(obj: Mapping[str, Any]) -> tuple[str, ...]:
     """Reward dimensions that a line of JSON names: its `dimensions`, else the names in `scores` or
-    `ranks`, else 'overall' where it has labels without names, else none."""
+    `ranks`, else 'overall' where it has labels without names or is a pair, else none. The same of
+    the raw line and of the one that `parse_json` makes of it, and without its candidates."""
     names = obj.get("dimensions")
     if names is not None:
         right = isinstance(names, list) and all(isinstance(name, str) for name in names)
         return tuple(names) if right else ()
-    if "candidates" not in obj and set(SIDES) & set(obj):
+    if is_pair(obj):
         return DEFAULT_DIMENSIONS
-    labels = [obj[key] for key in _LABELS if obj.get(key) is not None]
-    named = [tuple(value) for value in labels if isinstance(value, dict) and value]
-    return named[0] if named else DEFAULT_DIMENSIONS if labels else ()
+    for label in (obj[key] for key in _LABELS if obj.get(key) is not None):
+        if not isinstance(label, dict):
+            return DEFAULT_DIMENSIONS
+        if named := tuple(name for name, values in label.items() if values is not None):
+            return named
+    return ()

@@ -7,6 +7,7 @@ import base64
 import binascii
 import urllib.parse
 from pathlib import Path
+from typing import Any
 
 # Pillow reads them all; what a file is called matters only where text might be meant
 _ENDINGS = (
@@ -46,6 +47,14 @@ def decode_base64(body: bytes) -> bytes:
         return base64.b64decode(body + b"=" * (-len(body) % 4), validate=True)
     except binascii.Error as error:
         raise ValueError(f"base64 that cannot be decoded ({error})") from error
+
+
+def name_or_bytes(value: Any) -> Any:
+    """Of {'bytes', 'path'}, as a Hugging Face image column comes: the bytes, else the name; None
+    where it has neither. Anything else as it is."""
+    if isinstance(value, dict) and value and set(value) <= {"bytes", "path"}:
+        return value.get("bytes") or value.get("path")
+    return value
 
 
 def read_named(name: str, folder: Path = Path()) -> bytes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +12,7 @@ from jrm_jax.data.ingest import rows as source
 from jrm_jax.data.picture_names import inline_picture, short
 from jrm_jax.errors import UserError
 from jrm_jax.evaluation.cases import Picture
+from jrm_jax.shell import disk
 
 find = source.find
 
@@ -22,12 +22,7 @@ def read_json(path: str | Path) -> Any:
     Raises:
         UserError: missing, or no JSON.
     """
-    try:
-        return _readable(json.loads(Path(path).read_text(encoding="utf-8-sig")))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error})") from error
+    return _readable(disk.read_json(path))
 
 
 def _readable(value: Any) -> Any:

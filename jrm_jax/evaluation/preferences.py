@@ -1,4 +1,4 @@
-"""A user's own JSON lines (see `jrm_jax.data.parsing`), prepared data sets, and the built-in world.
+"""A user's own examples (see `data.ingest.records`), prepared data sets, and the built-in world.
 
 No official layout: predictions are JSON lines {'id', 'scores': [one per candidate]}, or
 {'id', 'scores': {dimension: [..]}}.
@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from jrm_jax.data.ingest.rows import is_place
-from jrm_jax.data.parsing import parse_json
+from jrm_jax.data.ingest.records import read_example
+from jrm_jax.data.ingest.rows import SUFFIXES, is_place
 from jrm_jax.data.schema import Image, PreferenceExample, from_record
 from jrm_jax.data.store import MANIFEST, open_dataset
 from jrm_jax.errors import UserError
@@ -43,7 +43,7 @@ WORLD_SPLITS = ("test", "hard")
 
 
 def read_jsonl(path: str, issues: Issues, images: files.Images | None = None) -> Benchmark:
-    """JSON lines with picture paths beside them, or a data set that builders.py prepared.
+    """JSON lines, a JSON list or parquet of examples, or a data set that builders.py prepared.
 
     Raises:
         UserError: no such files, or a data set that holds nothing but what models train on. A line
@@ -70,19 +70,20 @@ def read_jsonl(path: str, issues: Issues, images: files.Images | None = None) ->
     def bad(error: UserError) -> None:
         issues.add("line that is no valid example (left out)", error)
 
-    for row in files.read_rows(path, images, (".jsonl", ".json"), bad):
+    for row in files.read_rows(path, images, SUFFIXES, bad):
         pictures: dict[bytes, Picture] = {}
 
-        def read(name: str, row=row, pictures=pictures) -> bytes:
+        def read(value: str | bytes, row=row, pictures=pictures) -> bytes:
             # the schema keeps bytes; a mark stands for the file, which is read when scored
-            pictures[name.encode()] = row.picture(name, "picture")
-            return name.encode()
+            mark = value.encode() if isinstance(value, str) else value
+            pictures[mark] = row.picture(value, "picture")
+            return mark
 
         def is_file(name: str, row=row) -> bool:
             return os.path.isfile(row.path(name))
 
         try:
-            example = parse_json(row.fields, read, row.where, is_file=is_file)
+            example = read_example(row.fields, row.where, read, is_file)
         except UserError as error:
             bad(error)
             continue

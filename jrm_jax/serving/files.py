@@ -6,7 +6,8 @@ A row of the input (JSON lines, a JSON list, CSV, parquet) is one group:
 
 `source` may be absent, empty, one picture or a list; `edit` is one candidate (the columns of a CSV
 are instruction,source,edit). The records that `jrm_jax.data.builders jsonl` reads are groups, too,
-where their candidates are pictures. A row of the output, in the order of the input:
+where their candidates are pictures: `prompt` and `candidates`, pairs with `chosen` and `rejected`,
+rows of a prepared set; labels are not needed. A row of the output, in the order of the input:
 
     {"row": 0, "id": "7", "candidates": [{"picture": "a.png", "reward": 0.5, "normalised": 0.1}]}
 
@@ -24,17 +25,22 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jrm_jax.data.chosen import is_pair
+from jrm_jax.data.ingest import rows as source_rows
 from jrm_jax.data.ingest.pictures import GroupPictures
-from jrm_jax.data.ingest.rows import find, read_rows
-from jrm_jax.data.labels import check_text, field_error
+from jrm_jax.data.ingest.records import read_parts
+from jrm_jax.data.ingest.rows import NoRows, read_rows
+from jrm_jax.data.labels import check_text, field_error, read_id
+from jrm_jax.data.schema import Part, Text
 from jrm_jax.errors import UserError
 from jrm_jax.serving.groups import Group
 from jrm_jax.serving.planned import ahead
 from jrm_jax.serving.reward_model import FIRST, RewardModel
 from jrm_jax.serving.rows import Needs
-from jrm_jax.shell import terminal
+from jrm_jax.shell import disk, terminal
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+SUFFIXES = (*source_rows.SUFFIXES, ".csv", ".tsv")
+_ROW = "row"  # what rows of an output begin with, and their number
 
 
 class _Asked(NamedTuple):
@@ -63,18 +69,17 @@ def score_file(
         UserError: `out` is complete already or belongs to other files or another model, or a file
             cannot be read or written.
     """
-    files = find(source, SUFFIXES)
+    state = out.with_name(out.name + ".state.json")
+    files = _find(source, (out, state))
     total = sum(1 for file in files for _ in read_rows(file, _first_column))
     pictures = images or (source if source.is_dir() else source.parent)
-    state = out.with_name(out.name + ".state.json")
-    done, failed = _begin(out, state, _facts(model, files, pictures))
-
     def asked(first: int, last: int | None = None) -> Iterator[_Asked]:
         rows = itertools.chain.from_iterable(read_rows(file) for file in files)
         some = itertools.islice(rows, first, last)
         return ahead(lambda row: _ask(model, *row, pictures), some, 2 * model.batch_size)
 
     try:
+        done, failed = _begin(out, state, _facts(model, files, pictures))
         bar = terminal.Bar("scoring", total)
         bar.done = done
         with out.open("a", encoding="utf-8") as file, bar:
@@ -82,14 +87,45 @@ def score_file(
             begun = asked(0, FIRST * model.batch_size)
             like = [model.need(one.group) for one in begun if one.group]
             for found in _score(model, asked(done), like):
-                file.write(json.dumps({"row": done, **found}, ensure_ascii=False) + "\n")
+                file.write(json.dumps({_ROW: done, **found}, ensure_ascii=False) + "\n")
                 file.flush()
                 done, failed = done + 1, failed + has_error(found)
                 bar.show(done)
+        state.unlink()
     except OSError as error:
-        raise UserError(f"{out} cannot be written: {error.strerror or error}") from error
-    state.unlink()
+        raise UserError(f"{out} cannot be written: {disk.explain(error, out)}") from error
     return done, failed
+
+
+def _find(source: Path, own: Sequence[Path]) -> list[Path]:
+    """Files of the input. Of a folder's, those that are our own are left out (`own`, and outputs of
+    earlier runs), and JSON files that hold no rows."""
+    places = {path.resolve() for path in own}
+    found = source_rows.find(source, SUFFIXES)
+    if source.is_file():
+        return found
+    files = []
+    for file in (file for file in found if file.resolve() not in places):
+        try:
+            first = next(read_rows(file, _first_column), None)
+        except NoRows as error:
+            terminal.say(f"passed over: {error}")
+            continue
+        except UserError:  # told when it is read
+            first = None
+        if first is not None and _is_of_an_output(first[1]):
+            terminal.say(f"passed over: {file} holds scores that were written by this command")
+            continue
+        files.append(file)
+    if not files:
+        raise UserError(f"{source} holds no file of groups (of {', '.join(SUFFIXES)})")
+    return files
+
+
+def _is_of_an_output(row: Any) -> bool:
+    """Whether a file that begins with this row was written here."""
+    wanted = {_ROW, "id", "candidates", "error"}
+    return isinstance(row, dict) and row.get(_ROW) == 0 and set(row) <= wanted and len(row) > 1
 
 
 def has_error(found: dict[str, Any]) -> bool:
@@ -112,14 +148,17 @@ def _facts(model: RewardModel, files: list[Path], pictures: Path) -> dict[str, A
 
 
 def _begin(out: Path, state: Path, facts: dict[str, Any]) -> tuple[int, int]:
-    """(complete lines of the output, those with an error); a torn last line is cut off."""
+    """(complete lines of the output, those with an error); from a damaged line on it is cut off."""
     if not out.exists():
         out.parent.mkdir(parents=True, exist_ok=True)
-        state.write_text(json.dumps(facts), encoding="utf-8")
+        whole = state.with_name(state.name + ".part")
+        whole.write_text(json.dumps(facts), encoding="utf-8")
+        whole.replace(state)
         return 0, 0
     if not state.exists():
         raise UserError(f"{out} exists and is complete: give another --output, or remove it")
-    if json.loads(state.read_text(encoding="utf-8")) != facts:
+    advice = f"give another --output, or remove it and {out.name}"
+    if disk.read_json(state, advice) != facts:
         raise UserError(
             f"{out} was begun with other files or another model: give another --output, or remove "
             f"it and {state.name}"
@@ -127,11 +166,22 @@ def _begin(out: Path, state: Path, facts: dict[str, Any]) -> tuple[int, int]:
     done = failed = end = 0
     with out.open("rb") as lines:
         for line in lines:
-            if not line.endswith(b"\n"):
+            found = _complete(line, done)
+            if found is None:
                 break
-            done, failed, end = done + 1, failed + has_error(json.loads(line)), end + len(line)
+            done, failed, end = done + 1, failed + has_error(found), end + len(line)
     os.truncate(out, end)
     return done, failed
+
+
+def _complete(line: bytes, number: int) -> dict[str, Any] | None:
+    """The row of the output with this number that a line holds; None where it is damaged."""
+    try:
+        found = json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:
+        return None
+    whole = isinstance(found, dict) and found.get(_ROW) == number
+    return found if whole and ("candidates" in found or "error" in found) else None
 
 
 def _score(model: RewardModel, asked: Iterable[_Asked], like: list[Needs]) -> Iterator[dict]:
@@ -166,19 +216,23 @@ def _error(error: UserError) -> dict[str, str]:
 
 
 def _ask(model: RewardModel, where: str, row: Any, folder: Path) -> _Asked:
+    named: dict[str, Any] = {}
     try:
         if isinstance(row, UserError):
             raise row
+        named = _named(row, where)
         group, candidates = _group(model, row, where, GroupPictures(folder))
     except UserError as error:
-        return _Asked(_named(row) | _error(error))
+        return _Asked(named | _error(error))
     scored = [one for one in candidates if "error" not in one]
-    return _Asked(_named(row) | {"candidates": candidates}, group if scored else None, scored)
+    return _Asked(named | {"candidates": candidates}, group if scored else None, scored)
 
 
-def _named(row: Any) -> dict[str, Any]:
-    name = row.get("id") if isinstance(row, dict) else None
-    return {} if name is None else {"id": name}
+def _named(row: dict[str, Any], where: str) -> dict[str, Any]:
+    """The id of a row of the output: that of the input, a whole number as a number."""
+    value = row.get("id")
+    name = read_id(value, where)
+    return {} if name is None else {"id": value if isinstance(value, str) else int(name)}
 
 
 def _group(
@@ -189,8 +243,8 @@ def _group(
     Raises:
         UserError: no instruction, no candidates, or a source that cannot be read.
     """
-    if "prompt" in row:
-        row = _of_record(row, where)
+    if is_pair(row) or any(row.get(name) is not None for name in ("prompt", "record")):
+        row = _of_record(row, where, read)
     instruction = row.get("instruction")
     if not isinstance(instruction, str) or not instruction.strip():
         raise field_error(where, "instruction", "is no text")
@@ -213,27 +267,26 @@ def _group(
     return Group(instruction, source, good), shown
 
 
-def _of_record(row: dict[str, Any], where: str) -> dict[str, Any]:
-    """A record of `data/schema.py` as instruction, source and candidates."""
-    try:
-        texts, source = _parts(row["prompt"])
-        candidates = []
-        for one in row["candidates"]:
-            words, pictures = _parts(one["parts"] if "parts" in one else one)
-            if words or len(pictures) != 1:
-                raise ValueError("a candidate is one picture here")
-            candidates += pictures
-    except (KeyError, TypeError, ValueError) as error:
-        words = f"is no record of pictures ({error})"
-        raise field_error(where, "prompt, candidates", words) from error
-    return {"instruction": "\n".join(texts), "source": source, "candidates": candidates}
+def _of_record(row: dict[str, Any], where: str, read: GroupPictures) -> dict[str, Any]:
+    """A record (see `ingest.records`) as instruction, source and candidates, none of them read."""
+    pictures: list[str | bytes] = []
 
+    def mark(picture: str | bytes) -> bytes:
+        pictures.append(picture)
+        return str(len(pictures) - 1).encode()
 
-def _parts(value: Any) -> tuple[list[str], list[Any]]:
-    """(texts, pictures) of a part or a list of parts."""
-    listed = value if isinstance(value, list | tuple) else [value]
-    parts = [{"text": part} if isinstance(part, str) else part for part in listed]
-    return [p["text"] for p in parts if "text" in p], [p["image"] for p in parts if "image" in p]
+    def of(parts: Sequence[Part]) -> list[str | bytes]:
+        return [pictures[int(part.data)] for part in parts if not isinstance(part, Text)]
+
+    prompt, candidates = read_parts(row, where, mark, read.is_file)
+    for index, one in enumerate(candidates):
+        if len(one.parts) != 1 or isinstance(one.parts[0], Text):
+            raise field_error(where, f"candidates[{index}]", "must be one picture to be scored")
+    return {
+        "instruction": "\n".join(part.text for part in prompt if isinstance(part, Text)),
+        "source": of(prompt),
+        "candidates": [picture for one in candidates for picture in of(one.parts)],
+    }
 
 
 def _picture(model: RewardModel, read: GroupPictures, value: Any, where: str, field: str) -> bytes:

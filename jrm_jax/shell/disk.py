@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import uuid
 from pathlib import Path
+from typing import Any
 
 from jrm_jax.errors import UserError, one_line
 
@@ -57,6 +59,21 @@ def explain(error: BaseException, path: Path) -> str:
         return _explain_rename(error, path)
     advice = ADVICE.get(error_number(error))
     return f"{one_line(error)}{f': {advice}' if advice else ''}"
+
+
+def read_json(path: str | Path, advice: str = "") -> Any:
+    """What a JSON file holds. advice: what to do where it cannot be read, for the message.
+
+    Raises:
+        UserError: missing, not to be read, or no JSON.
+    """
+    more = f": {advice}" if advice else ""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}){more}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON ({one_line(error)}){more}") from error
 
 
 def _is_rename(error: BaseException) -> bool:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import os
 from pathlib import Path
 from typing import Any
 
 from jrm_jax.data.images import SizeError, open_image
 from jrm_jax.data.labels import field_error
-from jrm_jax.data.picture_names import read_named, short
+from jrm_jax.data.picture_names import name_or_bytes, read_named, short
 from jrm_jax.errors import RecordError
 
-CHECKED = 4096  # names of pictures that a reader remembers
 MISSING, BROKEN = "picture that is missing", "picture that cannot be decoded"
 UNFIT = "picture of a size that no model can take"
 NAME = 256  # characters: a longer one is no name of a file
@@ -32,27 +31,6 @@ def check_image(data: bytes, name: str) -> None:
         raise RecordError(f"{name} is {error}; replace or remove it", BROKEN) from error
 
 
-def image_reader(folder: str | Path) -> Callable[[str], bytes]:
-    """read_image(name) -> file content, for names relative to `folder`, or the picture that a
-    data: URI or base64 holds; each is decoded once.
-
-    Raises (when called):
-        RecordError: the file is missing, unreadable, truncated, or not a picture.
-    """
-    root, checked = Path(folder), set()
-
-    def read(name: str) -> bytes:
-        data = _content(root, name)
-        if name not in checked:
-            check_image(data, f"image file {short(str(root / name))}")
-            if len(checked) == CHECKED:  # names need memory, too
-                checked.clear()
-            checked.add(name)
-        return data
-
-    return read
-
-
 def _content(root: Path, name: str) -> bytes:
     try:
         return read_named(name, root)
@@ -69,7 +47,7 @@ def content_digest(folder: Path, value: Any, where: str, field: str) -> str:
     Raises:
         RecordError: there is no picture; it is not decoded here.
     """
-    value = _encoded(value, where, field)
+    value = _given(value, where, field)
     try:
         data = _content(folder, value) if isinstance(value, str) else value
     except RecordError as error:
@@ -77,10 +55,9 @@ def content_digest(folder: Path, value: Any, where: str, field: str) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _encoded(value: Any, where: str, field: str) -> str | bytes:
-    """The name or the bytes of {'bytes', 'path'}, a name, or bytes."""
-    if isinstance(value, dict):
-        value = value.get("bytes") or value.get("path")
+def _given(value: Any, where: str, field: str) -> str | bytes:
+    """A name or bytes."""
+    value = name_or_bytes(value)
     if not isinstance(value, str | bytes) or not value:
         raise field_error(where, field, "holds no picture", MISSING)
     return value
@@ -88,37 +65,54 @@ def _encoded(value: Any, where: str, field: str) -> str | bytes:
 
 def picture_name(value: Any) -> str:
     """What tells pictures apart before they are read: a file's name, or a digest of the picture."""
-    if isinstance(value, dict):
-        value = value.get("bytes") or value.get("path")
+    value = name_or_bytes(value)
     if isinstance(value, str) and len(value) > NAME:
         value = value.encode()
     return hashlib.sha256(value).hexdigest() if isinstance(value, bytes) else str(value or "")
 
 
 class GroupPictures:
-    """The pictures of one group, by name or as bytes; each is read and decoded once."""
+    """The pictures of one group, by name or as bytes; each is read and decoded once.
+
+    Args:
+        folder: where names lead.
+    """
 
     def __init__(self, folder: Path):
-        self._read = image_reader(folder)
+        self._folder = folder
         self._names: dict[str, bytes] = {}
         self._seen: set[bytes] = set()
 
+    def is_file(self, name: str) -> bool:
+        return os.path.isfile(self._folder / name)
+
+    def read(self, value: str | bytes) -> bytes:
+        """Encoded bytes of a file's name, of the picture that a data: URI or base64 holds, or bytes
+        themselves.
+
+        Raises:
+            RecordError: the file is missing, unreadable, truncated, or no picture; names it.
+        """
+        if isinstance(value, str):
+            if value not in self._names:
+                data = _content(self._folder, value)
+                check_image(data, f"image file {short(str(self._folder / value))}")
+                self._names[value] = data
+            return self._names[value]
+        digest = hashlib.sha256(value).digest()
+        if digest not in self._seen:
+            check_image(value, "the picture")
+            self._seen.add(digest)
+        return value
+
     def __call__(self, value: Any, where: str, field: str) -> bytes:
-        """Encoded bytes of a file's name, of {'bytes', 'path'} (a Hugging Face column), or bytes.
+        """The same, also of {'bytes', 'path'} (a Hugging Face column).
 
         Raises:
             RecordError: there is none, or it cannot be read; names file, row and field.
         """
-        value = _encoded(value, where, field)
+        value = _given(value, where, field)
         try:
-            if isinstance(value, str):
-                if value not in self._names:
-                    self._names[value] = self._read(value)
-                return self._names[value]
-            digest = hashlib.sha256(value).digest()
-            if digest not in self._seen:
-                check_image(value, "the picture")
-                self._seen.add(digest)
-            return value
+            return self.read(value)
         except RecordError as error:
             raise field_error(where, field, str(error), error.kind) from error

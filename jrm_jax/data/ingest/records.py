@@ -1,28 +1,78 @@
-"""A user's own examples: JSON lines, a JSON list, or parquet of what `schema` describes.
+"""A user's own examples: JSON lines, a JSON list, or parquet of what `parsing` describes; and the
+rows of a prepared data set ('id', 'record', 'images').
 
-In parquet a picture is a name, bytes, or {'bytes', 'path'} (a Hugging Face image column); null
-fields are absent ones. The rows of a prepared data set ('id', 'record', 'images') are read, too.
+All commands that take such rows read them by the functions here.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jrm_jax.data.chosen import SIDES, as_group
+from jrm_jax.data.chosen import SIDES
 from jrm_jax.data.ingest.layout import Member, Problems
-from jrm_jax.data.ingest.pictures import check_image, image_reader
+from jrm_jax.data.ingest.pictures import GroupPictures
 from jrm_jax.data.ingest.rows import SUFFIXES
-from jrm_jax.data.labels import field_error, read_id
-from jrm_jax.data.parsing import named_dimensions, parse_json
-from jrm_jax.data.schema import PreferenceExample, from_record, validate
+from jrm_jax.data.labels import check_type, field_error, read_id
+from jrm_jax.data.parsing import ReadImage, named_dimensions, parse_json, parse_parts
+from jrm_jax.data.schema import Candidate, Part, PreferenceExample, from_record, validate
 from jrm_jax.errors import RecordError
 
-_MARK = "\0"  # no file's name begins so
 _LABELS = ("dimensions", "ranks", "scores", "preference", "weight")
+IsFile = Callable[[str], bool]
+
+
+def read_example(
+    row: dict[str, Any], where: str, read_image: ReadImage, is_file: IsFile
+) -> PreferenceExample:
+    """
+    Args:
+        read_image, is_file: as of `parsing.parse_json`.
+
+    Raises:
+        RecordError: no valid example; names file, row and field.
+    """
+    if _is_prepared(row):
+        example = _prepared(row, where, read_image)
+        validate(example, where)
+        return example
+    return parse_json(row, read_image, where, is_file=is_file)
+
+
+def read_parts(
+    row: dict[str, Any], where: str, read_image: ReadImage, is_file: IsFile
+) -> tuple[tuple[Part, ...], tuple[Candidate, ...]]:
+    """(prompt, candidates) of such a row, with labels or without.
+
+    Raises:
+        RecordError: as `read_example`.
+    """
+    if _is_prepared(row):
+        example = _prepared(row, where, read_image)
+        return example.prompt, example.candidates
+    return parse_parts(row, read_image, where, is_file)
+
+
+def _is_prepared(row: dict[str, Any]) -> bool:
+    return row.get("record") is not None and row.get("images") is not None
+
+
+def _prepared(row: dict[str, Any], where: str, read_image: ReadImage) -> PreferenceExample:
+    images = []
+    check_type(row["images"], list, where, "images", "a list of pictures")
+    for index, data in enumerate(row["images"]):
+        check_type(data, str | bytes, where, f"images[{index}]", "a picture")
+        try:
+            images.append(read_image(data))
+        except RecordError as error:
+            raise field_error(where, f"images[{index}]", str(error), error.kind) from error
+    try:
+        return from_record(row | {"images": images})
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise field_error(where, "record", f"is no record of a prepared set ({error})") from error
 
 
 class Records(NamedTuple):
@@ -44,7 +94,7 @@ class Records(NamedTuple):
         return hashlib.sha256(json.dumps(said, default=str).encode()).hexdigest()[:16]
 
     def dimensions(self, row: dict[str, Any]) -> tuple[str, ...]:
-        if not isinstance(row.get("record"), str):
+        if not isinstance(row.get("record"), str | bytes):
             return named_dimensions(row)
         try:
             return named_dimensions(json.loads(row["record"]))
@@ -53,48 +103,5 @@ class Records(NamedTuple):
 
     def make(self, members: list[Member], problems: Problems) -> list[PreferenceExample]:
         ((where, row),) = members
-        if "record" in row and "images" in row:
-            return [_prepared(row, where)]
-        pictures: dict[str, bytes] = {}
-        plain = _plain(as_group(row, where), pictures)
-        read = image_reader(self.folder)
-
-        def picture(name: str) -> bytes:
-            if name not in pictures:
-                return read(name)
-            check_image(pictures[name], "the picture")
-            return pictures[name]
-
-        return [parse_json(plain, picture, where, is_file=self._is_file)]
-
-    def _is_file(self, name: str) -> bool:
-        return name.startswith(_MARK) or os.path.isfile(self.folder / name)
-
-
-def _plain(value: Any, pictures: dict[str, bytes]) -> Any:
-    """Without nulls in objects; bytes become names of `pictures`."""
-    if isinstance(value, dict):
-        if set(value) <= {"bytes", "path"} and value:
-            return _plain(value.get("bytes") or value.get("path"), pictures)
-        return {k: _plain(v, pictures) for k, v in value.items() if v is not None}
-    if isinstance(value, list | tuple):
-        return [_plain(item, pictures) for item in value]
-    if isinstance(value, bytes):
-        name = f"{_MARK}{len(pictures)}"
-        pictures[name] = value
-        return name
-    return value
-
-
-def _prepared(row: dict[str, Any], where: str) -> PreferenceExample:
-    try:
-        example = from_record(row)
-    except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise field_error(where, "record", f"is no record of a prepared set ({error})") from error
-    for index, data in enumerate(row["images"]):
-        try:
-            check_image(data, "the picture")
-        except RecordError as error:
-            raise field_error(where, f"images[{index}]", str(error), error.kind) from error
-    validate(example, where)
-    return example
+        pictures = GroupPictures(self.folder)
+        return [read_example(row, where, pictures.read, pictures.is_file)]
