@@ -27,6 +27,7 @@ def start():
     return base.load()
 
 
+@jax.jit
 def moved(params, size=0.02, seed=0):
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
@@ -38,7 +39,8 @@ def test_the_divergence_is_what_samples_say(start, inputs):
     """Exact KL against the mean of log p - log q over programs that p draws; also the entropy."""
     p, q = (APPLY(params, inputs) for params in (moved(start), start))
     count = 20_000
-    many = [jax.tree.map(lambda x: jnp.repeat(x[:1], count, 0), c) for c in (p, q)]
+    repeated = jax.jit(lambda c: jax.tree.map(lambda x: jnp.repeat(x[:1], count, 0), c))
+    many = [repeated(c) for c in (p, q)]
     program = SAMPLE(many[0], jax.random.key(3))
     log_p, log_q = (LOG_PROB(choice, program) for choice in many)
     exact = float(jax.jit(policy.divergence)(p, q)[0])
@@ -47,7 +49,7 @@ def test_the_divergence_is_what_samples_say(start, inputs):
     entropy = sum(float(part[0]) for part in jax.jit(policy.entropy)(p))
     assert -float(log_p.mean()) == pytest.approx(entropy, rel=0.02)
     # importance weights of a density that is normalised have a mean of one
-    near = jax.tree.map(lambda x: jnp.repeat(x[:1], count, 0), APPLY(moved(start, 0.002), inputs))
+    near = repeated(APPLY(moved(start, 0.002), inputs))
     drawn = SAMPLE(many[1], jax.random.key(4))
     weights = jnp.exp(LOG_PROB(near, drawn) - LOG_PROB(many[1], drawn))
     assert float(weights.mean()) == pytest.approx(1, abs=0.05)
@@ -113,7 +115,8 @@ def test_gradients_are_those_of_the_loss(start, inputs):
         def loss(p):
             return grpo.make_loss(SETTINGS)(p, old, old, features, program, advantage_N)[0]
 
-        grads = jax.jit(jax.grad(loss))(near)
+        slopes = jax.jit(jax.grad(loss))
+        grads = slopes(near)
         for seed in range(3):
             way = moved(jax.tree.map(jnp.zeros_like, near), 1.0, seed)
             there, back = (
@@ -128,7 +131,7 @@ def test_gradients_are_those_of_the_loss(start, inputs):
             return -jnp.mean(advantage_N * LOG_PROB(choice, program))
 
         for a, b in zip(
-            *(jax.tree.leaves(jax.jit(jax.grad(f))(old)) for f in (loss, plain)), strict=True
+            *(jax.tree.leaves(f(old)) for f in (slopes, jax.jit(jax.grad(plain)))), strict=True
         ):
             np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-9)
 

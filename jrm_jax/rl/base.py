@@ -138,7 +138,7 @@ def load(path: Path = PACKAGED) -> dict[str, Any]:
     except Exception as error:  # safetensors has errors of its own
         raise UserError(f"{path}: the base policy cannot be read ({error})") from error
     params = unflatten({name: jnp.asarray(array) for name, array in flat.items()})
-    wanted = policy.init(jax.random.key(0), *_sizes())
+    wanted = jax.eval_shape(lambda: policy.init(jax.random.key(0), *_sizes()))
     if jax.tree.map(jnp.shape, params) != jax.tree.map(jnp.shape, wanted):
         raise UserError(f"{path}: its parameters are not those of this policy: make it anew")
     return params

@@ -10,6 +10,7 @@ Letters: G problems, K edits of each.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import time
@@ -56,6 +57,16 @@ def pools(config: ConfigDict) -> dict[str, Pool]:
     }
 
 
+_describe = jax.jit(grpo.describe)
+
+
+@functools.cache
+def _programs(rate: float, clip_norm: float, chosen: grpo.Settings) -> tuple[Any, Any]:
+    """(optimizer, jitted update): the runs of a process that are alike share one compilation."""
+    optimizer = grpo.make_optimizer(rate, clip_norm)
+    return optimizer, jax.jit(grpo.make_update(optimizer, chosen))
+
+
 class Run:
     """
     Args:
@@ -71,10 +82,8 @@ class Run:
         self.settings, self.reward, self.pools = settings, reward, known
         self.base = base.load()
         own = config.optimizer
-        self.optimizer = grpo.make_optimizer(own.learning_rate, own.clip_norm)
         chosen = grpo.Settings(own.clip, own.kl_weight, own.updates, own.scale)
-        self.update = jax.jit(grpo.make_update(self.optimizer, chosen))
-        self.describe = jax.jit(grpo.describe)
+        self.optimizer, self.update = _programs(own.learning_rate, own.clip_norm, chosen)
         self.seconds, self.evaluations = 0.0, []
 
     # What an iteration draws
@@ -183,7 +192,7 @@ class Run:
             for rows in batches(len(pool.problems), size)
         ]  # fmt: skip
         found = together(parts)
-        own = self.describe(params, self.base, pool.features)
+        own = _describe(params, self.base, pool.features)
         values = measures.summary(found, self.base_gold)
         return found, values | {name: float(np.mean(v)) for name, v in own.items()}
 
