@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from entry_point import small_backbone  # noqa: F401
+from entry_point import QUICK, small_backbone  # noqa: F401
 
 from configs import study
 from jrm_jax.errors import UserError
@@ -217,7 +217,7 @@ def _run(*arguments):
     return subprocess.run(
         [sys.executable, "-m", "jrm_jax.study", *arguments],
         capture_output=True, text=True, cwd=ROOT, timeout=500,
-        env={**os.environ, "XLA_FLAGS": ""},  # one device, as the file that it is compared with
+        env={**os.environ, "XLA_FLAGS": QUICK},  # one device, as the file that it is compared with
     )  # fmt: skip
 
 
