@@ -26,7 +26,7 @@ from typing import Any
 
 from jrm_jax.data import store
 from jrm_jax.data.ingest import card
-from jrm_jax.data.ingest.layout import Found, Layout, Options, Problems, Result
+from jrm_jax.data.ingest.layout import Found, Layout, Options, Problems, Result, seen
 from jrm_jax.data.ingest.making import Item, Maker, Queue
 from jrm_jax.data.ingest.rows import NoRows, find, read_rows
 from jrm_jax.data.ingest.texts import printable
@@ -179,6 +179,7 @@ class _Work:
                 count += 1
                 if isinstance(row, UserError):
                     continue  # told in the second pass
+                row = seen(self.layout, row)
                 try:
                     key = self.layout.key(row, where)
                 except RecordError:
@@ -242,7 +243,8 @@ class _Work:
             try:
                 if isinstance(row, UserError):
                     raise row
-                key = self.layout.key(row, where)
+                key = self.layout.key(seen(self.layout, row), where)
+                found = self._group(key, where)
             except UserError as error:
                 problems.leave(where, error)
                 self.queue.put(number, [], found=problems.found)
@@ -253,9 +255,7 @@ class _Work:
         if key is None:
             self.queue.put(number, [(where, row)])
             return
-        wanted, differs = self.state.execute(
-            "SELECT rows, differs FROM groups WHERE key = ?", (key,)
-        ).fetchone()
+        wanted, differs = found
         if not self.layout.gathers:
             if wanted > 1:
                 problems.note("id that occurs more than once", f"{where}: {key}")
@@ -264,6 +264,17 @@ class _Work:
             self.queue.put(number, [(where, row)], found=problems.found)
         elif self.waiting.add(key, number, (where, row)) == wanted:
             self.queue.put(number, self.waiting.take(key), key)
+
+    def _group(self, key: str | None, where: str) -> tuple[int, int]:
+        """(rows, whether their labels differ) of a group, as the first pass counted them."""
+        if key is None:
+            return 1, 0
+        query = "SELECT rows, differs FROM groups WHERE key = ?"
+        found = self.state.execute(query, (key,)).fetchone()
+        if found is None:
+            words = "belongs to a group that was not there when the file was read first"
+            raise RecordError(f"{where}: {words}", "row that has changed while it was read")
+        return found
 
     def _write(self, items: Iterator[Item]) -> None:
         """What became of groups, in their order, and whatever became complete by it."""

@@ -52,7 +52,7 @@ class Judged(NamedTuple):
     gathers: bool = True
 
     def columns(self, names: list[str]) -> list[str]:
-        """Of parquet, what `key` needs."""
+        """What `key` needs."""
         return [n for n in names if n in (*talks.FIELDS, *SOURCES)]
 
     def key(self, row: dict[str, Any], where: str) -> str:

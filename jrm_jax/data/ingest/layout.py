@@ -19,8 +19,8 @@ class Layout(Protocol):
     """What a kind of source looks like. Everything here raises RecordError for a bad row."""
 
     suffixes: tuple[str, ...]
-    columns: Callable[[list[str]], list[str]] | None  # of parquet's, those that `key` and `label`
-    # read; None: everything
+    columns: Callable[[list[str]], list[str]] | None  # those that `key`, `label` and `dimensions`
+    # are shown of a row, in both passes; None: everything
     gathers: bool  # rows with the same key become one group
 
     def key(self, row: dict[str, Any], where: str) -> str | None:
@@ -30,10 +30,18 @@ class Layout(Protocol):
         """What must be equal where a key comes again; read where rows are not gathered."""
 
     def dimensions(self, row: dict[str, Any]) -> Sequence[str]:
-        """Reward dimensions that a row names; the data set has those of all its rows."""
+        """Reward dimensions that a row has labels in; the data set has those of all its rows."""
 
     def make(self, members: list[Member], problems: Problems) -> list[PreferenceExample]:
         """Examples of one group; rows that cannot be used are given to `problems.leave`."""
+
+
+def seen(layout: Layout, row: dict[str, Any]) -> dict[str, Any]:
+    """What `key`, `label` and `dimensions` are shown of a row. The first pass reads no more of
+    parquet; shown no more in the second, and of any other file, they cannot answer differently."""
+    if layout.columns is None:
+        return row
+    return {name: row[name] for name in layout.columns(list(row))}
 
 
 def read_each(

@@ -32,6 +32,7 @@ from jrm_jax.data.images import has_deep_channels
 from jrm_jax.data.ingest import card
 from jrm_jax.data.ingest.layout import Found, Layout, Member, Options, Problems
 from jrm_jax.data.ingest.waiting import size_of
+from jrm_jax.data.labels import field_error
 from jrm_jax.data.schema import Image, PreferenceExample, in_dimensions, to_record
 from jrm_jax.data.workers import init_worker
 from jrm_jax.errors import RecordError, UserError
@@ -65,7 +66,6 @@ class Maker(NamedTuple):
         made = Made([], Counter(), problems.found)
         try:
             for example in self._examples(members, problems):
-                assert set(example.dimensions) <= set(self.dimensions)  # `layout.dimensions`
                 example = in_dimensions(example, self.dimensions)
                 record, split = to_record(example), self._split(example)
                 for data in filter(has_deep_channels, record["images"]):
@@ -78,11 +78,21 @@ class Maker(NamedTuple):
 
     def _examples(self, members: list[Member], problems: Problems) -> list[PreferenceExample]:
         try:
-            return self.layout.make(members, problems)
+            examples = self.layout.make(members, problems)
+            for example in examples:
+                self._check_dimensions(example, members[0][0])
+            return examples
         except RecordError as error:
             for where, _ in members:
                 problems.leave(where, error)
             return []
+
+    def _check_dimensions(self, example: PreferenceExample, where: str) -> None:
+        """A data set has the dimensions that its rows named when they were read first."""
+        for r, name in enumerate(example.dimensions):
+            if name not in self.dimensions and example.weight[..., r].any():
+                words = f"has labels in {name!r}; the data set has {', '.join(self.dimensions)}"
+                raise field_error(where, "dimensions", words)
 
     def _split(self, example: PreferenceExample) -> str:
         """By the prompt's pictures (its text where it has none): a source is in one split only."""

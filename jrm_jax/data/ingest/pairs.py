@@ -35,7 +35,8 @@ class Pairs(NamedTuple):
         return self.judged
 
     def columns(self, names: list[str]) -> list[str]:
-        """Of parquet, what `key` needs: no picture at all where the rows have a key."""
+        """What `key` needs: no picture at all where the rows have a key. Where one is null, the
+        rows of its prompt are read as one group, and `make` takes their sources apart."""
         wanted = {c.prompt for c in KINDS[self.name]}
         wanted |= {"key"} if "key" in names else {c.source for c in KINDS[self.name]}
         return [name for name in names if name in wanted]
@@ -49,8 +50,8 @@ class Pairs(NamedTuple):
         check_type(prompt, str, where, kinds[0].prompt, "a string")
         if not prompt:
             raise field_error(where, kinds[0].prompt, "is empty")
-        source = row.get("key") or ""
-        for columns in kinds:
+        source = row.get("key")
+        for columns in kinds if source is None else ():
             source = source or picture_name(row.get(columns.source))
         return hashlib.sha256(f"{source}\0{prompt}".encode()).hexdigest()[:24]
 

@@ -36,7 +36,7 @@ class Ranked(NamedTuple):
     gathers: bool = True
 
     def columns(self, names: list[str]) -> list[str]:
-        """Of parquet, what `key` and `dimensions` need."""
+        """What `key` and `dimensions` need."""
         return [n for n in names if n in ("prompt_id", "prompt", *_RANKS, *_RATINGS.values())]
 
     def key(self, row: dict[str, Any], where: str) -> str:

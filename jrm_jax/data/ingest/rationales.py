@@ -70,11 +70,11 @@ class Rationales(NamedTuple):
     gathers: bool = False
 
     def columns(self, names: list[str]) -> list[str]:
-        """Of parquet, what `dimensions` needs."""
+        """What `key` and `dimensions` need."""
         return [name for name in names if name in talks.TEXTS]
 
     def key(self, row: dict[str, Any], where: str) -> None:
-        if not talks.is_talk(row):
+        if not talks.has_texts(row):
             raise field_error(where, "messages", "is missing (a request and a rationale)")
 
     def label(self, row: dict[str, Any]) -> str:

@@ -83,7 +83,7 @@ class Records(NamedTuple):
     gathers: bool = False
 
     def columns(self, names: list[str]) -> list[str]:
-        """Of parquet, what `key` and `label` need."""
+        """What `key`, `label` and `dimensions` need."""
         return [name for name in names if name in ("id", "record", *_LABELS, *SIDES)]
 
     def key(self, row: dict[str, Any], where: str) -> str | None:

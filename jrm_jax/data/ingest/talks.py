@@ -29,10 +29,14 @@ class Talk(NamedTuple):
     images: list[Any]
 
 
+def has_texts(row: dict[str, Any]) -> bool:
+    return any(row.get(n) is not None for n in _TURNS) or isinstance(row.get("output"), str)
+
+
 def is_talk(row: dict[str, Any]) -> bool:
     if any(row.get(name) is not None for name in _TURNS):
         return True
-    return isinstance(row.get("output"), str) and any(row.get(name) for name in _IMAGES)
+    return has_texts(row) and any(row.get(name) for name in _IMAGES)
 
 
 def images_of(row: dict[str, Any], where: str) -> list[Any]:
