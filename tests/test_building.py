@@ -1,10 +1,13 @@
 """Building: streaming, groups whose rows lie apart, kills, resuming, and refusals."""
 
+import errno
 import io
 import json
 import os
 import resource
+import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -136,8 +139,9 @@ def test_a_source_is_in_one_split_only(tmp_path):
     assert not sources["train"] & sources["valid"]
     assert len(sources["train"] | sources["valid"]) == 30
     assert 3 <= len(sources["valid"]) <= 15
-    with pytest.raises(UserError, match="too few different prompts to divide"):
+    with pytest.raises(UserError, match="too few different prompts to divide; give another") as no:
         build(source, tmp_path / "none", valid_fraction=1e-9)
+    assert "same command" not in str(no.value) and not (tmp_path / "none.building").exists()
     assert build(source, tmp_path / "test", split="test").counts == {"test": 90}
 
 
@@ -240,6 +244,75 @@ def test_two_processes_do_not_write_the_same_data_set(tmp_path):
         other.send_signal(signal.SIGKILL)
         other.wait()
     assert build(source, tmp_path / "out").counts == {"train": 12}
+
+
+@pytest.mark.parametrize("damage", ["head", "middle", "words"])
+def test_a_damaged_state_is_one_line(tmp_path, monkeypatch, damage):
+    source = write_pairs(tmp_path / "pairs.parquet")
+    stop_at(monkeypatch, 60)
+    with pytest.raises(KeyboardInterrupt):
+        build(source, tmp_path / "out")
+    state = tmp_path / "out.building" / building.STATE
+    content = bytearray(state.read_bytes())
+    if damage == "words":
+        with sqlite3.connect(state) as database:
+            database.execute("UPDATE meta SET value = '[1, ' WHERE name = 'counts'")
+    else:
+        begin = 0 if damage == "head" else 4096  # of the file's second page on
+        content[begin:] = bytes(len(content) - begin)
+        state.write_bytes(content)
+    monkeypatch.undo()
+    with pytest.raises(UserError, match=r"state.sqlite is damaged \(.*\): remove .*building and"):
+        build(source, tmp_path / "out")
+    shutil.rmtree(tmp_path / "out.building")
+    assert build(source, tmp_path / "out").counts == {"train": 12}
+
+
+def test_a_disk_that_is_full_at_the_start_is_no_damage(tmp_path, monkeypatch):
+    source = write_pairs(tmp_path / "pairs.parquet", sources=2)
+
+    def full(*_):
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(building._Work, "_check_fingerprint", full)
+    with pytest.raises(UserError, match="could not be written: .*free some space"):
+        build(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize(("number", "words"), [
+    (errno.EWOULDBLOCK, "by another process"), (errno.ENOLCK, "cannot be locked.*another file"),
+])  # fmt: skip
+def test_a_lock_that_is_taken_and_one_that_cannot_be(tmp_path, monkeypatch, number, words):
+    source = write_pairs(tmp_path / "pairs.parquet", sources=2)
+
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(building.fcntl, "flock", refuse)
+    with pytest.raises(UserError, match=words):
+        build(source, tmp_path / "out")
+
+
+def test_a_file_that_changes_while_it_is_read_leaves_nothing_behind(tmp_path, monkeypatch):
+    source = write_pairs(tmp_path / "pairs.parquet")
+    read = building._Work._rows
+
+    def shorter(work, total, position):
+        return read(work, [total[0] + 1], position)
+
+    monkeypatch.setattr(building._Work, "_rows", shorter)
+    with pytest.raises(UserError, match="has changed while it was read: give the command again$"):
+        build(source, tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_the_card_of_an_added_split_names_its_own_list(tmp_path):
+    source = write_pairs(tmp_path / "pairs.parquet", sources=2)
+    for split, names in (("train", ("README.md", "problems.txt")),
+                         ("test", ("README-test.md", "problems-test.txt"))):  # fmt: skip
+        build(source, tmp_path / "out", split=split)
+        card, listed = (tmp_path / "out" / name for name in names)
+        assert f"listed in `{listed.name}`" in card.read_text() and listed.is_file()
 
 
 def test_long_work_says_where_it_is(tmp_path, monkeypatch, capsys):

@@ -13,6 +13,7 @@ writes, byte for byte.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -20,9 +21,9 @@ import os
 import shutil
 import sqlite3
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from jrm_jax.data import store
 from jrm_jax.data.ingest import card
@@ -32,9 +33,9 @@ from jrm_jax.data.ingest.rows import NoRows, find, read_rows
 from jrm_jax.data.ingest.texts import printable
 from jrm_jax.data.ingest.waiting import Waiting
 from jrm_jax.data.schema import DEFAULT_DIMENSIONS
-from jrm_jax.errors import RecordError, UserError
+from jrm_jax.errors import RecordError, UserError, one_line
 
-VERSION = 2  # raise it when the same files give other data sets
+VERSION = 3  # raise it when the same files give other data sets
 STATE, LOCK = "state.sqlite", "lock"
 PARALLEL = 256  # rows from which on worker processes are worth their start, some seconds
 CARD, PROBLEMS = "README.md", "problems.txt"
@@ -44,6 +45,11 @@ CREATE TABLE IF NOT EXISTS groups (key TEXT PRIMARY KEY, rows INTEGER, label TEX
     WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS problems (kept INTEGER, kind TEXT, detail TEXT);
 """
+
+
+class Useless(UserError):
+    """What is done so far leads nowhere: the same command would fail again."""
+
 
 def build(
     layout: Layout,
@@ -64,7 +70,7 @@ def build(
 
     Raises:
         UserError: `out` exists and has the split, a file cannot be read, a bad row (see `Options`),
-            no usable row, or a half-made data set of other files lies there.
+            no usable row, or a half-made data set of other files, or a damaged one, lies there.
     """
     splits = (options.split, "valid") if options.valid_fraction else (options.split,)
     base = store.check_splits(out, splits)
@@ -73,35 +79,57 @@ def build(
     with store.disk_errors(out):
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / LOCK).open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise UserError(f"{folder} is being written by another process") from error
-            work = _Work(layout, name, files, folder, options, progress, base, workers)
-            try:
-                result = work.run(source)
-            except BaseException as error:
-                work.close()
-                if isinstance(error, sqlite3.OperationalError):
-                    raise OSError(str(error)) from error
-                if not isinstance(error, UserError):
+            _lock(lock, folder)
+            with _state_errors(folder):
+                work = _Work(layout, name, files, folder, options, progress, base, workers)
+                try:
+                    with contextlib.closing(work):
+                        result = work.run(source)
+                except UserError as error:
+                    if work.shards.done and not isinstance(error, Useless):
+                        words = f"{folder} keeps what is done: the same command goes on there"
+                        raise UserError(f"{error} ({words})") from error
+                    shutil.rmtree(folder, ignore_errors=True)
                     raise
-                if work.shards.done:
-                    words = f"{error} ({folder} keeps what is done: the same command goes on there)"
-                    raise UserError(words) from error
-                shutil.rmtree(folder, ignore_errors=True)
-                raise
-            work.close()
-            texts = {CARD: CARD, PROBLEMS: PROBLEMS}
+            texts = _texts(base, result.counts)
             if base is None:
                 folder.rename(out)
             else:
-                added = "-".join(result.counts)
-                texts = {CARD: f"README-{added}.md", PROBLEMS: f"problems-{added}.txt"}
                 store.add_splits(out, folder, texts)
         for left in (STATE, LOCK):
             (out / left).unlink(missing_ok=True)
     return result._replace(listed=out / texts[PROBLEMS])
+
+
+def _lock(lock: TextIO, folder: Path) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(f"{folder} is being written by another process") from error
+    except OSError as error:  # of file systems without locks
+        words = f"cannot be locked ({error.strerror}): give an --out on another file system"
+        raise UserError(f"{folder} {words}") from error
+
+
+@contextlib.contextmanager
+def _state_errors(folder: Path) -> Iterator[None]:
+    """What SQLite says of a full disk is an OSError, what it says of a damaged file one line."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        raise OSError(str(error)) from error
+    except sqlite3.Error as error:
+        words = f"{folder / STATE} is damaged ({one_line(error)})"
+        raise UserError(f"{words}: remove {folder} and give the command again") from error
+
+
+def _texts(base: store.Existing | None, splits: Iterable[str]) -> dict[str, str]:
+    """Names of the card and of the list of problems in the data set; beside those of an earlier
+    build they have others."""
+    if base is None:
+        return {CARD: CARD, PROBLEMS: PROBLEMS}
+    added = "-".join(splits)
+    return {CARD: f"README-{added}.md", PROBLEMS: f"problems-{added}.txt"}
 
 
 class _Work:
@@ -127,7 +155,10 @@ class _Work:
 
     def _get(self, name: str, default: Any) -> Any:
         row = self.state.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()
-        return default if row is None else json.loads(row[0])
+        try:
+            return default if row is None else json.loads(row[0])
+        except ValueError as error:
+            raise sqlite3.DatabaseError(f"{name}: {error}") from error
 
     def _set(self, **values: Any) -> None:
         for name, value in values.items():
@@ -219,7 +250,8 @@ class _Work:
                     yield number, where, row
                     number += 1
                 if number != first + count:
-                    raise UserError(f"{printable(file)} has changed while it was read: begin anew")
+                    words = "has changed while it was read: give the command again"
+                    raise Useless(f"{printable(file)} {words}")
             first += count
 
     def _read(
@@ -317,9 +349,10 @@ class _Work:
         if not counts:
             raise self._nothing(source)
         if self.options.valid_fraction and len(counts) < 2:
-            raise UserError(
+            raise Useless(
                 f"--valid_fraction={self.options.valid_fraction} puts all {sum(counts.values())}"
-                f" groups into {next(iter(counts))!r}: too few different prompts to divide"
+                f" groups into {next(iter(counts))!r}: too few different prompts to divide; give"
+                " another fraction"
             )
         result = Result(counts, self.dimensions, rows, *kinds.values())
         with (self.folder / PROBLEMS).open("w", encoding="utf-8") as file:
@@ -328,7 +361,8 @@ class _Work:
         self.shards.describe(self.dimensions, {"layout": self.name, "source": str(source),
                                                "rows": rows, "left_out": kinds[0]})  # fmt: skip
         sizes = [(printable(file), os.stat(file).st_size) for file in self.files]
-        text = card.text(self.name, sizes, self.options, result, self.counts)
+        listed = _texts(self.base, counts)[PROBLEMS]
+        text = card.text(self.name, sizes, self.options, result, self.counts, listed)
         (self.folder / CARD).write_text(text, encoding="utf-8")
         self.state.execute("COMMIT")
         return result

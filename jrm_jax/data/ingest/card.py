@@ -37,9 +37,14 @@ def count(
 
 
 def text(
-    layout: str, files: Sequence[tuple[str, int]], options: Any, result: Any, counts: Counter
+    layout: str,
+    files: Sequence[tuple[str, int]],
+    options: Any,
+    result: Any,
+    counts: Counter,
+    listed: str,
 ) -> str:
-    """The card in Markdown."""
+    """The card in Markdown. listed: the file beside it that names the rows that are left out."""
     left = sum(result.left.values())
     lines = [
         "# Data card",
@@ -51,7 +56,7 @@ def text(
         *(["- ..."] if len(files) > 20 else []),
         "",
         f"{result.rows:,} rows were read: {result.rows - left:,} kept, {left:,} left out"
-        " (each is listed in `problems.txt`).",
+        f" (each is listed in `{listed}`).",
         "",
         *_table(("left out because of", "rows"), result.left.items()),
         *_table(("kept, but odd", "times"), result.notes.items()),
