@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.lib import tpu  # what reads a TPU's kernels has no public name
+from jax._src.lib.mlir import ir
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jrm_jax.model import cudnn
@@ -175,6 +179,41 @@ def test_splash_with_a_prefix_of_several_blocks_equals_xla():
     prefix = Prefix(k[::3, :256], v[::3, :256], kv_segments[::3, :256])
     own = (q, k[:, 256:], v[:, 256:], q_segments, kv_segments[:, 256:])
     compare_with_xla(own, 256, prefix)
+
+
+def products_for_a_tpu(run, *arrays) -> list[str]:
+    """All products within the kernels of a function that is lowered for a TPU, as text."""
+    lowered = jax.jit(run).trace(*arrays).lower(lowering_platforms=("tpu",)).as_text()
+    products = []
+    for body in re.findall(r'\\22body\\22: \\22([^\\]+)\\22', lowered):
+        with ir.Context() as context:
+            tpu.register_dialect(context)
+            context.load_all_available_dialects()
+            context.allow_unregistered_dialects = True
+            kernel = str(ir.Module.parse(base64.b64decode(body)))
+        products += [line for line in kernel.splitlines() if "tpu.matmul" in line]
+    return products
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_splash_in_float32_is_float32_on_a_tpu_and_bfloat16_is_as_jax_has_it(monkeypatch, dtype):
+    """Its products, forward (2) and backward (4 and 3), within a layer that is computed again."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    q, k, v, segments, _ = make_inputs(rows=2, queries=128, keys=128)
+    q, k, v = (jnp.asarray(x, dtype) for x in (q, k, v))
+    options = {"causal_offset": 128, "prefix": Prefix(k[:1], v[:1], segments[:1])}
+
+    def attend(q, k, v):
+        return attention(q, k, v, segments, segments, **options)
+
+    def loss(q, k, v):
+        return jnp.sum(jax.checkpoint(attend)(q, k, v).astype(jnp.float32))
+
+    forward = products_for_a_tpu(attend, q, k, v)
+    both = products_for_a_tpu(jax.grad(loss, argnums=(0, 1, 2)), q, k, v)
+    assert (len(forward), len(both)) == (2, 9)
+    full = ["contract_precision<fp32>" in product for product in (*forward, *both)]
+    assert all(full) if dtype == jnp.float32 else not any(full)
 
 
 # ---- cuDNN: its two kernels are stood in for by what they are documented to compute

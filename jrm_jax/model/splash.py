@@ -3,6 +3,9 @@
 The rows of a prefix become the queries of one kernel: its keys are the prefix followed by all these
 rows' own keys, and a fixed mask says which blocks are skipped. So the prefix is read, not copied.
 
+The kernels' products state no precision of their own, and a TPU would round their operands to
+bfloat16. In float32 they are traced where JAX's default is the highest one, both passes.
+
 Letters: see `attention.py`; a = prefixes (or rows, where there are none), x = J * s queries,
 y = p + J * t keys.
 """
@@ -20,7 +23,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_mask,
 )
 
-from jrm_jax.model.layers import ATTENTION
+from jrm_jax.model.layers import ATTENTION, precision
 
 BLOCKS = (512, 384, 256, 128)
 
@@ -71,16 +74,49 @@ def attend(
         mask = splash_attention_mask.FullMask((queries, k.shape[1]))
     else:
         mask = splash_attention_mask.CausalMask((queries, k.shape[1]), offset=causal_offset)
-    kernel = _kernel(mask, heads, interpret)
     q = (q.astype(jnp.float32) * width**-0.5).astype(q.dtype)
+    full = precision(q.dtype) == jax.lax.Precision.HIGHEST
+    run = _run_in_float32 if full else _run
+    return run(mask, interpret, q, k, v, q_segments, kv_segments).reshape(
+        rows, queries, heads, width
+    )
+
+
+def _run(mask, interpret: bool, q_axHd, k_ayGd, v_ayGd, q_segments_ax, kv_segments_ay) -> Array:
+    """[a, x, H, d]; the queries are scaled."""
+    kernel = _kernel(mask, q_axHd.shape[2], interpret)
 
     def one(q_Hxd, k_Gyd, v_Gyd, q_segments_x, kv_segments_y):
         segments = splash_attention_kernel.SegmentIds(q=q_segments_x, kv=kv_segments_y)
         return kernel(q_Hxd, k_Gyd, v_Gyd, segment_ids=segments)
 
-    wide = (x.swapaxes(1, 2) for x in (q, k, v))
-    out_aHxd = jax.vmap(one)(*wide, q_segments, kv_segments)
-    return out_aHxd.swapaxes(1, 2).reshape(rows, queries, heads, width)
+    wide = (x.swapaxes(1, 2) for x in (q_axHd, k_ayGd, v_ayGd))
+    return jax.vmap(one)(*wide, q_segments_ax, kv_segments_ay).swapaxes(1, 2)
+
+
+# A rule of its own: JAX traces the backward kernels when the loss is differentiated, where the
+# forward pass's default precision is no longer in force.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _run_in_float32(mask, interpret: bool, q, k, v, q_segments, kv_segments) -> Array:
+    """As `_run`, all products in float32."""
+    with jax.default_matmul_precision("highest"):
+        return _run(mask, interpret, q, k, v, q_segments, kv_segments)
+
+
+def _forward(mask, interpret: bool, q, k, v, q_segments, kv_segments):
+    def run(q, k, v):
+        return _run(mask, interpret, q, k, v, q_segments, kv_segments)
+
+    with jax.default_matmul_precision("highest"):
+        return jax.vjp(run, q, k, v)  # what pulls back is a pytree of what it needs
+
+
+def _backward(mask, interpret: bool, pull, grad):
+    with jax.default_matmul_precision("highest"):
+        return *pull(grad), None, None
+
+
+_run_in_float32.defvjp(_forward, _backward)
 
 
 def _kernel(mask: splash_attention_mask.Mask, heads: int, interpret: bool):
