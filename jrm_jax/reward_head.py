@@ -134,7 +134,8 @@ def _listed(widths: Sequence[int]) -> str:
 
 def _names(folder: Path) -> list[str] | None:
     """Of the outputs; None where config.json has none of its own."""
-    labels = json.loads((folder / "config.json").read_text()).get("id2label") or {}
+    labels = json.loads((folder / "config.json").read_text()).get("id2label")
+    labels = labels if isinstance(labels, dict) else {}
     names = [labels.get(str(index)) for index in range(len(labels))]
     own = all(isinstance(name, str) and not name.startswith("LABEL_") for name in names)
     return names if names and own else None

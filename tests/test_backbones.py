@@ -63,6 +63,32 @@ def one_weight(tensors):
     tensors[name][3, 7] += 1
 
 
+def test_numbers_of_a_type_that_is_not_read_are_told_before_any_is_read(tmp_path):
+    """FP8, as folders of quantised models have it: NumPy has no such type."""
+    header = {
+        name: {"dtype": "F8_E4M3", "shape": [2], "data_offsets": [2 * i, 2 * i + 2]}
+        for i, name in enumerate(("a.weight", "b.weight"))
+    }
+    text = json.dumps(header).encode()
+    content = len(text).to_bytes(8, "little") + text + bytes(4)
+    folder = copy(tmp_path / "backbone")
+    (folder / "model.safetensors").write_bytes(content)
+    words = "a.weight and 1 more are stored as F8_E4M3, .* in bfloat16, float16 or float32"
+    for read in (digest, lambda folder: for_training(config_of(folder), tmp_path / "run")):
+        with pytest.raises(UserError, match=words):
+            read(folder)
+
+
+@pytest.mark.parametrize("fields", [{"digest": 5}, {"digest": None}, {"path": 5}, {"from_run": []}])
+def test_a_damaged_record_is_one_line(tmp_path, fields):
+    run = tmp_path / "run"
+    begin(config_of("tiny_qwen3_vl"), run)
+    record = json.loads((run / backbones.RECORD).read_text())
+    (run / backbones.RECORD).write_text(json.dumps(record | fields))
+    with pytest.raises(UserError, match="backbone.json cannot be read"):
+        for_reading(config_of("tiny_qwen3_vl"), run)
+
+
 # Names
 
 

@@ -253,6 +253,10 @@ def test_settings_are_read_from_either_file(tmp_path):
         ({"resample": 2}, "resample"),
         ({"patch_size": "16"}, "patch_size"),
         ({"image_mean": 0.5}, "image_mean"),
+        ({"image_mean": ["a", 0.5, 0.5]}, "image_mean"),
+        ({"image_std": [0.0, 0.5, 0.5]}, "image_std"),
+        ({"rescale_factor": "1/255"}, "rescale_factor"),
+        ({"size": 448}, "size"),
     ],
 )
 def test_unsupported_settings(tmp_path, change, words):

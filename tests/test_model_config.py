@@ -7,8 +7,9 @@ import pytest
 
 from jrm_jax.errors import UserError
 from jrm_jax.model.config import load_config
-from jrm_jax.model.published import PARAMETERS, PUBLISHED
+from jrm_jax.model.published import PARAMETERS, PUBLISHED, check_variant
 from jrm_jax.model.tensors import stays_float32, tensor_table
+from jrm_jax.shell.packaged import ASSETS
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -76,6 +77,73 @@ def test_fields_of_newer_and_older_files(folder, tmp_path):
         (tmp_path / "config.json").write_text(json.dumps(changed))
         with pytest.raises(UserError, match=words):
             load_config(tmp_path)
+
+
+DAMAGED = [  # (path of a field of config.json, its value)
+    ("", []), ("", "text"), ("", 5), ("model_type", ["qwen3_vl"]), ("model_type", {}),
+    ("text_config", 5), ("text_config", [1]), ("vision_config", "none"), ("vision_config", None),
+    ("image_token_id", -1), ("image_token_id", 2.5),
+    *((f"text_config/{name}", value)
+      for name in ("num_key_value_heads", "num_attention_heads", "hidden_size", "head_dim",
+                   "num_hidden_layers", "vocab_size", "intermediate_size")
+      for value in (0, -1, "4", 2.5, True, [4], 10**400)),
+    *((f"text_config/{name}", value)
+      for name in ("rope_parameters", "rope_scaling") for value in ("mrope", 5, [1])),
+    ("text_config/rope_theta", math.nan), ("text_config/rope_theta", 0),
+    ("text_config/rms_norm_eps", -1e-6), ("text_config/rms_norm_eps", "1e-6"),
+    *((f"vision_config/{name}", value)
+      for name in ("depth", "num_heads", "patch_size", "spatial_merge_size", "in_channels",
+                   "temporal_patch_size", "num_position_embeddings", "out_hidden_size")
+      for value in (0, "4", {})),
+    ("vision_config/deepstack_visual_indexes", [-1]), ("vision_config/deepstack_visual_indexes", 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("place", "value"), DAMAGED, ids=lambda x: str(x)[:30])
+def test_a_damaged_config_is_one_line_that_names_the_file(tmp_path, place, value):
+    root = json.loads((ASSETS / "tiny_qwen3_vl" / "config.json").read_text())
+    *parents, name = place.split("/")
+    part = root
+    for parent in parents:
+        part = part[parent]
+    if name:
+        part.pop("rope_parameters" if name.startswith("rope") else name, None)
+        part[name] = value
+    (tmp_path / "config.json").write_text(json.dumps(root if name else value))
+    with pytest.raises(UserError) as error:
+        load_config(tmp_path)
+    words = str(error.value)
+    assert words.startswith(f"{tmp_path / 'config.json'}: ") and "\n" not in words
+    assert not name or name in words or parents and parents[-1] in words
+
+
+def test_layer_types_that_are_no_list_and_a_share_above_1_are_refused(folder, tmp_path):
+    root = json.loads((folder / "config.json").read_text())
+    text = root["text_config"]
+    wide = {**text["rope_parameters"], "partial_rotary_factor": 2.0, "mrope_section": [4, 4, 8]}
+    for change, words in (
+        ({"layer_types": "full_attention"}, "layer_types"), ({"layer_types": 5}, "layer_types"),
+        ({"linear_num_key_heads": 0}, "linear_num_key_heads"),
+        ({"rope_parameters": wide}, "partial_rotary_factor"),
+    ):  # fmt: skip
+        (tmp_path / "config.json").write_text(json.dumps(root | {"text_config": text | change}))
+        with pytest.raises(UserError, match=words):
+            load_config(tmp_path)
+
+
+@pytest.mark.parametrize(("variant", "other"), [
+    ("qwen3_5_4b", "qwen3_vl_4b"), ("qwen3_vl_4b", "qwen3_5_4b"), ("qwen3_5_9b", "qwen3_5_4b"),
+    ("qwen2_5_vl_3b", "qwen3_5_2b"),
+])  # fmt: skip
+def test_a_folder_of_another_family_is_told_in_one_line(variant, other):
+    with pytest.raises(UserError, match=f"is no {variant}: ") as error:
+        check_variant(variant, PUBLISHED[other], "folder")
+    words = str(error.value)
+    assert "Config(" not in words and "\n" not in words
+    mixed = (variant in ("qwen3_5_4b", "qwen3_5_9b")) != other.startswith("qwen3_5")
+    absent = "is absent, published there" if variant[:7] == "qwen3_5" else "is there, published abs"
+    assert (f"text.delta {absent}" in words) == mixed
+    check_variant(variant, PUBLISHED[variant], "folder")
 
 
 # bytes of the published files of Qwen3.5, from their index

@@ -116,6 +116,10 @@ def test_a_damaged_config_is_one_line(tmp_path):
     (tmp_path / workdir.CONFIG).write_text("{")
     with pytest.raises(UserError, match="config.json cannot be read"):
         workdir.check_config(tmp_path, joint.get_config())
+    for text in ("[]", "5", '{"loss": 5}', '{"data": {"world": []}}'):
+        (tmp_path / workdir.CONFIG).write_text(text)
+        with pytest.raises(UserError, match=r"config.json.* is damaged: it should be an object"):
+            workdir.check_config(tmp_path, joint.get_config())
 
 
 # One trainer at a time

@@ -148,19 +148,29 @@ def load_processor(folder: str | Path, max_visual_tokens: int | None = None) -> 
 
     def triple(field: str, default: tuple[float, ...]) -> tuple[float, ...]:
         value = fields.get(field, default)
-        if not isinstance(value, (list, tuple)) or len(value) != 3:
+        listed = isinstance(value, (list, tuple)) and len(value) == 3
+        if not listed or not all(type(v) in (int, float) and math.isfinite(v) for v in value):
             raise fail(field, f"is {value!r}, must be three numbers")
         return tuple(float(v) for v in value)
+
+    def deviation() -> tuple[float, ...]:
+        value = triple("image_std", _CLIP_STD)
+        if min(value) <= 0:
+            raise fail("image_std", f"is {value!r}, must be three numbers above 0")
+        return value
 
     for field, wanted in (("do_resize", True), ("do_rescale", True), ("do_convert_rgb", True)):
         if fields.get(field, wanted) != wanted:
             raise fail(field, f"is {fields[field]!r}; only {wanted!r} is supported")
     if fields.get("resample", _BICUBIC) != _BICUBIC:
         raise fail("resample", f"is {fields['resample']!r}; only {_BICUBIC} (bicubic) is supported")
-    if abs(fields.get("rescale_factor", 1 / 255) - 1 / 255) > 1e-9:
-        raise fail("rescale_factor", f"is {fields['rescale_factor']!r}; only 1/255 is supported")
+    factor = fields.get("rescale_factor", 1 / 255)
+    if type(factor) is not float or abs(factor - 1 / 255) > 1e-9:
+        raise fail("rescale_factor", f"is {factor!r}; only 1/255 is supported")
     normalised = fields.get("do_normalize", True)
     size = fields.get("size") or {}
+    if not isinstance(size, dict):
+        raise fail("size", f"is {size!r}, must be an object of fields, {{...}}")
     low = fields.get("min_pixels") or size.get("shortest_edge", size.get("min_pixels", 56 * 56))
     high = fields.get("max_pixels") or size.get(
         "longest_edge", size.get("max_pixels", 28 * 28 * 1280)
@@ -180,7 +190,7 @@ def load_processor(folder: str | Path, max_visual_tokens: int | None = None) -> 
         min_pixels=low,
         max_pixels=high,
         mean=triple("image_mean", _CLIP_MEAN) if normalised else (0.0, 0.0, 0.0),
-        std=triple("image_std", _CLIP_STD) if normalised else (1.0, 1.0, 1.0),
+        std=deviation() if normalised else (1.0, 1.0, 1.0),
     )
 
 
@@ -191,7 +201,7 @@ def read_config(folder: Path) -> tuple[Path, dict]:
             continue
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path} is not valid JSON ({error})") from error
         fields = fields.get("image_processor", fields) if isinstance(fields, dict) else None
         if isinstance(fields, dict):

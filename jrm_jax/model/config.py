@@ -140,8 +140,10 @@ def vision_segments(vision: VisionConfig) -> tuple[tuple[int, int, str, int | No
 class _Fields:
     """Looks fields up in the sections of one config.json and reports what is missing or odd."""
 
-    def __init__(self, path: Path, where: str, *sections: dict[str, Any]):
+    def __init__(self, path: Path, where: str, *sections: Any):
         self.path, self.where, self.sections = path, where, sections
+        if not all(isinstance(section, dict) for section in sections):
+            raise self.fail("should be an object of fields, {...}")
 
     def fail(self, message: str) -> UserError:
         return UserError(f"{self.path}: {self.where}: {message}")
@@ -159,21 +161,22 @@ class _Fields:
             raise self.fail(f"field {' or '.join(map(repr, names))} is missing")
         return value
 
-    def integer(self, *names: str) -> int:
-        value = self.need(*names)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise self.fail(f"field {names[0]!r} should be a whole number, found {value!r}")
+    def integer(self, *names: str, low: int = 1, default: int | None = None) -> int:
+        value = self.need(*names) if default is None else self.get(*names, default=default)
+        if not _is_whole(value, low):
+            words = f"a whole number from {low} that fits 32 bits"
+            raise self.fail(f"field {names[0]!r} should be {words}, found {value!r}")
         return value
 
     def number(self, *names: str) -> float:
         value = self.need(*names)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise self.fail(f"field {names[0]!r} should be a number, found {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
+            raise self.fail(f"field {names[0]!r} should be a number above 0, found {value!r}")
         return float(value)
 
     def integers(self, *names: str) -> tuple[int, ...]:
         value = self.need(*names)
-        if not isinstance(value, list) or not all(isinstance(item, int) for item in value):
+        if not isinstance(value, list) or not all(_is_whole(item, 0) for item in value):
             raise self.fail(
                 f"field {names[0]!r} should be a list of whole numbers, found {value!r}"
             )
@@ -184,6 +187,10 @@ class _Fields:
         if value not in allowed:
             expected = " or ".join(map(repr, allowed))
             raise self.fail(f"field {name!r} is {value!r}; only {expected} is supported")
+
+
+def _is_whole(value: Any, low: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value < 2**31
 
 
 def _vision_config(model: str, fields: _Fields) -> VisionConfig:
@@ -202,7 +209,7 @@ def _vision_config(model: str, fields: _Fields) -> VisionConfig:
         patch=fields.integer("patch_size"),
         merge=fields.integer("spatial_merge_size"),
         temporal_patch=fields.integer("temporal_patch_size"),
-        channels=fields.get("in_channels", "in_chans", default=3),
+        channels=fields.integer("in_channels", "in_chans", default=3),
         out_hidden=fields.integer("out_hidden_size"),
         deepstack=fields.integers("deepstack_visual_indexes") if deepstack else (),
         full_attention=() if qwen3 else fields.integers("fullatt_block_indexes"),
@@ -230,7 +237,7 @@ def _delta_config(fields: _Fields, layers: int) -> DeltaConfig:
     if kinds is None:
         interval = fields.integer("full_attention_interval")
     else:
-        interval = kinds.index(FULL) + 1 if FULL in kinds else 0
+        interval = kinds.index(FULL) + 1 if isinstance(kinds, list) and FULL in kinds else 0
     regular = [LINEAR] * (interval - 1) + [FULL]
     if interval < 2 or layers % interval or kinds not in (None, regular * (layers // interval)):
         raise fields.fail(
@@ -245,7 +252,7 @@ def _delta_config(fields: _Fields, layers: int) -> DeltaConfig:
         value_dim=fields.integer("linear_value_head_dim"),
         taps=fields.integer("linear_conv_kernel_dim"),
     )
-    if delta.key_heads < 1 or delta.value_heads % delta.key_heads:
+    if delta.value_heads % delta.key_heads:
         raise fields.fail("linear_num_key_heads must divide linear_num_value_heads")
     if delta.taps < 2:
         raise fields.fail("linear_conv_kernel_dim must be at least 2")
@@ -260,6 +267,7 @@ def _text_config(family: str, fields: _Fields, tied: bool) -> TextConfig:
     if qwen3 and fields.get("attention_bias", default=False):
         raise fields.fail("attention_bias is true; no checkpoint of this family has it")
     rope = fields.get("rope_parameters", "rope_scaling", default={})
+    _Fields(fields.path, "rope_parameters or rope_scaling", rope)
     ropes = _Fields(fields.path, fields.where, rope, *fields.sections)
     if rope.get("rope_type", rope.get("type", "default")) not in ("default", "mrope"):
         raise fields.fail(
@@ -267,12 +275,14 @@ def _text_config(family: str, fields: _Fields, tied: bool) -> TextConfig:
         )
     hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
     layers, longest = fields.integer("num_hidden_layers"), "max_position_embeddings"
-    head_dim = fields.get("head_dim", default=hidden // heads) if qwen3 else hidden // heads
+    if hidden < heads:
+        raise fields.fail("hidden_size is smaller than num_attention_heads")
+    head_dim = fields.integer("head_dim", default=hidden // heads) if qwen3 else hidden // heads
     text = TextConfig(
         layers=layers,
         hidden=hidden,
         heads=heads,
-        kv_heads=fields.get("num_key_value_heads", default=heads),
+        kv_heads=fields.integer("num_key_value_heads", default=heads),
         head_dim=head_dim,
         mlp=fields.integer("intermediate_size"),
         vocab=fields.integer("vocab_size"),
@@ -289,6 +299,8 @@ def _text_config(family: str, fields: _Fields, tied: bool) -> TextConfig:
         delta=_delta_config(fields, layers) if hybrid else None,
         positions=fields.integer(longest) if fields.get(longest) is not None else 0,
     )
+    if text.turning > head_dim:
+        raise fields.fail("partial_rotary_factor should be from 0 to 1")
     if len(text.mrope_section) != 3 or 2 * sum(text.mrope_section) != text.turning:
         raise fields.fail(
             f"mrope_section {list(text.mrope_section)} must be three counts that sum to half of "
@@ -311,16 +323,16 @@ def load_config(folder: str | Path) -> BackboneConfig:
         root = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{path} not found: give a Hugging Face model folder") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error})") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error})") from error
     top = _Fields(path, "config", root)
     family = root.get("model_type")
-    if family not in FAMILIES:
+    if family not in tuple(FAMILIES):
         raise top.fail(f"field 'model_type' is {family!r}; supported: {', '.join(FAMILIES)}")
-    nested = root.get("text_config") or {}
-    vision_fields = root.get("vision_config")
-    if not isinstance(vision_fields, dict):
-        raise top.fail("field 'vision_config' is missing")
+    nested, vision_fields = top.get("text_config", default={}), top.need("vision_config")
+    _Fields(path, "text_config", nested)
     # the head's tying belongs to the whole model: the top level decides where both state it, but
     # files of Qwen2.5-VL from before transformers 5 state it in text_config
     inner = bool(nested.get("tie_word_embeddings", False))
@@ -335,7 +347,7 @@ def load_config(folder: str | Path) -> BackboneConfig:
         family=family,
         vision=vision,
         text=text,
-        image_token_id=top.integer("image_token_id"),
-        vision_start_id=top.integer("vision_start_token_id"),
-        vision_end_id=top.integer("vision_end_token_id"),
+        image_token_id=top.integer("image_token_id", low=0),
+        vision_start_id=top.integer("vision_start_token_id", low=0),
+        vision_end_id=top.integer("vision_end_token_id", low=0),
     )

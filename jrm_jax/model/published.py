@@ -110,9 +110,17 @@ def check_variant(variant: str, found: BackboneConfig, folder: str) -> None:
 def _differences(wanted, found, prefix: str = "") -> list[str]:
     wrong = []
     for field in dataclasses.fields(wanted):
+        name = f"{prefix}{field.name}"
         a, b = getattr(wanted, field.name), getattr(found, field.name)
-        if dataclasses.is_dataclass(a):
-            wrong += _differences(a, b, f"{field.name}.")
+        if dataclasses.is_dataclass(a) and dataclasses.is_dataclass(b):
+            wrong += _differences(a, b, f"{name}.")
+        elif dataclasses.is_dataclass(a) or dataclasses.is_dataclass(b):
+            if a != b:  # a part that one of them has not at all
+                wrong.append(f"{name} is {_absent(b)}, published {_absent(a)}")
         elif a != b:
-            wrong.append(f"{prefix}{field.name} is {b}, published {a}")
+            wrong.append(f"{name} is {b}, published {a}")
     return wrong
+
+
+def _absent(part: object) -> str:
+    return "absent" if part is None else "there"

@@ -14,12 +14,17 @@ from jrm_jax.model.tensors import TEXT, VISION
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 READABLE = ("F64", "F32", "F16", "BF16")
+WHOLE = ("BOOL", *(f"{sign}{bits}" for sign in "IU" for bits in (8, 16, 32, 64)))
 
 Slices = tuple[tuple[int, int], ...]
 
 
 class TensorFiles:
-    """The tensors of a folder under their native names, whatever layout they are stored in."""
+    """The tensors of a folder under their native names, whatever layout they are stored in.
+
+    Raises:
+        UserError: files are absent or damaged, or hold numbers of a type that NumPy has not (FP8).
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -38,6 +43,14 @@ class TensorFiles:
                 if name in self.tensors:
                     self.repeated.append(f"{self.tensors[name][1]} and {key}")
                 self.tensors[name] = (handle, key)
+        kinds = {name: self.describe(name)[1] for name in self.tensors}
+        strange = [name for name, kind in kinds.items() if kind not in (*READABLE, *WHOLE)]
+        if strange:
+            more = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
+            raise UserError(
+                f"{folder}: {self.key(strange[0])}{more} are stored as {kinds[strange[0]]}, which "
+                "is not read here: give the folder of the model in bfloat16, float16 or float32"
+            )
 
     def key(self, name: str) -> str:
         return self.tensors[name][1]

@@ -268,11 +268,14 @@ def read_record(workdir: Path) -> Record | None:
         UserError: it is damaged.
     """
     try:
-        return Record(**json.loads((workdir / RECORD).read_text()))
+        found = Record(**json.loads((workdir / RECORD).read_text()))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{workdir / RECORD} cannot be read ({error})") from error
+    if not (isinstance(found.digest, dict) and all(isinstance(x, str) for x in found[:2])):
+        raise UserError(f"{workdir / RECORD} cannot be read (its fields are of other types)")
+    return found
 
 
 def check_same(before: Record, found: dict[str, str], folder: Path, how: str) -> None:

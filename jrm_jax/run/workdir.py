@@ -53,16 +53,18 @@ def read_config(workdir: Path) -> ConfigDict:
     path = workdir / CONFIG
     try:
         stored = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({error})") from error
-    return ConfigDict(_filled(stored, json.loads(as_text(defaults()))))
+    return ConfigDict(_filled(stored, json.loads(as_text(defaults())), str(path)))
 
 
-def _filled(stored: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+def _filled(stored: Any, defaults: Mapping[str, Any], where: str) -> dict[str, Any]:
+    if not isinstance(stored, dict):
+        raise UserError(f"{where} is damaged: it should be an object of fields, {{...}}")
     filled = {**defaults, **stored}
     for name, value in defaults.items():
-        if isinstance(value, dict) and isinstance(stored.get(name), dict):
-            filled[name] = _filled(stored[name], value)
+        if isinstance(value, dict) and name in stored:
+            filled[name] = _filled(stored[name], value, f"{where}: {name}")
     return filled
 
 
