@@ -130,13 +130,15 @@ def regimes(variant: str) -> ConfigDict:
     config.sizes, config.flips = SIZES, FLIPS
     config.headline = ConfigDict({"labelled": 1600, "flip": 0.35})
 
-    # Length and learning rate are chosen by the discriminative arm alone, on `valid`, from these:
+    # The length is chosen by the discriminative arm alone, learning rates by each arm of the claim
+    # for itself, on `valid`, from these:
     # (arms, labelled groups, flips, ((learning rate, steps), ...)), seed 0.
     config.trials = (
         (
             ("discriminative",), 1600, (0.0, 0.35),
             ((1.5e-3, 400), (5e-4, 400), (1.5e-4, 400), (5e-4, 1600), (1.5e-4, 1600)),
         ),
+        (("joint", "joint_words"), 1600, (0.35,), ((1.5e-3, 600), (5e-4, 600), (1.5e-4, 600))),
     )
     # (arms, labelled groups, flips, seeds), the most telling first: seeds run in the outer loop,
     # arms in the inner one, and what stands in an earlier row is not repeated.
@@ -172,6 +174,7 @@ def regimes(variant: str) -> ConfigDict:
     config.train.data = ConfigDict({"programs": 1, "candidate_cuts": ()})
     config.train.optimizer = ConfigDict({"learning_rate": 1.5e-4})
     config.train.backbone = ConfigDict({"path": START, "scan_unroll": 0})
+    config.rates = ()  # (arms, their learning rate where it is another)
     config.world = ConfigDict({"seed": 0, "valid": 256, "test": 512, "hard": 1024})
 
     config.measure = get_config().measure

@@ -103,6 +103,10 @@ def test_a_point_is_known_by_everything_its_numbers_depend_on():
     config = settings()
     config.verdict.gain, config.trials = 99.0, ()
     assert cells.fingerprint(config, point) == first
+    before = cells.fingerprint(config, point._replace(arm="discriminative"))
+    config.rates = ((("joint", "staged_joint"), 1e-3),)  # critiques first: at joint's rate
+    assert cells.fingerprint(config, point) != first
+    assert cells.fingerprint(config, point._replace(arm="discriminative")) == before
 
 
 # Several at a time

@@ -108,7 +108,9 @@ class Point(NamedTuple):
         """What the training config has instead of the base's fields."""
         arm = self.what
         rows = config.labelled_rows * (1 if arm.changes == ALONE else 2)
-        trial = {"optimizer.learning_rate": self.rate, "total_steps": self.steps}
+        rates = rate_changes(config, self.arm)
+        if self.is_trial:
+            rates = {"optimizer.learning_rate": self.rate, "total_steps": self.steps}
         return {
             **shared_changes(config),
             "data.world.train": config.groups,
@@ -122,7 +124,7 @@ class Point(NamedTuple):
             "batch_size": rows,
             "seed": self.seed,
             **arm.changes,
-            **(trial if self.is_trial else {}),
+            **rates,
         }
 
     def measures(self, config: ConfigDict) -> dict[str, Any]:
@@ -151,11 +153,18 @@ class Point(NamedTuple):
             "seed": self.seed,
             "total_steps": config.stage_steps,
             **self.what.first,
+            **rate_changes(config, "joint"),  # it writes, as that arm does
         }
 
     def depends(self, config: ConfigDict) -> list[Any]:
         """What else the numbers depend on."""
         return [LIFE_VERSION, self.first(config)]
+
+
+def rate_changes(config: ConfigDict, arm: str) -> dict[str, float]:
+    """The training config's change where an arm has a learning rate of its own."""
+    rate = next((rate for arms, rate in config.rates if arm in arms), None)
+    return {} if rate is None else {"optimizer.learning_rate": rate}
 
 
 def plan(config: ConfigDict) -> list[Point]:

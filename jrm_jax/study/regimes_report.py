@@ -246,16 +246,19 @@ def _trials(config: ConfigDict, numbers: Numbers) -> list[str]:
     rows = []
     for trial in numbers["trials"]:
         curve = ", ".join(f"{step:g}: {100 * value:.1f}" for step, value in trial["curve"])
-        place = (f"{trial['labelled']:,}", f"{100 * trial['flip']:g} %")
+        place = (trial["arm"], f"{trial['labelled']:,}", f"{100 * trial['flip']:g} %")
         rows.append((*place, f"{trial['rate']:g}", str(trial["steps"]),
                      f"{100 * trial['valid']:.1f}", curve))  # fmt: skip
     train = config.train
-    head = ("labelled", "wrong", "learning rate", "steps", "valid, best step", "valid by step")
+    head = ("arm", "labelled", "wrong", "learning rate", "steps", "valid, best step",
+            "valid by step")  # fmt: skip
+    others = "".join(f", {rate:g} in {', '.join(arms)}" for arms, rate in config.rates)
     return [
         "## How length and learning rate were chosen",
         "",
-        f"By the discriminative arm alone, on `valid`, seed 0. In use: {train.total_steps} steps, "
-        f"learning rate {train.optimizer.learning_rate:g}. {config.chosen}",
+        "On `valid`, seed 0: the length by the discriminative arm alone, a learning rate by each "
+        f"arm of the claim for itself. In use: {train.total_steps} steps, learning rate "
+        f"{train.optimizer.learning_rate:g}{others}. {config.chosen}",
         "",
         *(table(head, rows) if rows else [f"{NOT_YET.capitalize()}.", ""]),
     ]
