@@ -23,7 +23,7 @@ from ml_collections import config_flags
 from jrm_jax import cli
 from jrm_jax.errors import UserError
 from jrm_jax.planning.chips import Topology, parse_topology
-from jrm_jax.shell import config_cli
+from jrm_jax.shell import config_cli, disk
 from jrm_jax.shell.stop import ending
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "File[:arguments].", lock_config=True)
@@ -60,6 +60,8 @@ def _main() -> int:
 
     config = _CONFIG.value
     check_config(config)
+    if _OUT.value:
+        disk.check_file(Path(_OUT.value))  # compiling takes minutes
     backbone = compiling.architecture(config)
     devices = compiling.describe_devices(topology)
     case = fitting.Case(

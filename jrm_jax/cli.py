@@ -67,15 +67,13 @@ def run_name(config: ConfigDict) -> str:
 
 def is_expected(error: BaseException) -> bool:
     """Whether it is bad input or the disk's fault, and not a fault of the program."""
-    return isinstance(error, UserError | flags.Error) or (
-        isinstance(error, OSError) and error.errno in disk.FAULTS
-    )
+    return isinstance(error, UserError | flags.Error) or disk.is_fault(error)
 
 
 def one_line(error: BaseException) -> str:
     """The end of what the flag libraries say: they print reprs, tracebacks and lists of tries."""
     text = str(error)
-    if isinstance(error, OSError) and error.errno in disk.FAULTS:
+    if disk.is_fault(error):
         text = disk.explain(error, Path(error.filename or "."))
     elif isinstance(error, KeyError | AttributeError):
         while isinstance(error, BaseException) and error.args:

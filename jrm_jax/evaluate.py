@@ -13,13 +13,13 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import shutil
+import math
 from pathlib import Path
 from typing import Any
 
 from jrm_jax import cli
 from jrm_jax.errors import UserError
-from jrm_jax.evaluation import report
+from jrm_jax.evaluation import output, report
 from jrm_jax.evaluation.cases import Issues, in_order
 from jrm_jax.evaluation.files import Images
 from jrm_jax.evaluation.layouts import LAYOUTS
@@ -76,6 +76,8 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError("give --out=FILE.json")
     if args.tie_threshold is not None and args.tie_from:
         raise UserError("give --tie_threshold or --tie_from, not both")
+    if not _is_threshold(args.tie_threshold or 0.0):
+        raise UserError(f"--tie_threshold={args.tie_threshold} must be a number of at least 0")
     layout = LAYOUTS[args.benchmark]
     needed = args.benchmark != "world" and (layout.needs_data or not args.predictions)
     if needed and not args.data:
@@ -97,16 +99,19 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     from jrm_jax.evaluation import page, scoring
 
     layout, issues, threshold = LAYOUTS[args.benchmark], Issues(), _threshold(args)
+    output.check_out(args.out, [args.tie_from] if args.tie_from else [])
+    if args.checkpoint:
+        output.check_folder(output.predictions_folder(args.out))
     model = _load(args) if args.checkpoint else None
     benchmark = _read(args, layout, issues, model)
     if args.limit and args.benchmark != "world":
         benchmark = benchmark._replace(cases=benchmark.cases[: args.limit])
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     name = args.name or _name(args)
     if model is not None:
         judged = scoring.score_cases(model, benchmark.cases, issues, layout.download)
         terminal.say(f"scored in {model.describe_work()}")
-        _write_predictions(layout, judged, args.out, name, threshold)
+        with output.new_predictions(output.predictions_folder(args.out)) as folder:
+            layout.write(judged, folder, name, threshold)
     else:
         judged = in_order(benchmark.cases, layout.read_predictions(benchmark, args.predictions))
     if not judged:
@@ -140,9 +145,9 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         from jrm_jax.evaluation.probe import probe
 
         result["probe"] = report.plain(probe(model, judged))
-    _save(args.out, json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    _save(args.out.with_suffix(".md"), report.markdown(result))
-    _save(args.out.with_suffix(".html"), page.page(result, judged))
+    output.save(args.out, json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    output.save(args.out.with_suffix(".md"), report.markdown(result))
+    output.save(args.out.with_suffix(".html"), page.page(result, judged))
     return result
 
 
@@ -161,7 +166,13 @@ def _threshold(args: argparse.Namespace) -> float:
             f"--tie_from={args.tie_from} holds no scores of pairs that people call equal, so no"
             " threshold can be taken from it"
         )
+    if not _is_threshold(found):
+        raise UserError(f"--tie_from={args.tie_from}: its threshold is {found!r}, no number")
     return float(found)
+
+
+def _is_threshold(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value) and value >= 0
 
 
 def _load(args: argparse.Namespace):
@@ -193,13 +204,6 @@ def _name(args: argparse.Namespace) -> str:
     return Path(args.checkpoint or args.predictions[0]).resolve().name
 
 
-def _write_predictions(layout, judged, out: Path, name: str, threshold: float) -> None:
-    folder = out.with_name(f"{out.stem}_predictions")
-    shutil.rmtree(folder, ignore_errors=True)  # a file of an earlier run would be counted too
-    folder.mkdir()
-    layout.write(judged, folder, name, threshold)
-
-
 def _dimension_remarks(model: Any, benchmark) -> list[str]:
     from jrm_jax.evaluation.scoring import column
 
@@ -212,13 +216,6 @@ def _dimension_remarks(model: Any, benchmark) -> list[str]:
         "The model has no reward of its own for every dimension that is asked for; it answers with"
         f" {words}."
     ]
-
-
-def _save(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror})") from error
 
 
 def print_result(result: dict[str, Any]) -> None:
@@ -264,10 +261,12 @@ def main(argv: list[str] | None = None) -> None:
         cli.prepare()
     with ending():
         if args.compare:
+            if args.out:
+                output.check_out(args.out, args.compare, beside=())
             found = report.compare(*args.compare)
             print(report.compare_markdown(found))
             if args.out:
-                _save(args.out, json.dumps(found, indent=1) + "\n")
+                output.save(args.out, json.dumps(found, indent=1) + "\n")
             return
         result = evaluate(args)
     print_result(result)

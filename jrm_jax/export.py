@@ -86,8 +86,8 @@ def export(
     if out.exists():
         raise UserError(f"{out} exists: give another --out, or remove it first")
     part = out.with_name(f"{out.name}.incomplete-{os.getpid()}")
-    part.mkdir(parents=True)
     try:
+        part.mkdir(parents=True)
         reward_id = trained.encoder.tokenizer.reward_id
         weights.save_params(
             part,
@@ -336,6 +336,7 @@ def main(argv: list[str] | None = None) -> None:
     with ending():
         if args.out.exists():
             raise UserError(f"{args.out} exists: give another --out, or remove it first")
+        disk.check_folder(args.out.parent)  # loading takes minutes
         alone, shard = args.backbone_only, int(args.max_shard_gb * 1e9)
         trained = load_trained(args.checkpoint, args.step, args.backbone, scores=not alone)
         if alone:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from jrm_jax import cli
 from jrm_jax.errors import UserError
-from jrm_jax.shell import terminal
+from jrm_jax.shell import disk, terminal
 from jrm_jax.shell.arguments import Parser
 from jrm_jax.shell.stop import ending
 
@@ -72,6 +72,8 @@ def rank(args: argparse.Namespace) -> dict[str, Any]:
         raise UserError("give at least one candidate picture")
     from jrm_jax.serving.groups import Group
 
+    if args.sheet:
+        disk.check_file(args.sheet)  # loading takes minutes
     model = _load(args)
     rows: list[dict[str, Any]] = [{"picture": path} for path in args.candidates]
     for row in rows:
@@ -103,9 +105,13 @@ def score_many(args: argparse.Namespace) -> int:
     if beside := [name for name in single if getattr(args, name)]:
         raise UserError(f"--input holds all groups: leave out {', '.join(beside)}")
     from jrm_jax.serving.files import score_file
+    from jrm_jax.serving.trained import identify
 
+    disk.check_file(args.output)  # loading takes minutes
     model = _load(args)
-    rows, failed = score_file(model, args.input, args.output, args.images)
+    made = {"weights": identify(args.model, model.card["step"]).digest, "programs": args.programs,
+            "compute_dtype": args.compute_dtype}  # fmt: skip
+    rows, failed = score_file(model, args.input, args.output, args.images, made)
     terminal.say(f"scored in {model.describe_work()}")
     words = f", {failed:,} of them with an error" if failed else ""
     print(f"{args.output}: {rows:,} rows{words}")
@@ -139,16 +145,16 @@ def main(argv: list[str] | None = None) -> None:
         if args.input or args.output:
             sys.exit(score_many(args))
         found = rank(args)
+        if args.json:
+            print(json.dumps(found))
+        else:
+            print_table(found)
         if args.sheet:
             from jrm_jax.serving.sheet import draw_sheet
 
             if missing := draw_sheet(found, args.sheet):
                 words = "the sheet cannot draw these letters, no font here has them (install Noto)"
                 terminal.say(f"{words}: {missing}")
-    if args.json:
-        print(json.dumps(found))
-    else:
-        print_table(found)
     if any("error" in row for row in found["candidates"]):
         sys.exit(1)
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from jrm_jax import cli
 from jrm_jax.errors import UserError
-from jrm_jax.shell import terminal
+from jrm_jax.shell import disk, terminal
 from jrm_jax.shell.arguments import Parser
 from jrm_jax.shell.stop import leave
 
@@ -123,8 +123,10 @@ def main(argv: list[str] | None = None) -> None:
         cli.prepare()
     try:
         status = serve(args)
-    except UserError as error:
-        terminal.say(f"error: {' '.join(str(error).split())}")
+    except (UserError, OSError) as error:
+        if (told := disk.expected_words(error)) is None:
+            raise
+        terminal.say(f"error: {told}")
         status = 1
     leave(status)
 

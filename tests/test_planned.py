@@ -14,7 +14,7 @@ import pytest
 from jrm_jax.data.buckets import Bucket
 from jrm_jax.errors import UserError
 from jrm_jax.serving import files
-from jrm_jax.serving.groups import Group
+from jrm_jax.serving.groups import Group, Scores, all_finite, finite
 from jrm_jax.serving.planned import THREADS, Calls, ahead, in_order, run_all
 from jrm_jax.serving.programs import Program
 from jrm_jax.serving.reward_model import RewardModel
@@ -164,7 +164,7 @@ def test_pictures_are_kept_no_longer_than_they_are_needed():
         return [np.zeros((1, 1), np.float32)] * 200
 
     model = SimpleNamespace(
-        batch_size=4, need=lambda *_: None, _scores=list,
+        batch_size=4, need=lambda *_: None, _scores=lambda found: [Scores(*found, 0, ())],
         _runner=SimpleNamespace(streamed=streamed),
     )  # fmt: skip
     groups = (Group("", None, [Picture()]) for _ in range(200))
@@ -216,3 +216,23 @@ def test_a_list_is_read_where_it_is_needed_and_its_sizes_take_little():
     )  # fmt: skip
     assert len(RewardModel.score_batch(model, Groups())) == 200
     assert max(most) <= 2 + 2 * THREADS
+
+
+def test_a_score_that_is_not_finite_is_an_error_of_its_group():
+    good = np.ones((2, 1), np.float32)
+    scores = Scores(good, good * np.nan, ("overall",))  # a run that knows no rewards
+    assert finite(scores) is scores and all_finite([scores]) == [scores]
+    for value in (np.nan, np.inf, -np.inf):
+        bad = np.array([[1], [value]], np.float32)
+        for one in (scores._replace(reward_KR=bad), scores._replace(deviation_KR=bad)):
+            assert "not finite" in str(finite(one))
+            with pytest.raises(UserError, match="^group 1: the model gives a score that is not fi"):
+                all_finite([scores, one])
+
+    broken = np.array([[np.nan]], np.float32)
+    model = SimpleNamespace(
+        batch_size=4, need=lambda *_: None, _scores=lambda found: [Scores(*found, 0, ())],
+        _runner=SimpleNamespace(streamed=lambda *_: [good, broken, UserError("large"), good]),
+    )  # fmt: skip
+    found = list(RewardModel.iter_found(model, [Group("", None, [])] * 4))
+    assert [isinstance(one, UserError) for one in found] == [False, True, True, False]

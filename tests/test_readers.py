@@ -186,7 +186,7 @@ def test_an_old_checkpoint_that_cannot_be_removed_does_not_end_the_run(copy, mon
         (OSError(errno.ENOSPC, "No space left on device", "a"), "free some space"),
         (OSError(errno.EDQUOT, "Disk quota exceeded", "a"), "free some space"),
         (OSError(errno.EROFS, "Read-only file system", "a"), "a folder that can be written"),
-        (OSError(errno.EACCES, "Permission denied", "a"), "the right to write"),
+        (OSError(errno.EACCES, "Permission denied", "a"), "the right to read and write"),
         (OSError(errno.EIO, "Input/output error", "a"), "still answers"),
         (OSError(errno.ESTALE, "Stale file handle", "a"), "still answers"),
         (OSError(errno.EMFILE, "Too many open files", "a"), "ulimit -n"),

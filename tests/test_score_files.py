@@ -3,6 +3,7 @@
 import datetime
 import decimal
 import json
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ from test_score import files, groups, model, workdir  # noqa: F401  fixtures
 from jrm_jax import RewardModel, score
 from jrm_jax.errors import UserError
 from jrm_jax.serving import files as scored_files
+from jrm_jax.serving import trained
 from jrm_jax.serving.groups import Scores
 
 
@@ -88,6 +90,8 @@ def test_a_stopped_file_goes_on(model, files, tmp_path, monkeypatch):
     other.write_text(json.dumps(row) + "\n")
     with pytest.raises(UserError, match="begun with other files"):
         scored_files.score_file(model, other, torn)
+    with pytest.raises(UserError, match="or other options"):
+        scored_files.score_file(model, path, torn, made={"compute_dtype": "bfloat16"})
     assert scored_files.score_file(model, path, torn) == (10, 0)
     assert torn.read_bytes() == whole.read_bytes()
     assert not list(tmp_path.glob("*.state.json"))
@@ -261,3 +265,17 @@ def test_an_output_that_cannot_be_written_is_one_line(folder):
     (folder / "in.jsonl").write_text(json.dumps(PLAIN) + "\n")
     with pytest.raises(UserError, match="cannot be written: .*a part of this path is a file"):
         scored(folder, folder / "cat.png" / "new" / "out.jsonl")
+
+
+def test_an_output_belongs_to_weights_and_options(tmp_path, monkeypatch):
+    told, step = [], 7
+    model = SimpleNamespace(card={"step": step}, describe_work=lambda: "")
+    monkeypatch.setattr(score, "_load", lambda args: model)
+    monkeypatch.setattr(trained, "identify", lambda path, at: trained.Identity(at, f"{path} {at}"))
+    monkeypatch.setattr(scored_files, "score_file", lambda *given: told.append(given[-1]) or (1, 0))
+    given = ["--model=run", f"--input={tmp_path}/a.jsonl", f"--output={tmp_path}/b.jsonl"]
+    for options in ([], ["--compute_dtype=bfloat16"], ["--programs=2"], ["--model=other"], []):
+        with pytest.raises(SystemExit):
+            score.main([*given, *options])
+    assert told[0] == told[-1] and told[0]["weights"] == "run 7"
+    assert all(one != other for i, one in enumerate(told[:4]) for other in told[:i])

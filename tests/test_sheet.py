@@ -1,13 +1,18 @@
-"""The sheet of pictures: letters of every script that a font has, the others named."""
+"""The sheet of `score --sheet`: letters of every script that a font has, pictures of any form."""
+
+import base64
+import io
+import json
 
 import numpy as np
 import PIL.Image
 import PIL.ImageDraw
 import pytest
 
+from jrm_jax import score
 from jrm_jax.serving import lettering
 from jrm_jax.serving.lettering import Lettering
-from jrm_jax.serving.sheet import draw_sheet
+from jrm_jax.serving.sheet import LINE, MARGIN, SIDE, draw_sheet
 
 
 def drawn(text):
@@ -56,3 +61,34 @@ def test_lines_fit_and_hold_everything(text):
     lines = letters.wrap(text, 120)
     assert len(lines) > 1 and all(letters.width(line) <= 120 for line in lines)
     assert "".join(lines).replace(" ", "") == text.replace(" ", "")
+
+
+def picture(shade, where=None):
+    file = io.BytesIO()
+    PIL.Image.new("RGB", (20, 10), (shade, 0, 0)).save(where or file, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def test_pictures_may_stand_in_the_command(tmp_path):
+    picture(200, tmp_path / "edit.png")
+    rows = [{"picture": (tmp_path / "edit.png").as_uri(), "reward": 0.5},
+            {"picture": picture(100), "reward": 0.1},
+            {"picture": picture(1)[:60], "error": "no picture"}]  # fmt: skip
+    found = {"instruction": "Do it", "source": [picture(50)], "candidates": rows}
+    assert draw_sheet(found, tmp_path / "sheet.png") == ""
+    drawn = np.asarray(PIL.Image.open(tmp_path / "sheet.png"))
+    top = MARGIN * 2 + LINE
+    reds = [drawn[top, MARGIN + i * (SIDE + MARGIN), 0] for i in range(3)]
+    assert reds == [50, 200, 100]
+
+
+@pytest.mark.parametrize("words", [[], ["--json"]])
+def test_scores_are_shown_though_the_sheet_cannot_be_made(tmp_path, monkeypatch, capsys, words):
+    found = {"instruction": "Do it", "source": [], "candidates": [
+        {"picture": str(tmp_path / "gone.png"), "reward": 0.125, "normalised": None}]}  # fmt: skip
+    monkeypatch.setattr(score, "rank", lambda args: found)
+    with pytest.raises(SystemExit, match="^error: .*gone.png"):
+        score.main(["--model=m", "--instruction=Do it", "a.png", *words,
+                    f"--sheet={tmp_path / 'sheet.png'}"])  # fmt: skip
+    shown = capsys.readouterr().out
+    assert json.loads(shown) == found if words else "0.125" in shown

@@ -13,6 +13,7 @@ from entry_point import ROOT
 from jrm_jax.data import template
 from jrm_jax.data.processor import Processor
 from jrm_jax.data.schema import Image, Text
+from jrm_jax.data.stated import stated_scores
 from jrm_jax.data.template import (
     IM_END,
     IM_START,
@@ -199,6 +200,15 @@ def test_score_line_is_found(tokenizer):
     ids, before = tokenizer.encode_critique("a\nb\nnine\n")
     assert tokenizer.decode(ids[before:]).strip() == "nine"
     assert tokenizer.encode_critique("a\nb\nnine\n") is tokenizer.encode_critique("a\nb\nnine\n")
+
+
+@pytest.mark.parametrize("end", ["", "\n", "\n    ", "  \n\t\n", "\r\n", "\n\u3000"])
+def test_the_line_that_is_masked_is_the_one_whose_scores_are_read(tokenizer, end):
+    text = f"Fine.\nfollowing ten preservation two{end}"
+    stated = stated_scores(text, ["following", "preservation"])
+    assert stated == {"following": 10, "preservation": 2}
+    ids, before = tokenizer.encode_critique(text)
+    assert tokenizer.decode(ids[:before]) == "Fine.\n"
 
 
 def test_cache_is_bounded(folder):

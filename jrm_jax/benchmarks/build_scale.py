@@ -33,6 +33,7 @@ import numpy as np
 import PIL.Image
 
 from jrm_jax.benchmarks.reporting import run_command
+from jrm_jax.shell import cores
 from jrm_jax.shell.arguments import Parser
 
 EDITS = 7
@@ -40,7 +41,7 @@ WINDOW = 420  # rows that are mixed: those of twenty sources
 SHARD_EXAMPLES = 100
 TRIES = 5
 GRACE = 10  # seconds that the workers of a killed build may take to end
-WORKERS = max(2, len(os.sched_getaffinity(0)))
+WORKERS = max(2, cores.usable())
 
 
 def picture(seed: int, side: int) -> bytes:

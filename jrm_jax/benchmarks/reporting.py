@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from jrm_jax.shell import disk
 from jrm_jax.shell.stop import ending
 
 
@@ -27,6 +28,8 @@ def run_command(
     options = vars(parser.parse_args(argv))
     out = options.pop("out")
     with ending(), tempfile.TemporaryDirectory() as folder:
+        if out:
+            disk.check_file(out)
         lines = run(Path(folder), **options)
     if out:
         given = {name: value for name, value in options.items() if value is not False}

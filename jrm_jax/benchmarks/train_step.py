@@ -35,6 +35,7 @@ from jrm_jax.benchmarks import torch_reference
 from jrm_jax.data.pipeline import repeat_prompt
 from jrm_jax.losses import combine, term_weights
 from jrm_jax.sharding import compiler_options
+from jrm_jax.shell import cores
 from jrm_jax.shell.arguments import Parser
 from jrm_jax.step import LossConfig, TrainState, make_forward, make_train_step
 
@@ -193,7 +194,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     cli.keep_memory()
-    torch.set_num_threads(os.cpu_count())
+    torch.set_num_threads(cores.usable())
     config = make_config(args)
     sides = JaxSides(config, args.batches)
     runs = {

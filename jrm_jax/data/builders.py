@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +29,7 @@ from jrm_jax.data.ingest.table import Table
 from jrm_jax.data.store import SHARD_EXAMPLES
 from jrm_jax.data.world.prepare import prepare_world
 from jrm_jax.errors import UserError
+from jrm_jax.shell import cores, disk
 from jrm_jax.shell.arguments import Parser
 from jrm_jax.shell.stop import GRACE, Stopped, StopRequest
 from jrm_jax.shell.terminal import Bar, say
@@ -125,7 +125,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             "--shard_examples", type=int, default=SHARD_EXAMPLES, help="groups per file, at most"
         )
         command.add_argument(
-            "--workers", type=int, default=_cores(), help="processes that check pictures"
+            "--workers", type=int, default=cores.usable(), help="processes that check pictures"
         )
         command.add_argument("--split", default="train", choices=("train", "valid", "test", "hard"))
         command.add_argument(
@@ -141,11 +141,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for split, count in (("train", 16384), ("valid", 512), ("test", 1024), ("hard", 1024)):
         world.add_argument(f"--{split}", type=int, default=count)
     return parser.parse_args(argv)
-
-
-def _cores() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def make_layout(args: argparse.Namespace) -> building.Layout:
@@ -223,8 +218,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 make_world(args)
             else:
                 build(args)
-    except UserError as error:
-        say(f"error: {error}")
+    except (UserError, OSError) as error:
+        if (told := disk.expected_words(error)) is None:
+            raise
+        say(f"error: {told}")
         return 1
     except Stopped as stopped:
         say("stopped; the same command goes on")

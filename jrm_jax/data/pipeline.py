@@ -48,6 +48,7 @@ from jrm_jax.data.encode import EncodedExample, Encoder, TokenRow, make_encoder
 from jrm_jax.data.sizes import as_example
 from jrm_jax.data.workers import WatchedIterator, init_worker
 from jrm_jax.errors import UserError
+from jrm_jax.shell import user_cache
 
 __all__ = [
     "Batch", "BatchIterator", "EncodedExample", "Encoder", "HostBatch", "assemble_batch",
@@ -180,7 +181,8 @@ def _check_fit(group: EncodedExample, bucket: Bucket, name: int) -> None:
         if found > room:
             raise UserError(
                 f"example {name} needs {found} {field.name} slots, its bucket has {room}: the data"
-                " set has changed since it was measured; remove its sizes-*.npz files"
+                " set has changed since it was measured; remove its sizes-*.npz and contents-*.json"
+                f" files, which lie beside it or in {user_cache.folder('sizes')}"
             )
 
 

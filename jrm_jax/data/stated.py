@@ -52,6 +52,11 @@ class _Score(NamedTuple):
     of: float
 
 
+def last_line(critique: str) -> int:
+    """Where the last line begins that holds more than blanks; 0 where there is only one line."""
+    return critique.rstrip().rfind("\n") + 1
+
+
 def stated_scores(critique: str, names: Sequence[str]) -> dict[str, float]:
     """{'following': 10.0, 'preservation': 2.0}: which of these names the last line states, in small
     letters with '_' between words, and their numbers. {} where it states none."""
@@ -112,7 +117,7 @@ def _pattern(names: tuple[str, ...]) -> re.Pattern[str]:
 
 def _read(critique: str, names: tuple[str, ...]) -> dict[str, _Score]:
     """A name that is stated twice, and not alike, is not stated."""
-    line = unicodedata.normalize("NFKC", critique.rstrip().rpartition("\n")[2])
+    line = unicodedata.normalize("NFKC", critique[last_line(critique) :].rstrip())
     found: dict[str, set[_Score]] = {}
     end = 0  # of the score before
     for match in _pattern(names).finditer(line):

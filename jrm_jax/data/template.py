@@ -29,6 +29,7 @@ from typing import Any
 from jrm_jax.data.processor import Processor
 from jrm_jax.data.schema import Image, Part
 from jrm_jax.data.sizes import write_cache
+from jrm_jax.data.stated import last_line
 from jrm_jax.errors import UserError
 from jrm_jax.shell import user_cache
 
@@ -174,8 +175,7 @@ class Tokenizer:
             if len(self._critiques) >= self.CACHE_SIZE:
                 self._critiques.clear()
             encoding = self._backend.encode(text, add_special_tokens=False)
-            start = text.rstrip("\n").rfind("\n") + 1
-            before = sum(first < start for first, _ in encoding.offsets)
+            before = sum(first < last_line(text) for first, _ in encoding.offsets)
             found = self._critiques[text] = (tuple(encoding.ids), before)
         return found
 

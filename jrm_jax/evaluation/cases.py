@@ -97,7 +97,8 @@ class Case(NamedTuple):
     group: what is drawn together in the bootstrap (same prompt, same source picture).
     section: the benchmark's own split or task; subtask: its finer division ('' = none).
     dimension: the reward asked for. targets: people's scores per candidate, where there are any.
-    fields: of the row in the benchmark's file, for files that repeat them.
+    fields: of the row in the benchmark's file, for files that repeat them. given: the id in the
+    benchmark's file, where that stands for several cases with other content ('' = `id` does).
     """
 
     id: str
@@ -111,6 +112,7 @@ class Case(NamedTuple):
     names: tuple[str, ...] = ()
     targets: tuple[float, ...] | None = None
     fields: dict[str, Any] = {}  # noqa: RUF012
+    given: str = ""
 
     @property
     def pictures(self) -> list[Picture]:
@@ -176,6 +178,37 @@ def note_duplicates(issues: Issues, ids_and_labels: list[tuple[str, Any]]) -> No
             if len(labels[name]) > 1:
                 said = ", ".join(sorted(map(str, labels[name])))
                 issues.add("id with contradicting labels", f"{name}: {said}")
+
+
+def tell_apart(cases: Sequence[Case]) -> list[Case]:
+    """The same with ids that stand for one prompt and its candidates each: predictions go by id.
+
+    Where an id has several contents they become 'ID (1 of 2)', 'ID (2 of 2)'; rows of one content
+    share their id, and so their answer.
+    """
+    groups: dict[str, set[int]] = {}  # a group's cases, of several dimensions, share one prompt
+    for case in cases:
+        groups.setdefault(case.id, set()).add(id(case.prompt))
+    keys = [content_key(case) if len(groups[case.id]) > 1 else None for case in cases]
+    places: dict[str, dict[Any, int]] = {}
+    for case, key in zip(cases, keys, strict=True):
+        known = places.setdefault(case.id, {})
+        known.setdefault(key, len(known) + 1)
+    found = []
+    for case, key in zip(cases, keys, strict=True):
+        known = places[case.id]
+        name = f"{case.id} ({known[key]} of {len(known)})"
+        found.append(case._replace(id=name, given=case.id) if len(known) > 1 else case)
+    return found
+
+
+def content_key(case: Case) -> Any:
+    """Equal for equal prompts with equal candidates."""
+
+    def one(parts: Sequence[Part]) -> tuple:
+        return tuple(part.key if isinstance(part, Picture) else part.text for part in parts)
+
+    return one(case.prompt), tuple(map(one, case.candidates))
 
 
 def content_id(prompt: Sequence[Part], candidates: Sequence[Sequence[Part]]) -> str:

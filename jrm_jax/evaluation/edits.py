@@ -150,7 +150,7 @@ def read_predictions(benchmark: Benchmark, paths: Sequence[str]) -> list[Judged]
     own = [file for file in given if file.name != CORRELATIONS]
     for row in entries(own, (".json", ".jsonl"), benchmark.issues):
         found.add(str(row.field("index")), row.field("scores"), row.where)
-    return found.judged
+    return found.close()
 
 
 def measure(benchmark: Benchmark, judged: Sequence[Judged], threshold: float) -> list[Metric]:

@@ -26,6 +26,7 @@ from jrm_jax.evaluation.cases import (
     Judged,
     digest,
     note_duplicates,
+    tell_apart,
 )
 from jrm_jax.evaluation.metrics import Metric, accuracy, sections, verdicts
 from jrm_jax.evaluation.predictions import Collected
@@ -45,7 +46,7 @@ def read(path: str, issues: Issues, images: files.Images | None = None) -> Bench
     """
     cases = [_case(row) for row in files.read_rows(path, images)]
     note_duplicates(issues, [(case.id, "") for case in cases])
-    return Benchmark("mer_bench", cases, issues, PROTOCOL)
+    return Benchmark("mer_bench", tell_apart(cases), issues, PROTOCOL)
 
 
 def _case(row: files.Row) -> Case:
@@ -81,7 +82,7 @@ def write(judged: Sequence[Judged], out: Path, model: str, threshold: float = 0.
     for case, answer in judged:
         order, places = _order(answer.scores), list(range(len(answer.scores)))
         content[case.id] = {
-            "pair_id": case.id, "pair_type": len(places), **case.fields,
+            "pair_id": case.given or case.id, "pair_type": len(places), **case.fields,
             "gt_qualities": [len(places) - place for place in places], "num_images": len(places),
             "scores": list(answer.scores), "pred_rank": order, "gt_rank": places,
             "is_correct": order == places, "model": model,
@@ -108,7 +109,7 @@ def read_predictions(benchmark: Benchmark, paths: Sequence[str]) -> list[Judged]
         for name, entry in content.items():
             scores = entry.get("scores") if isinstance(entry, dict) else entry
             found.add(name, scores, f"{path}: {name}")
-    return found.judged
+    return found.close()
 
 
 # Numbers: of one group's order, best to worst, against 0, 1, 2, ..

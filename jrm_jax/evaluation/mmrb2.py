@@ -10,6 +10,7 @@ prompts and can only be used with --predictions. Predictions: {id: {'forward': [
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from jrm_jax.evaluation.cases import (
     Part,
     digest,
     note_duplicates,
+    tell_apart,
 )
 from jrm_jax.evaluation.metrics import Metric, Verdict, accuracy, sections, verdicts
 from jrm_jax.evaluation.predictions import UNKNOWN, to_scores
@@ -60,7 +62,7 @@ def read(path: str, issues: Issues, images: files.Images | None = None) -> Bench
             for number, pair in enumerate(content["pairs"])
         ]
         note_duplicates(issues, [(c.id, LETTERS.get(c.comparisons[0].label)) for c in rows])
-        cases += rows
+        cases += tell_apart(rows)
     return Benchmark("mmrb2", cases, issues, PROTOCOL)
 
 
@@ -80,11 +82,16 @@ def _task_files(path: Path) -> list[tuple[str, Path]]:
 
 
 def _task_of(path: Path) -> str:
-    stem = path.stem.lower()
-    for task, name in TASKS.items():
-        if name in stem or task in stem:
-            return task
-    raise UserError(f"{path.name}: the name must tell the task ({', '.join(TASKS.values())})")
+    """By the words of its name: 'gpt4_t2i', 'edit_images', 'image' (which stands for many things,
+    so it is asked last)."""
+    words = re.split(r"[^a-z0-9]+", path.stem.lower())
+    for names in (TASKS.items(), zip(TASKS, TASKS, strict=True)):
+        found = {task for task, name in names if any(word.startswith(name) for word in words)}
+        if len(found) == 1:
+            return found.pop()
+        if found:
+            break
+    raise UserError(f"{path.name}: the name must tell one task ({', '.join(TASKS.values())})")
 
 
 def _case(task: str, row: files.Row, issues: Issues) -> Case:
@@ -167,14 +174,16 @@ def read_predictions(benchmark: Benchmark, paths: Sequence[str]) -> list[Judged]
         if not isinstance(content, dict):
             raise UserError(f"{path} must be an object of ids with 'forward' and 'reverse'")
         cases = [case for case in benchmark.cases if case.section == task]
-        known = {case.id for case in cases}
+        known = {name for case in cases for name in (case.id, case.given)}
         for name in content:
             if name not in known:
                 issues.add(UNKNOWN, f"{task}: {name}")
         for case in cases:
-            if content.get(case.id) is None:
+            # officially an id's entry counts for all pairs that have the id
+            entry = content.get(case.id, content.get(case.given or case.id))
+            if entry is None:
                 continue  # counted as missing by the caller
-            votes, scores = _votes(content[case.id], f"{path}: {case.id}", issues)
+            votes, scores = _votes(entry, f"{path}: {case.id}", issues)
             judged.append(Judged(case, Answer(scores, {"pair": votes})))
     return judged
 
@@ -182,10 +191,21 @@ def read_predictions(benchmark: Benchmark, paths: Sequence[str]) -> list[Judged]
 def _prediction_files(tasks: list[str], paths: list[Path]) -> list[tuple[str, Path]]:
     if len(paths) == 1 and paths[0].is_dir():
         paths = files.find(paths[0], (".json",))
-        return [(_task_of(path), path) for path in paths if _task_of(path) in tasks]
-    if len(paths) == len(tasks):
-        return list(zip(tasks, paths, strict=True))
-    return [(_task_of(path), path) for path in paths]
+        found = [(_task_of(path), path) for path in paths if _task_of(path) in tasks]
+    elif len(paths) == len(tasks) == 1:
+        return [(tasks[0], paths[0])]
+    else:
+        try:
+            found = [(_task_of(path), path) for path in paths]
+        except UserError:
+            if len(paths) != len(tasks):
+                raise
+            found = list(zip(tasks, paths, strict=True))  # names that tell nothing: in their order
+    known: dict[str, Path] = {}
+    for task, path in found:
+        if (other := known.setdefault(task, path)) != path:
+            raise UserError(f"{other} and {path} are both of task {TASKS[task]}: give one of them")
+    return found
 
 
 def _votes(entry: Any, where: str, issues: Issues) -> tuple[list[int], tuple | None]:

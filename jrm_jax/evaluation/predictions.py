@@ -15,6 +15,7 @@ NOT_JUDGED = "score that is no number (the case counts as not judged)"
 NO_ENTRY = "entry of a prediction file that is no object (passed over)"
 UNKNOWN = "prediction for an id that is not in the benchmark"
 SECOND = "second prediction for an id (the first counts)"
+SHARED = "prediction for an id of several groups (not judged: give each group an id of its own)"
 
 
 def entries(
@@ -44,19 +45,30 @@ def to_scores(
 
 
 class Collected:
-    """Answers to a benchmark's cases, by id. Unknown ids and second answers are listed."""
+    """Answers to a benchmark's cases, by id. Unknown ids and second answers are listed.
+
+    An id that the benchmark's files give to several groups is taken where it comes as often as
+    there are groups, in their order.
+    """
 
     def __init__(self, benchmark: Benchmark):
         self.issues = benchmark.issues
         self._cases = sections(benchmark.cases, lambda case: case.id)
         self._found: dict[str, list[Judged]] = {}
+        self._shared: dict[str, list[tuple[Any, str]]] = {
+            case.given: [] for case in benchmark.cases if case.given
+        }
 
     def add(self, name: str, values: Any, where: str) -> None:
-        """values: scores, one per candidate, or {reward dimension: scores}.
+        """values: scores, one per candidate (of one candidate the number alone will do), or
+        {reward dimension: scores}.
 
         Raises:
             UserError: another number of scores than the case has candidates.
         """
+        if name in self._shared:
+            self._shared[name].append((values, where))
+            return
         if name not in self._cases:
             self.issues.add(UNKNOWN, name)
             return
@@ -70,12 +82,26 @@ class Collected:
                 if case.dimension not in values:
                     continue
                 own = values[case.dimension]
+            if len(case.candidates) == 1 and not isinstance(own, list | tuple):
+                own = [own]
             if isinstance(own, list) and len(own) != len(case.candidates):
                 raise UserError(f"{where}: {len(own)} scores for {len(case.candidates)} candidates")
             scores = to_scores(own, where, self.issues)
             if scores is not None:
                 self._found[name].append(Judged(case, Answer(scores)))
 
-    @property
-    def judged(self) -> list[Judged]:
+    def close(self) -> list[Judged]:
+        """All answers.
+
+        Raises:
+            UserError: as `add`.
+        """
+        shared, self._shared = self._shared, {}
+        for given, answers in shared.items():
+            names = [n for n, cases in self._cases.items() if cases[0].given == given]
+            if len(names) == len(answers):
+                for name, answer in zip(names, answers, strict=True):
+                    self.add(name, *answer)
+            elif answers:
+                self.issues.add(SHARED, f"{given} ({len(answers)} of {len(names)})")
         return [one for items in self._found.values() for one in items]

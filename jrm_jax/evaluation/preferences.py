@@ -29,6 +29,7 @@ from jrm_jax.evaluation.cases import (
     content_id,
     digest,
     note_duplicates,
+    tell_apart,
 )
 from jrm_jax.evaluation.metrics import Metric, accuracy, sections, strict, verdicts
 from jrm_jax.evaluation.predictions import Collected, entries
@@ -117,7 +118,7 @@ def _benchmark(name: str, cases: list[Case], issues: Issues) -> Benchmark:
         if case.dimension == cases[0].dimension
     ]
     note_duplicates(issues, seen)
-    return Benchmark(name, cases, issues, PROTOCOL)
+    return Benchmark(name, tell_apart(cases), issues, PROTOCOL)
 
 
 def _cases(
@@ -170,7 +171,7 @@ def read_predictions(benchmark: Benchmark, paths: Sequence[str]) -> list[Judged]
     found = Collected(benchmark)
     for row in entries(paths, (".jsonl",), benchmark.issues):
         found.add(str(row.field("id")), row.field("scores"), row.where)
-    return found.judged
+    return found.close()
 
 
 def measure(benchmark: Benchmark, judged: Sequence[Judged], threshold: float) -> list[Metric]:

@@ -12,7 +12,16 @@ import PIL.Image
 from jrm_jax.data.images import open_image
 from jrm_jax.data.schema import Candidate, Image, Text
 from jrm_jax.errors import UserError
-from jrm_jax.evaluation.cases import Answer, Case, Issues, Judged, Part, Picture, missing_pictures
+from jrm_jax.evaluation.cases import (
+    Answer,
+    Case,
+    Issues,
+    Judged,
+    Part,
+    Picture,
+    content_key,
+    missing_pictures,
+)
 from jrm_jax.evaluation.metrics import Metric, point_value
 from jrm_jax.serving.planned import ahead
 from jrm_jax.shell.terminal import Bar
@@ -83,7 +92,7 @@ def score_cases(
             f" (first: {first.section} {first.id}), and a model cannot judge without them; complete"
             f" files: {download or 'see docs/evaluation.md'}. Or give --predictions"
         )
-    first = list({_key(case): case for case in reversed(cases)}.values())[::-1]
+    first = list({content_key(case): case for case in reversed(cases)}.values())[::-1]
 
     def look(case: Case) -> tuple[list[str], Any]:
         problems = missing_pictures(case)
@@ -103,24 +112,15 @@ def score_cases(
         found = model.score_lazily(
             needs, lambda index: encode_case(model, readable[index]), bar.advance
         )
-    known = dict(zip(map(_key, readable), found, strict=True))
+    known = dict(zip(map(content_key, readable), found, strict=True))
     judged = []
     for case in cases:
-        if _key(case) in known:
-            scores, place = known[_key(case)], column(model.dimensions, case.dimension)
+        if content_key(case) in known:
+            scores, place = known[content_key(case)], column(model.dimensions, case.dimension)
             own_K, deviation_KR = scores.reward_KR[:, place], scores.deviation_KR
-            if not np.isfinite(own_K).all():
-                raise UserError(f"{case.id}: the model gives a score that is not finite")
             unsure = None if deviation_KR is None else tuple(deviation_KR[:, place].tolist())
             judged.append(Judged(case, Answer(tuple(own_K.tolist()), deviations=unsure)))
     return judged
-
-
-def _key(case: Case) -> Any:
-    def one(parts: Iterable[Part]) -> tuple:
-        return tuple(part.key if isinstance(part, Picture) else part.text for part in parts)
-
-    return one(case.prompt), tuple(map(one, case.candidates))
 
 
 # Rules that any model must beat
@@ -131,18 +131,39 @@ def pixel_distance(case: Case) -> tuple[float, ...]:
 
     0 where there is none to compare.
     """
-    source = next((part for part in case.prompt if isinstance(part, Picture)), None)
-    found = []
-    for parts in case.candidates:
-        own = next((part for part in parts if isinstance(part, Picture)), None)
-        same = source is None or own is None
-        found.append(0.0 if same else float(np.abs(_small(own) - _small(source)).mean()))
-    return tuple(found)
+
+    def first(parts: Iterable[Part]) -> Picture | None:
+        return next((part for part in parts if isinstance(part, Picture)), None)
+
+    source, edits = first(case.prompt), [first(parts) for parts in case.candidates]
+    if source is None:
+        return (0.0,) * len(edits)
+    before = _small(source)
+    return tuple(
+        0.0 if edit is None else float(np.abs(_small(edit) - before).mean()) for edit in edits
+    )
 
 
 def _small(picture: Picture) -> np.ndarray:
     opened = open_image(picture.read()).resize((SIDE, SIDE), PIL.Image.Resampling.BOX)
     return np.asarray(opened, np.float32) / 255
+
+
+def _distances(cases: Sequence[Case]) -> dict[Any, tuple[float, ...]]:
+    """{content: distances} where all pictures can be read."""
+
+    def look(item: tuple[Any, Case]) -> tuple[Any, tuple[float, ...] | None]:
+        key, case = item
+        return key, None if missing_pictures(case) else pixel_distance(case)
+
+    first = {content_key(case): case for case in cases}
+    found = {}
+    with Bar("comparing pixels", len(first)) as bar:
+        for key, distances in ahead(look, first.items(), CHUNK):
+            bar.advance()
+            if distances is not None:
+                found[key] = distances
+    return found
 
 
 def baselines(cases: Sequence[Case], measure: Callable[[list[Judged]], list[Metric]]) -> dict:
@@ -164,16 +185,13 @@ def baselines(cases: Sequence[Case], measure: Callable[[list[Judged]], list[Metr
         "random": {key: float(np.mean([draw[key] for draw in draws])) for key in draws[0]},
         "always the first": values(first),
     }
-    distances = {}
-    for case in cases:
-        if not case.pictures or _key(case) in distances:
-            continue
-        if not missing_pictures(case):
-            distances[_key(case)] = tuple(-distance for distance in pixel_distance(case))
+    distances = _distances([case for case in cases if case.pictures])
     if distances:
-        judged = [
-            Judged(case, Answer(distances[_key(case)])) for case in cases if _key(case) in distances
-        ]
-        found = measure(judged)
+        keys = map(content_key, cases)
+        found = measure([
+            Judged(case, Answer(tuple(-distance for distance in distances[key])))
+            for case, key in zip(cases, keys, strict=True)
+            if key in distances
+        ])  # fmt: skip
         rules["fewest changed pixels"] = {(m.section, m.name): point_value(m) for m in found}
     return rules

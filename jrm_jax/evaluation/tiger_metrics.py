@@ -54,7 +54,7 @@ def _of_groups(section: str, name: str, items: Sequence[Judged], values, **more)
 def _right(one: Judged, threshold: float) -> bool:
     """Every comparison right. Ties exist between two candidates only."""
     case = one.case
-    size = len(case.candidates)
+    size = next(size for size, name in SIZES.items() if name == case.section)
     found = verdicts([one], threshold if size == 2 else 0.0)
     pairs = {item.comparison.id.split("#")[0] for item in found}
     complete = len(pairs) == size * (size - 1) // 2

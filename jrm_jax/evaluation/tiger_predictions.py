@@ -113,7 +113,7 @@ def read_predictions(benchmark: Benchmark, paths: Sequence[str]) -> list[Judged]
             scored.add(name, scores, row.where)
     by_id = {case.id: case for case in benchmark.cases}
     voted = [Judged(by_id[name], Answer(None, said)) for name, said in votes.items()]
-    return scored.judged + voted
+    return scored.close() + voted
 
 
 def _read_votes(results: list, path: Path, benchmark: Benchmark, votes: dict) -> None:

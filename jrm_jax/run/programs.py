@@ -8,7 +8,6 @@ afterwards, find their programs.
 from __future__ import annotations
 
 import collections
-import os
 import queue
 import threading
 import time
@@ -23,6 +22,7 @@ from jrm_jax.build_data import Data, place
 from jrm_jax.data.buckets import Bucket, as_table
 from jrm_jax.data.pipeline import empty_batch
 from jrm_jax.run.fit import compile_within
+from jrm_jax.shell import cores
 from jrm_jax.shell.stop import StopRequest
 from jrm_jax.step import TrainState
 from jrm_jax.watch import Watchdog
@@ -134,7 +134,7 @@ class Programs:
             batch = place(config, empty_batch(config.batch_size, bucket, data.encoder), mesh)
             known = (state,) if kind == TRAIN else (state.trainable, state.frozen)
             inputs[kind, bucket] = (*known, batch)
-        return self.prepare(inputs, threads=os.cpu_count() or 1)
+        return self.prepare(inputs, threads=cores.usable())
 
     def _work(
         self, todo: collections.deque, inputs: Mapping[Key, tuple], limit: int | None, told: Any

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import os
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any, Protocol
@@ -29,6 +28,7 @@ from jrm_jax.service.wire import Ask, Scored
 from jrm_jax.serving.groups import Group, Scores
 from jrm_jax.serving.programs import Work
 from jrm_jax.serving.rows import split
+from jrm_jax.shell import cores
 
 Answer = list[Scored | Fault]  # of a group: one for each candidate
 log = logging.getLogger("jrm_jax.serve")
@@ -57,7 +57,7 @@ class Scorer:
     def __init__(self, model: Model, limits: Limits, metrics: Metrics, warm: Sequence = ()):
         self.model, self.limits, self.metrics = model, limits, metrics
         self.dimensions = tuple(model.dimensions)
-        self._threads = max(2, os.cpu_count() or 1)
+        self._threads = max(2, cores.usable())
         self._pool = ThreadPoolExecutor(self._threads, "pictures")
         self._writer = ThreadPoolExecutor(1, "critiques")
         self._writing = 0

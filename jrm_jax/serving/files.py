@@ -21,7 +21,7 @@ import collections
 import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,11 +59,14 @@ def score_file(
     source: Path,
     out: Path,
     images: Path | None = None,
+    made: Mapping[str, Any] | None = None,
 ) -> tuple[int, int]:
     """(rows, rows with an error) of the output, which is complete.
 
     Args:
         images: where pictures' names lead; default: the folder of the input.
+        made: what else the scores depend on, in JSON types: which weights, and how they are used.
+            An output does not go on where that differs.
 
     Raises:
         UserError: `out` is complete already or belongs to other files or another model, or a file
@@ -79,7 +82,7 @@ def score_file(
         return ahead(lambda row: _ask(model, *row, pictures), some, 2 * model.batch_size)
 
     try:
-        done, failed = _begin(out, state, _facts(model, files, pictures))
+        done, failed = _begin(out, state, _facts(model, files, pictures, made or {}))
         bar = terminal.Bar("scoring", total)
         bar.done = done
         with out.open("a", encoding="utf-8") as file, bar:
@@ -136,7 +139,9 @@ def _first_column(names: list[str]) -> list[str]:
     return names[:1]
 
 
-def _facts(model: RewardModel, files: list[Path], pictures: Path) -> dict[str, Any]:
+def _facts(
+    model: RewardModel, files: list[Path], pictures: Path, made: Mapping[str, Any]
+) -> dict[str, Any]:
     """What an output belongs to."""
     sizes = {str(f.resolve()): [f.stat().st_size, f.stat().st_mtime_ns] for f in files}
     stamp = json.loads(json.dumps(model.card["stamp"]))
@@ -144,6 +149,7 @@ def _facts(model: RewardModel, files: list[Path], pictures: Path) -> dict[str, A
         "files": sizes,
         "images": str(pictures.resolve()),
         "model": [stamp, model.card.get("step"), model.card.get("reward_mean")],
+        "made": {"batch_size": model.batch_size, **made},
     }
 
 
@@ -160,8 +166,8 @@ def _begin(out: Path, state: Path, facts: dict[str, Any]) -> tuple[int, int]:
     advice = f"give another --output, or remove it and {out.name}"
     if disk.read_json(state, advice) != facts:
         raise UserError(
-            f"{out} was begun with other files or another model: give another --output, or remove "
-            f"it and {state.name}"
+            f"{out} was begun with other files, another model or other options: give another "
+            f"--output, or remove it and {state.name}"
         )
     done = failed = end = 0
     with out.open("rb") as lines:

@@ -87,6 +87,25 @@ def to_scores(
     return Scores(reward_KR, (reward_KR - mean) / spread, dimensions, unsure)
 
 
+def finite(scores: Scores) -> Scores | UserError:
+    """The same; where a number is none, an error in its place."""
+    numbers = (scores.reward_KR, scores.deviation_KR)
+    if all(np.isfinite(one).all() for one in numbers if one is not None):
+        return scores
+    return UserError("the model gives a score that is not finite: its weights may be damaged")
+
+
+def all_finite(found: Sequence[Scores]) -> list[Scores]:
+    """
+    Raises:
+        UserError: a number is none; names the group.
+    """
+    for index, scores in enumerate(found):
+        if isinstance(error := finite(scores), UserError):
+            raise UserError(f"group {index}: {error}" if len(found) > 1 else str(error))
+    return list(found)
+
+
 class Group(NamedTuple):
     """One edit and its candidates. `source` may be None, one picture or several."""
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
-import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
@@ -21,8 +20,9 @@ from jrm_jax.errors import UserError
 from jrm_jax.serving.ladder import holds
 from jrm_jax.serving.programs import Program
 from jrm_jax.serving.rows import need_of
+from jrm_jax.shell import cores
 
-THREADS = min(16, os.cpu_count() or 1)
+THREADS = min(16, cores.usable())
 LAG = 64  # batches of a stream: no row waits longer for others of its size
 
 T, Made = TypeVar("T"), TypeVar("Made")

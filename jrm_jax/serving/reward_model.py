@@ -165,7 +165,8 @@ class RewardModel:
     def score_rows(self, bucket: Bucket, groups: Sequence[EncodedExample]) -> list[Scores]:
         """Scores of groups by one call of one program, of `batch_size` rows; the rest is padding.
 
-        A score does not depend on the other groups, to the bit.
+        A score does not depend on the other groups, to the bit. One that is not finite is left
+        in: those beside it count.
 
         Args:
             bucket: of all of them, from `bucket_of`.
@@ -258,7 +259,8 @@ class RewardModel:
             lambda index, group: self.encode(group, f"group {index}: "),
         )
         for one in found:
-            yield from [one] if isinstance(one, UserError) else self._scores([one])
+            failed = isinstance(one, UserError)
+            yield one if failed else given.finite(*self._scores([one]))
 
     def need(self, group: Group | tuple, where: str = "") -> Needs:
         """The least buckets that hold a group, by the headers of its pictures.
@@ -290,7 +292,8 @@ class RewardModel:
             encode: of a group by its number; called from several threads, some batches ahead.
             advance: told how many groups are done.
         """
-        return self._scores(self._runner.planned((SCORES,), needs, encode, advance=advance))
+        found = self._runner.planned((SCORES,), needs, encode, advance=advance)
+        return given.all_finite(self._scores(found))
 
     def score_encoded(
         self,
@@ -304,7 +307,7 @@ class RewardModel:
             one_bucket: all go into one that holds them all: more padding, a single program.
             advance: told how many groups are done.
         """
-        return self._scores(self._encoded(SCORES, groups, one_bucket, advance))
+        return given.all_finite(self._scores(self._encoded(SCORES, groups, one_bucket, advance)))
 
     def reward_states(
         self, groups: Sequence[EncodedExample], advance: Callable[[int], None] | None = None

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from jrm_jax.errors import UserError
+from jrm_jax.data.picture_names import short
+from jrm_jax.errors import UserError, one_line
+from jrm_jax.serving.groups import read_picture
 from jrm_jax.serving.lettering import Lettering
 
 SIDE, MARGIN, LETTER, LINE = 256, 12, 12, 16  # pixels
@@ -16,7 +18,8 @@ def draw_sheet(found: dict[str, Any], out: Path) -> str:
     """Draw what `score.rank` found; returns the letters that could not be drawn.
 
     Raises:
-        UserError: the file cannot be written, or its name is of no known kind.
+        UserError: a picture cannot be read, the file cannot be written, or its name is of no known
+            kind.
     """
     import PIL.Image
     import PIL.ImageDraw
@@ -25,9 +28,9 @@ def draw_sheet(found: dict[str, Any], out: Path) -> str:
     tiles = [(path, ["source"]) for path in found["source"] or ()]
     for place, row in enumerate(found["candidates"], 1):
         if "error" in row:
-            tiles.append((None, letters.wrap(f"{row['picture']}: {row['error']}", SIDE)))
+            tiles.append((None, letters.wrap(f"{_name(row['picture'])}: {row['error']}", SIDE)))
             continue
-        lines = [f"{place}.  {row['reward']:+.4f}", *letters.wrap(Path(row["picture"]).name, SIDE)]
+        lines = [f"{place}.  {row['reward']:+.4f}", *letters.wrap(_name(row["picture"]), SIDE)]
         tiles.append((row["picture"], lines + letters.wrap(row.get("critique", ""), SIDE)))
     width = MARGIN + len(tiles) * (SIDE + MARGIN)
     title = letters.wrap(found["instruction"], width - 2 * MARGIN)
@@ -54,9 +57,17 @@ def draw_sheet(found: dict[str, Any], out: Path) -> str:
     return "".join(sorted(letters.missing))
 
 
+def _name(picture: str) -> str:
+    """Of a file without its folders; the beginning of a data: URI."""
+    return short(picture) if picture.startswith("data:") else Path(picture).name
+
+
 def _thumbnail(path: str):
     from jrm_jax.data.images import open_image
 
-    picture = open_image(Path(path).read_bytes())
+    try:
+        picture = open_image(read_picture(path))
+    except (OSError, ValueError) as error:  # which could be scored, but is gone by now
+        raise UserError(f"--sheet: {short(path)}: {one_line(error)}") from error
     picture.thumbnail((SIDE, SIDE))
     return picture

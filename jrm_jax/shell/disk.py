@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -13,8 +14,9 @@ from typing import Any
 from jrm_jax.errors import UserError, one_line
 
 _FREE = "free some space"
-_RIGHTS = "give this user the right to write there, or another folder"
+_RIGHTS = "give this user the right to read and write there, or another folder"
 _ANSWER = "see whether the disk or the network file system still answers"
+_FILE = "give another folder, a part of this path is a file"
 ADVICE = {
     errno.ENOSPC: _FREE,
     errno.EDQUOT: _FREE,
@@ -32,12 +34,26 @@ ADVICE = {
 }
 FAULTS = tuple(ADVICE)  # the disk's, wherever they show
 ADVICE |= {
-    errno.ENOTDIR: "give another folder, a part of this path is a file",
+    errno.ENOTDIR: _FILE,
+    errno.EEXIST: _FILE,
     errno.ENOENT: "see whether the folder was removed",
+    errno.EISDIR: "give the name of a file, this is a folder",
 }
 _PHRASES = {os.strerror(number): number for number in ADVICE} | {"disk is full": errno.ENOSPC}
 # How file systems answer that cannot rename a folder with something in it; gcsfuse: EMFILE, ENOSYS
 _NO_RENAME = (errno.ENOSYS, errno.EMFILE, errno.ENOTSUP, errno.EPERM, errno.EXDEV, errno.EINVAL)
+
+
+def is_fault(error: BaseException) -> bool:
+    """Whether it is the disk's, and not one of the program."""
+    return isinstance(error, OSError) and error.errno in FAULTS
+
+
+def expected_words(error: UserError | OSError) -> str | None:
+    """One line for bad input, or of a disk that refuses; None of a fault of the program."""
+    if isinstance(error, UserError):
+        return " ".join(str(error).split())
+    return explain(error, Path(error.filename or ".")) if is_fault(error) else None
 
 
 def error_number(error: BaseException | None) -> int | None:
@@ -111,6 +127,25 @@ def mount_of(path: Path) -> tuple[str, str]:
         if inside and len(point) >= len(found[0]):
             found = (point, kind)
     return found
+
+
+def check_file(path: Path) -> None:
+    """Try what writing a file needs: its folder, which is made if need be, takes a new one.
+
+    Raises:
+        UserError: it does not, or the file that is there cannot be written.
+    """
+    trial = path.with_name(f".try-{uuid.uuid4().hex[:8]}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        trial.touch()
+        if path.exists():
+            path.open("ab").close()
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {explain(error, path)}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            trial.unlink(missing_ok=True)
 
 
 def check_folder(folder: Path) -> None:

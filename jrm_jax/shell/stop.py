@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 from jrm_jax.errors import UserError
-from jrm_jax.shell import terminal
+from jrm_jax.shell import disk, terminal
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 AGAIN = {signal.SIGINT: "press again to end now", signal.SIGTERM: "a second SIGTERM ends it now"}
@@ -134,13 +134,16 @@ class StopRequest:
 
 @contextlib.contextmanager
 def ending(words: str = "stopped") -> Iterator[None]:
-    """How every command ends but training: bad input is one line and status 1; Ctrl-C is one line
-    and status 130, SIGTERM the same with 143. `words`: the line of the latter two."""
+    """How every command ends but training: bad input and a disk that refuses are one line and
+    status 1; Ctrl-C is one line and status 130, SIGTERM the same with 143. `words`: the line of the
+    latter two."""
     try:
         with StopRequest("stopping", grace=GRACE) as stop, stop.breaking():
             yield
-    except UserError as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
+    except (UserError, OSError) as error:
+        if (told := disk.expected_words(error)) is None:
+            raise
+        sys.exit(f"error: {told}")
     except Stopped as stopped:
         terminal.say(words)
         sys.exit(stopped.status)

@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from jrm_jax.shell import cores
 from jrm_jax.shell.terminal import say
 
 SWITCH = "JRM_COMPILATION_CACHE"
@@ -112,8 +113,7 @@ def _machine() -> str:
     features = ""
     with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as lines:
         features = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    known = f"{platform.machine()} {platform.processor()} {features.split()} {cores}"
+    known = f"{platform.machine()} {platform.processor()} {features.split()} {cores.bound()}"
     return f"{platform.machine()}-{hashlib.sha256(known.encode()).hexdigest()[:12]}"
 
 
