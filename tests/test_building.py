@@ -20,7 +20,7 @@ import pytest
 
 from jrm_jax.benchmarks import build_scale
 from jrm_jax.data import builders, store
-from jrm_jax.data.ingest import building, rows, waiting
+from jrm_jax.data.ingest import building, json_rows, rows, waiting
 from jrm_jax.data.ingest.pairs import Pairs
 from jrm_jax.data.schema import from_record
 from jrm_jax.errors import UserError
@@ -42,7 +42,7 @@ def png(seed, side=12):
 @pytest.mark.parametrize("block", [1, 7, 64, 1 << 16])
 def test_a_json_list_is_read_entry_by_entry(tmp_path, monkeypatch, block):
     """Whatever the size of a block: entries, brackets in texts and numbers at its end are whole."""
-    monkeypatch.setattr(rows, "_BLOCK", block)
+    monkeypatch.setattr(json_rows, "BLOCK", block)
     wanted = [{"a": 1, "b": "]},{ \\\" é"}, {"n": [12345, {"x": None}]}, {}, {"long": "y" * 300}]
     path = tmp_path / "list.json"
     for text in (json.dumps(wanted), json.dumps(wanted, indent=3, ensure_ascii=False) + "\n"):

@@ -8,7 +8,7 @@ from benchmark_files import png
 from layout_case import build, lines, pictures  # noqa: F401
 
 from jrm_jax.data import builders
-from jrm_jax.data.ingest import delimited, rows
+from jrm_jax.data.ingest import delimited, json_rows, rows
 from jrm_jax.errors import UserError
 
 
@@ -156,11 +156,101 @@ def test_a_broken_list_is_not_read_to_its_end(tmp_path, monkeypatch):
             return super().read(size)
 
     text = Text('[{"a": 1}, {"b" 2}, ' + '{"c": 3}, ' * 50_000 + "1]")
-    monkeypatch.setattr(rows, "_BLOCK", 64)
-    monkeypatch.setattr(rows, "open_text", lambda path: text)
+    monkeypatch.setattr(json_rows, "BLOCK", 64)
+    monkeypatch.setattr(json_rows, "open_text", lambda path: text)
     with pytest.raises(UserError, match="entry 1"):
         list(rows.read_rows(tmp_path / "list.json"))
     assert sizes == [64]
+
+
+# JSON by other names, and joined; links
+
+
+def found_in(path, text, **options):
+    path.write_text(text, encoding="utf-8")
+    return list(rows.read_rows(path, **options))
+
+
+@pytest.mark.parametrize("block", [1, 64])
+@pytest.mark.parametrize("between", ["", "\n", " \n\ufeff"])
+def test_joined_lists_are_read_to_the_end(tmp_path, monkeypatch, block, between):
+    monkeypatch.setattr(json_rows, "BLOCK", block)
+    path = tmp_path / "all.json"
+    found = found_in(path, between.join(['[{"a": 1}, {"a": 2}]', "[]", '[{"a": 3}]\n']))
+    assert found == [(f"{path}[{i}]", {"a": i + 1}) for i in range(3)]
+    assert list(rows.read_rows(path, skip=2)) == found[2:]
+
+
+@pytest.mark.parametrize("more", ["x", ",", "]", '{"a": 3}', ', {"a": 3}', '"', "\0\0"])
+def test_what_follows_a_list_is_not_dropped_in_silence(tmp_path, more):
+    with pytest.raises(UserError, match="something follows the list, after entry 0"):
+        found_in(tmp_path / "own.json", '[{"a": 1}]\n' + more + "\n")
+
+
+def test_json_lines_by_other_names(tmp_path):
+    wanted = [{"a": 1, "b": "x\ny"}, {"a": 2}, {"a": 3}]
+    text = "\n\n".join(map(json.dumps, wanted)) + "\n"
+    for name in ("x.json", "x.ndjson", "X.JSONL", "x.txt"):
+        found = found_in(tmp_path / name, "\ufeff" + text)
+        assert [row for _, row in found] == wanted and found[1][0].endswith(f"{name}:3")
+    (_, first), (where, bad), (_, last) = found_in(tmp_path / "x.json", text.replace("2}", "2"))
+    assert isinstance(bad, UserError) and where.endswith(":3") and (first, last) == (
+        wanted[0], wanted[2])  # fmt: skip
+    objects = "\n".join(json.dumps(row, indent=2) for row in wanted)  # as jq writes them
+    assert [row for _, row in found_in(tmp_path / "x.json", objects)] == wanted
+    assert [w for w, _ in rows.read_rows(tmp_path / "x.json", skip=2)] == [f"{tmp_path}/x.json[2]"]
+    for more, words in ((", 3", "no object follows entry 2"), ('{"a"', "entry 3")):
+        with pytest.raises(UserError, match=words):
+            found_in(tmp_path / "x.json", objects + more)
+    for alone in (json.dumps(wanted[0]), json.dumps(wanted[0], indent=1), '{"a": ', "{\n{\n"):
+        with pytest.raises(json_rows.NoRows, match="is an object .*name the file .jsonl"):
+            found_in(tmp_path / "x.json", alone)
+
+
+def test_a_long_object_is_not_read_to_its_end(tmp_path, monkeypatch):
+    """It may be anything, and as large as a disk."""
+    monkeypatch.setattr(json_rows, "BLOCK", 64)
+    monkeypatch.setattr(json_rows, "LONGEST", 256)
+    read, sizes = json_rows._Values._read_on, []
+
+    def counted(values):
+        sizes.append(len(values.text))
+        return read(values)
+
+    monkeypatch.setattr(json_rows._Values, "_read_on", counted)
+    with pytest.raises(json_rows.NoRows):
+        found_in(tmp_path / "x.json", json.dumps({"a": list(range(10_000))}))
+    assert max(sizes) <= 256
+
+
+def test_linked_folders_are_entered_once(tmp_path):
+    far, data = tmp_path / "far", tmp_path / "data"
+    for folder in (far / "deep", data / "part2"):
+        folder.mkdir(parents=True)
+        (folder / "x.jsonl").write_text("{}")
+    (data / "part1").symlink_to(far, target_is_directory=True)
+    (far / "deep" / "round").symlink_to(data, target_is_directory=True)  # in a circle
+    (data / "again").symlink_to(data / "part2", target_is_directory=True)
+    (data / "y.jsonl").symlink_to(far / "deep" / "x.jsonl")
+    wanted = [data / "part1" / "deep" / "x.jsonl", data / "part2" / "x.jsonl", data / "y.jsonl"]
+    assert rows.find(data) == wanted
+    (data / "part3").symlink_to(tmp_path / "unmounted")
+    with pytest.raises(UserError, match="part3 is a link that leads nowhere"):
+        rows.find(data)
+
+
+@pytest.mark.parametrize("name", ["x.jsonl.gz", "x.json.zst", "x.CSV.ZIP"])
+def test_packed_files_are_named(tmp_path, name):
+    suffixes = (*rows.SUFFIXES, ".csv")
+    (tmp_path / "a.jsonl").write_text("{}")
+    (tmp_path / "images.zip").write_bytes(b"PK")
+    assert rows.find(tmp_path, suffixes) == [tmp_path / "a.jsonl"]
+    (tmp_path / name).write_bytes(b"\x1f\x8b")
+    for place in (tmp_path, tmp_path / name):
+        with pytest.raises(UserError, match=f"{name} is packed: unpack it"):
+            rows.find(place, suffixes)
+    (tmp_path / name).with_suffix("").write_text("{}")  # as gunzip -k leaves it
+    assert len(rows.find(tmp_path, suffixes)) == 2
 
 
 # Tables

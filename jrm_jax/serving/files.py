@@ -27,9 +27,10 @@ from typing import Any, NamedTuple
 
 from jrm_jax.data.chosen import is_pair
 from jrm_jax.data.ingest import rows as source_rows
+from jrm_jax.data.ingest.json_rows import NoRows
 from jrm_jax.data.ingest.pictures import GroupPictures
 from jrm_jax.data.ingest.records import read_parts
-from jrm_jax.data.ingest.rows import NoRows, read_rows
+from jrm_jax.data.ingest.rows import read_rows
 from jrm_jax.data.labels import check_text, field_error, read_id
 from jrm_jax.data.schema import Part, Text
 from jrm_jax.errors import UserError

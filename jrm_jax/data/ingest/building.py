@@ -27,9 +27,10 @@ from typing import Any, TextIO
 
 from jrm_jax.data import store
 from jrm_jax.data.ingest import card
+from jrm_jax.data.ingest.json_rows import NoRows
 from jrm_jax.data.ingest.layout import Found, Layout, Options, Problems, Result, seen
 from jrm_jax.data.ingest.making import Item, Maker, Queue
-from jrm_jax.data.ingest.rows import NoRows, find, read_rows
+from jrm_jax.data.ingest.rows import find, read_rows
 from jrm_jax.data.ingest.texts import printable
 from jrm_jax.data.ingest.waiting import Waiting
 from jrm_jax.data.schema import DEFAULT_DIMENSIONS

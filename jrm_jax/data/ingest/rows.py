@@ -5,31 +5,27 @@ Nothing is held but the row at hand (of parquet: a few rows), however large a fi
 
 from __future__ import annotations
 
-import json
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from jrm_jax.data.ingest.delimited import read_cells
-from jrm_jax.data.ingest.texts import check_row, open_text, printable
+from jrm_jax.data.ingest.json_rows import read_json_rows, read_lines
+from jrm_jax.data.ingest.texts import check_row, printable
 from jrm_jax.data.labels import shown
 from jrm_jax.errors import RecordError, UserError
 
-SUFFIXES = (".json", ".jsonl", ".parquet", ".arrow")
-_PLACE = re.compile(r".+\.(json|jsonl|parquet|arrow|csv|tsv)(:\d+|\[\d+\])", re.DOTALL)
+SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet", ".arrow")
+_PLACE = re.compile(r".+\.(json|jsonl|ndjson|parquet|arrow|csv|tsv)(:\d+|\[\d+\])", re.DOTALL)
+_PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 Pick = Callable[[list[str]], list[str]]
-_BLOCK = 1 << 16  # characters
 _BATCH = 16  # rows of parquet
-_WORD = 16  # characters: longer than any word of JSON, which the end of a block may cut
 # what the `datasets` library, TFDS and this project write beside the rows of a folder
 NO_ROWS = re.compile(
     r"state\.json|dataset_infos?\.json|dataset_dict\.json|features\.json|jrm_jax\.json|cache-.*\.arrow"
 )
-
-
-class NoRows(UserError):
-    """A JSON file whose content is no list."""
 
 
 def find(path: str | Path, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
@@ -38,27 +34,60 @@ def find(path: str | Path, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
     Hidden files and folders are passed over, and what tools write about themselves.
 
     Raises:
-        UserError: there are none.
+        UserError: there are none, or some are packed, or cannot be reached.
     """
     path = Path(path)
     if path.is_file():
+        if path.suffix.lower() in _PACKED:
+            raise UserError(f"{printable(path)} is packed: unpack it, and give what was in it")
         return [path]
     found = []
-    for file in path.rglob("*") if path.is_dir() else ():
-        parts = file.relative_to(path).parts
-        hidden = any(part.startswith(".") or part == "__MACOSX" for part in parts)
-        if file.suffix.lower() in suffixes and not hidden and not NO_ROWS.fullmatch(file.name):
-            found += [file] if file.is_file() else []
+    for file in _walk(path):
+        suffix = file.suffix.lower()
+        if suffix in suffixes and not NO_ROWS.fullmatch(file.name) and file.is_file():
+            found.append(file)
+        elif suffix in ("", *suffixes) and file.is_symlink() and not file.exists():
+            raise UserError(f"{printable(file)} is a link that leads nowhere: mend or remove it")
+        elif suffix in _PACKED and Path(file.stem).suffix.lower() in suffixes:
+            if not file.with_suffix("").exists():  # else it was unpacked there
+                words = "unpack it, or move it out of the folder"
+                raise UserError(f"{printable(file)} is packed: {words}")
     if not found:
         what = "holds none of" if path.is_dir() else "is not there; expected one of"
         raise UserError(f"{path} {what} {', '.join('*' + s for s in suffixes)}")
     return sorted(found)
 
 
+def _walk(folder: Path) -> Iterator[Path]:
+    """What lies in a folder and in those in it, links to folders among them; none is entered
+    twice, so that links may go round in a circle."""
+
+    def refuse(error: OSError) -> None:
+        name = printable(Path(error.filename))
+        raise UserError(f"{name} cannot be read ({error.strerror})") from error
+
+    entered = set()
+    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        real = os.path.realpath(place)
+        if real in entered:
+            folders.clear()
+            continue
+        entered.add(real)
+        shown = [name for name in folders if not _is_hidden(name)]
+        # folders before links to them, so that a place has the same name every time
+        folders[:] = sorted(shown, key=lambda name: (os.path.islink(f"{place}/{name}"), name))
+        yield from (Path(place, name) for name in names if not _is_hidden(name))
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
+
+
 def read_rows(
     path: Path, columns: Pick | None = None, skip: int = 0, any_text: bool = False
 ) -> Iterator[tuple[str, dict[str, Any] | UserError]]:
-    """(where, row) of a file: a JSON list, JSON lines, parquet, Arrow or CSV, by its suffix.
+    """(where, row) of a file: a JSON list, JSON lines, parquet, Arrow or CSV, by its suffix. JSON
+    lines are known under the name .json, too.
 
     A row that is none comes as the error that tells why. `where` is 'file[index]' in lists,
     parquet and Arrow, 'file:line' in lines.
@@ -69,13 +98,14 @@ def read_rows(
         any_text: give rows whose text cannot be encoded as they are, not as errors.
 
     Raises:
-        UserError: a file that cannot be read on; `NoRows`: one that holds no list.
+        UserError: a file that cannot be read on; `json_rows.NoRows`: one of JSON that
+            holds neither a list nor several objects.
     """
     readers = {
-        ".parquet": _parquet, ".arrow": _arrow, ".jsonl": _lines, ".csv": read_cells,
-        ".tsv": read_cells,
+        ".parquet": _parquet, ".arrow": _arrow, ".jsonl": read_lines, ".ndjson": read_lines,
+        ".csv": read_cells, ".tsv": read_cells,
     }  # fmt: skip
-    rows = readers.get(path.suffix.lower(), _json_list)(path, columns, skip)
+    rows = readers.get(path.suffix.lower(), read_json_rows)(path, columns, skip)
     try:
         for where, row in rows:
             if isinstance(row, dict):
@@ -101,67 +131,6 @@ def _one_line(error: Exception) -> str:
 def is_place(name: str) -> bool:
     """Whether a name is the `where` of a row: the id of a record that was given none."""
     return _PLACE.fullmatch(name) is not None
-
-
-def _lines(path: Path, columns, skip: int) -> Iterator[tuple[str, Any]]:
-    count, name = 0, printable(path)
-    with open_text(path) as lines:
-        for number, line in enumerate(lines, 1):
-            text = line.strip().lstrip("\ufeff")  # the mark may stand where files were joined
-            if not text:
-                continue
-            count += 1
-            if count <= skip:
-                continue
-            where = f"{name}:{number}"
-            try:
-                yield where, json.loads(text)
-            except (ValueError, RecursionError) as error:
-                yield where, UserError(f"{where}: not JSON ({error})")
-
-
-def _json_list(path: Path, columns, skip: int) -> Iterator[tuple[str, Any]]:
-    """Decodes entry by entry, and reads on whenever one is not complete."""
-    decoder, name = json.JSONDecoder(), printable(path)
-    with open_text(path) as file:
-        text = file.read(_BLOCK).lstrip()
-        if text and text[0] != "[":
-            kind = "an object" if text[0] == "{" else "no list"
-            raise NoRows(f"{name} must hold a list of objects, is {kind}")
-        text, index, ended = text[1:], 0, not text
-        while True:
-            rest = text = text.lstrip()
-            if index and text.startswith(","):
-                rest = text[1:].lstrip()
-            elif index and text and text[0] != "]":
-                raise UserError(f"{name} is not JSON (no comma before entry {index})")
-            if rest.startswith("]"):
-                return
-            try:
-                row, end = decoder.raw_decode(rest)
-                complete = end < len(rest)  # else a number may go on in the next block
-            except (ValueError, RecursionError) as error:
-                if ended or _is_hopeless(error, rest):
-                    raise UserError(f"{name} is not JSON (entry {index}: {error})") from error
-                complete = False
-            if not complete:
-                if ended:
-                    raise UserError(f"{name} is not JSON (the list has no end)")
-                # as much again as there is, so that a long entry is not decoded ever and ever
-                block = file.read(max(_BLOCK, len(text)))
-                text, ended = text + block, not block
-                continue
-            text = rest[end:]
-            if index >= skip:
-                yield f"{name}[{index}]", row
-            index += 1
-
-
-def _is_hopeless(error: Exception, text: str) -> bool:
-    """Whether more text cannot help: the error is not at the end, nor in an open string."""
-    if not isinstance(error, json.JSONDecodeError):
-        return True
-    return not error.msg.startswith("Unterminated") and error.pos < len(text) - _WORD
 
 
 def _parquet(path: Path, columns, skip: int) -> Iterator[tuple[str, Any]]:
