@@ -8,7 +8,7 @@ from benchmark_files import png
 from layout_case import build, lines, pictures  # noqa: F401
 
 from jrm_jax.data import builders
-from jrm_jax.data.ingest import delimited, json_rows, rows
+from jrm_jax.data.ingest import json_rows, rows
 from jrm_jax.errors import UserError
 
 
@@ -251,74 +251,6 @@ def test_packed_files_are_named(tmp_path, name):
             rows.find(place, suffixes)
     (tmp_path / name).with_suffix("").write_text("{}")  # as gunzip -k leaves it
     assert len(rows.find(tmp_path, suffixes)) == 2
-
-
-# Tables
-
-
-def table(path, text, encoding="utf-8"):
-    path.write_text(text, encoding=encoding)
-    return path
-
-
-def test_cells_that_hold_no_number(pictures, build):
-    text = "source,instruction,edit,score\n" + "".join(
-        f"0.png,Add,{i}.png,{score}\n"
-        for i, score in enumerate(("3", "nan", "5", "N/A", "inf", "", "high"), 1)
-    )
-    (example,), kinds = build("csv", table(pictures / "t.csv", text))
-    assert len(example.candidates) == 5  # 3, nan, 5, N/A, empty
-    assert example.preference[0, 2, 0] == 0
-    assert [int(example.weight[i].sum()) for i in range(5)] == [1, 0, 1, 0, 0]
-    assert kinds == {
-        ("kept", "score or rank that is no number (that edit is unlabelled)"): 2,
-        ("left out", "field 'score'"): 2,
-    }
-    problems = (pictures / "out0" / "problems.txt").read_text()
-    for number, words in ((3, "score is 'nan'"), (6, "must be a finite"), (8, "must be a number")):
-        assert any(f"t.csv:{number}: " in said and words in said for said in problems.splitlines())
-
-
-@pytest.mark.parametrize("opened", ['z,Add "a hat,x', '"z,Add,x', 'z,"Add,x', 'z,Add,"x'])
-def test_a_quote_that_is_never_closed(pictures, build, capsys, monkeypatch, opened):
-    monkeypatch.setattr(delimited, "CELL", 2000)
-    good = [f"{i},Add {i},{i % 8}.png,Said {i}." for i in range(200)]
-    cells = opened.split(",")
-    good[5] = ",".join([cells[0], cells[1], "5.png", cells[2]])
-    good[150] = '150,Add 150,6.png,"Said\nin ""two"" lines."'
-    text = "\n".join(["group,instruction,edit,critique", *good]) + "\n"
-    path = table(pictures / "t.csv", text)
-    examples, kinds = build("csv", path)
-    harmless = opened.startswith("z,Add ")  # a quote inside a cell opens nothing
-    assert len(examples) == 200 - (not harmless)
-    assert 'Said\nin "two" lines.' in [e.candidates[0].critique for e in examples]
-    assert kinds == ({} if harmless else {("left out", "quote that is not closed"): 1})
-    if not harmless:
-        assert builders.main(["csv", f"--data={path}", f"--out={pictures / 'no'}"]) == 1
-        said = capsys.readouterr().err
-        assert "t.csv:7: a quote (\") opens here" in said and said.count("\n") == 1
-
-
-@pytest.mark.parametrize(("delimiter", "encoding", "first"), [
-    (";", "utf-8-sig", ""), ("\t", "utf-16", ""), ("|", "utf-8", ""), (";", "utf-8", "sep=;\r\n"),
-])  # fmt: skip
-def test_tables_as_spreadsheets_write_them(pictures, build, delimiter, encoding, first):
-    rows_ = [
-        (" source", "instruction ", "edit", "score", ""),
-        ("0.png", "Größer, bitte", "1.png", "3,5", ""),
-        ("0.png", "Größer, bitte", "2.png", "4", ""),
-        ("0.png", "Größer, bitte", "3.png", "3.25", ""),
-    ]  # fmt: skip
-    text = first + "".join(delimiter.join(row) + "\r\n" for row in rows_)
-    (example,), kinds = build("csv", table(pictures / "t.csv", text, encoding))
-    assert not kinds and example.prompt[0].text == "Größer, bitte"
-    assert example.preference[..., 0].tolist() == [[0.5, 0, 1], [1, 0.5, 1], [0, 0, 0.5]]
-
-
-def test_heads_that_stand_twice_are_refused(pictures, capsys):
-    path = table(pictures / "t.csv", "edit,instruction,score,score\n1.png,Add,1,2\n")
-    assert builders.main(["csv", f"--data={path}", f"--out={pictures / 'no'}", "--skip_bad"]) == 1
-    assert "column 'score' is there twice" in capsys.readouterr().err
 
 
 # Ids and flags

@@ -134,6 +134,31 @@ def finite(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
+_DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+")
+_THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2}(?:,\d{3})+")
+
+
+def read_decimal(text: str) -> float:
+    """A number as people write it, with a point or a decimal comma ('7,5').
+
+    Raises:
+        ValueError: what it must be; of '1,250', which may be either, how it is written clearly.
+    """
+    if _THOUSANDS.fullmatch(text):
+        plain = text.replace(",", "")
+        words = "where the comma may be a decimal one or part thousands"
+        raise ValueError(f"{words}: write {plain}, or {text.replace(',', '.', 1)}")
+    try:
+        if "_" in text:  # Python's own sign between thousands
+            raise ValueError
+        number = float(text.replace(",", ".") if _DECIMAL_COMMA.fullmatch(text) else text)
+    except ValueError as error:
+        raise ValueError("must be a number") from error
+    if not math.isfinite(number):
+        raise ValueError("must be a finite number")
+    return number
+
+
 def shown(value: Any) -> str:
     """The beginning of a value, as JSON writes it; of any type."""
     return json.dumps(value, default=repr)[:40]

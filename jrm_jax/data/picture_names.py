@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import os
 import urllib.parse
 from pathlib import Path
 from typing import Any
@@ -64,13 +65,31 @@ def read_named(name: str, folder: Path = Path()) -> bytes:
         OSError: no such file, or one that cannot be read. ValueError: it names no file.
     """
     data = inline_picture(name)
-    if data is not None:
-        return data
+    return path_of(name, folder).read_bytes() if data is None else data
+
+
+def path_of(name: str, folder: Path = Path()) -> Path:
+    """Where the picture of that name lies, or would lie. A backslash in it leads where / leads, as
+    Windows writes names, unless there is a file of just that name.
+
+    Raises:
+        ValueError: it names no file.
+    """
     if name[:8].lower().startswith(("http://", "https://")):
         raise ValueError("an address on the web: download it, and give the file's name")
     if name[:7].lower() == "file://":
         name = urllib.parse.unquote(name[7:])
-    return (folder / name).read_bytes()
+    if "\\" in name and not os.path.isfile(folder / name):
+        name = name.replace("\\", "/")
+    return folder / name
+
+
+def is_file(name: str, folder: Path = Path()) -> bool:
+    """Whether a file of that name is there; False of any text that is no name."""
+    try:
+        return os.path.isfile(path_of(name, folder))
+    except ValueError:
+        return False
 
 
 def ends_like_picture(text: str) -> bool:

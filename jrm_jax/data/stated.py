@@ -14,6 +14,8 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from jrm_jax.data.labels import read_decimal
+
 NUMBERS = (
     "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten",
 )  # fmt: skip
@@ -126,12 +128,16 @@ def _read(critique: str, names: tuple[str, ...]) -> dict[str, _Score]:
         if not _BEGINS.search(before if cut == end else f"x{before}"):  # ^ is no place in between
             continue
         end = match.end()
-        of = 100.0 if match["percent"] else _number(match["of"] or "0")
-        found.setdefault(plain(match["name"]), set()).add(_Score(_number(match["number"]), of))
+        try:
+            of = 100.0 if match["percent"] else _number(match["of"] or "0")
+            score = _Score(_number(match["number"]), of)
+        except ValueError:  # of 1,000, which may be 1
+            continue
+        found.setdefault(plain(match["name"]), set()).add(score)
     return {name: scores.pop() for name, scores in found.items() if len(scores) == 1}
 
 
 def _number(word: str) -> float:
     if word.lower() in NUMBERS:
         return float(NUMBERS.index(word.lower()))
-    return float(word.replace(",", ".").replace("\u2212", "-"))
+    return read_decimal(word.replace("\u2212", "-"))

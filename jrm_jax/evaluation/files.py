@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jrm_jax.data.ingest import rows as source
-from jrm_jax.data.picture_names import inline_picture, short
+from jrm_jax.data.picture_names import inline_picture, is_file, path_of, short
 from jrm_jax.errors import UserError
 from jrm_jax.evaluation.cases import Picture
 from jrm_jax.shell import disk
@@ -143,21 +143,28 @@ class Row(NamedTuple):
             data, name = value.get("bytes"), value.get("path")
         elif isinstance(value, str):
             data, name = None, value
+        words = "no picture"
         try:
             data = data or (inline_picture(name) if isinstance(name, str) else None)
-        except ValueError:
-            name = None
-        if isinstance(data, bytes) and data:
-            named = f" ({short(name)})" if name else ""
-            return Picture(f"{self.where} {what}{named}", data, like)
-        if isinstance(name, str) and name:
-            return Picture(str(self.path(name)), None, like)
+            if isinstance(data, bytes) and data:
+                named = f" ({short(name)})" if name else ""
+                return Picture(f"{self.where} {what}{named}", data, like)
+            if isinstance(name, str) and name:
+                return Picture(str(self._path(name)), None, like)
+        except UserError:
+            raise
+        except ValueError as error:
+            words = f"{short(name)} is {error}"
         # counted as missing when it is read
-        return Picture(f"{self.where} {what}: no picture", b"", like)
+        return Picture(f"{self.where} {what}: {words}", b"", like)
 
-    def path(self, name: str) -> Path:
+    def is_file(self, name: str) -> bool:
+        """Whether there is a picture of that name; False of any text that is no name."""
+        return bool(self.images and self.images.find(name)) or is_file(name, self.folder)
+
+    def _path(self, name: str) -> Path:
         """Where the picture of that name lies: in `--images`, else beside the file."""
-        return (self.images and self.images.find(name)) or self.folder / name
+        return (self.images and self.images.find(name)) or path_of(name, self.folder)
 
 
 def read_rows(

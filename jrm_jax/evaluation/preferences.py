@@ -7,7 +7,6 @@ No official layout: predictions are JSON lines {'id', 'scores': [one per candida
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -80,11 +79,8 @@ def read_jsonl(path: str, issues: Issues, images: files.Images | None = None) ->
             pictures[mark] = row.picture(value, "picture")
             return mark
 
-        def is_file(name: str, row=row) -> bool:
-            return os.path.isfile(row.path(name))
-
         try:
-            example = read_example(row.fields, row.where, read, is_file)
+            example = read_example(row.fields, row.where, read, row.is_file)
         except UserError as error:
             bad(error)
             continue

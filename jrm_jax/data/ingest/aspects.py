@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import NamedTuple
 
 import numpy as np
 
 from jrm_jax.data.ingest.comparisons import SIDES
-from jrm_jax.data.labels import field_error
+from jrm_jax.data.labels import field_error, read_decimal
 
 ASPECTS = {  # heading: (reward dimension, what a critique's line begins with)
     "text faithfulness": ("instruction_following", "Instruction"),
@@ -112,10 +113,14 @@ def shares_of(
 
 
 def _score(text: str, where: str, field: str) -> float | None:
-    number = re.search(r"-?\d+(?:\.\d+)?", text)
-    if number is None and text.strip(" *[].").upper() in ("N/A", "NA", "NONE", ""):
+    found = re.search(r"-?\d+(?:[.,]\d+)*", text)
+    if found is None and text.strip(" *[].").upper() in ("N/A", "NA", "NONE", ""):
         return None
-    if number is None or not 0 <= float(number[0]) <= LARGEST:
+    try:
+        number = read_decimal(found[0] if found else text)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number <= LARGEST:
         words = f"the score of {field} is {text[:40]!r}, must be from 0 to {LARGEST} or N/A"
         raise field_error(where, "messages", words, "score out of its range")
-    return float(number[0])
+    return number

@@ -60,7 +60,8 @@ def _row(heads: list[str], cells: list[str] | csv.Error, where: str) -> dict | U
 
 def _records(lines: _Lines, delimiter: str) -> Iterator[tuple[int, list[str] | csv.Error]]:
     """(line, cells) of each row, its last line; of one that cannot be read its first line and the
-    error, and what follows that line is read again."""
+    error, and what follows that line is read again. Rows of empty cells, as spreadsheets leave them
+    below a table, are none."""
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     while True:
         lines.taken.clear()
@@ -73,7 +74,7 @@ def _records(lines: _Lines, delimiter: str) -> Iterator[tuple[int, list[str] | c
             lines.again(len(lines.taken) - 1)
             yield begin, error
             continue
-        if cells:
+        if any(map(str.strip, cells)):
             yield lines.number, cells
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 from typing import Any
 
+from jrm_jax.data import picture_names
 from jrm_jax.data.images import SizeError, open_image
 from jrm_jax.data.labels import field_error
 from jrm_jax.data.picture_names import name_or_bytes, read_named, short
@@ -84,7 +84,7 @@ class GroupPictures:
         self._seen: set[bytes] = set()
 
     def is_file(self, name: str) -> bool:
-        return os.path.isfile(self._folder / name)
+        return picture_names.is_file(name, self._folder)
 
     def read(self, value: str | bytes) -> bytes:
         """Encoded bytes of a file's name, of the picture that a data: URI or base64 holds, or bytes

@@ -12,14 +12,12 @@ be a comma, a semicolon, a tab or |.
 
 from __future__ import annotations
 
-import math
-import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jrm_jax.data.ingest.layout import Member, Problems, read_each
 from jrm_jax.data.ingest.pictures import GroupPictures
-from jrm_jax.data.labels import field_error, parse_labels
+from jrm_jax.data.labels import field_error, parse_labels, read_decimal
 from jrm_jax.data.schema import (
     DEFAULT_DIMENSIONS,
     Candidate,
@@ -31,7 +29,6 @@ from jrm_jax.data.schema import (
 from jrm_jax.errors import UserError
 
 _MISSING = ("", "nan", "na", "n/a", "null", "none", "-")  # what tables write where nothing is
-_DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+")
 _KNOWN = ("source", "instruction", "edit", "group", "critique")
 
 
@@ -136,7 +133,7 @@ def _labels(row: dict[str, Any], where: str) -> tuple[str, dict[str, str]]:
 def _number(
     row: dict[str, str], name: str, where: str, problems: Problems
 ) -> float | None:
-    """None: unlabelled. A comma may be the decimal point, where it does not part the cells."""
+    """None: unlabelled. Where a comma does not part the cells it may be a decimal one."""
     text = row[name].strip()
     if text.lower() in _MISSING:
         if text:
@@ -144,9 +141,6 @@ def _number(
             problems.note("score or rank that is no number (that edit is unlabelled)", detail)
         return None
     try:
-        number = float(text.replace(",", ".") if _DECIMAL_COMMA.fullmatch(text) else text)
+        return read_decimal(text)
     except ValueError as error:
-        raise field_error(where, name, f"is {text!r}, must be a number") from error
-    if not math.isfinite(number):
-        raise field_error(where, name, f"is {text!r}, must be a finite number")
-    return number
+        raise field_error(where, name, f"is {text!r}, {error}") from error
