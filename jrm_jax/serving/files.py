@@ -1,6 +1,6 @@
 """Scores of all groups of a file, streamed into JSON lines; stopped, it goes on where it was.
 
-A row of the input (JSON lines, a JSON list, CSV, parquet) is one group:
+A row of the input (JSON lines, a JSON list, CSV, parquet, or a folder of them) is one group:
 
     {"id": "7", "instruction": "Make the cat white", "source": "cat.png", "candidates": ["a.png"]}
 

@@ -14,7 +14,6 @@ writes, byte for byte.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -23,10 +22,11 @@ import sqlite3
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from jrm_jax.data import store
 from jrm_jax.data.ingest import card
+from jrm_jax.data.ingest.half_made import LOCK, STATE, Useless, hold, how_to_go_on, state_errors
 from jrm_jax.data.ingest.json_rows import NoRows
 from jrm_jax.data.ingest.layout import Found, Layout, Options, Problems, Result, seen
 from jrm_jax.data.ingest.making import Item, Maker, Queue
@@ -34,10 +34,9 @@ from jrm_jax.data.ingest.rows import find, read_rows
 from jrm_jax.data.ingest.texts import printable
 from jrm_jax.data.ingest.waiting import Waiting
 from jrm_jax.data.schema import DEFAULT_DIMENSIONS
-from jrm_jax.errors import RecordError, UserError, one_line
+from jrm_jax.errors import RecordError, UserError
 
 VERSION = 3  # raise it when the same files give other data sets
-STATE, LOCK = "state.sqlite", "lock"
 PARALLEL = 256  # rows from which on worker processes are worth their start, some seconds
 CARD, PROBLEMS = "README.md", "problems.txt"
 _TABLES = """
@@ -46,10 +45,6 @@ CREATE TABLE IF NOT EXISTS groups (key TEXT PRIMARY KEY, rows INTEGER, label TEX
     WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS problems (kept INTEGER, kind TEXT, detail TEXT);
 """
-
-
-class Useless(UserError):
-    """What is done so far leads nowhere: the same command would fail again."""
 
 
 def build(
@@ -80,16 +75,15 @@ def build(
     with store.disk_errors(out):
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / LOCK).open("w") as lock:
-            _lock(lock, folder)
-            with _state_errors(folder):
+            hold(lock, folder)
+            with state_errors(folder):
                 work = _Work(layout, name, files, folder, options, progress, base, workers)
                 try:
                     with contextlib.closing(work):
                         result = work.run(source)
                 except UserError as error:
                     if work.shards.done and not isinstance(error, Useless):
-                        words = f"{folder} keeps what is done: the same command goes on there"
-                        raise UserError(f"{error} ({words})") from error
+                        raise UserError(f"{error} ({how_to_go_on(folder, options)})") from error
                     shutil.rmtree(folder, ignore_errors=True)
                     raise
             texts = _texts(base, result.counts)
@@ -100,28 +94,6 @@ def build(
         for left in (STATE, LOCK):
             (out / left).unlink(missing_ok=True)
     return result._replace(listed=out / texts[PROBLEMS])
-
-
-def _lock(lock: TextIO, folder: Path) -> None:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UserError(f"{folder} is being written by another process") from error
-    except OSError as error:  # of file systems without locks
-        words = f"cannot be locked ({error.strerror}): give an --out on another file system"
-        raise UserError(f"{folder} {words}") from error
-
-
-@contextlib.contextmanager
-def _state_errors(folder: Path) -> Iterator[None]:
-    """What SQLite says of a full disk is an OSError, what it says of a damaged file one line."""
-    try:
-        yield
-    except sqlite3.OperationalError as error:
-        raise OSError(str(error)) from error
-    except sqlite3.Error as error:
-        words = f"{folder / STATE} is damaged ({one_line(error)})"
-        raise UserError(f"{words}: remove {folder} and give the command again") from error
 
 
 def _texts(base: store.Existing | None, splits: Iterable[str]) -> dict[str, str]:
