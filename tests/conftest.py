@@ -26,6 +26,7 @@ FLAGS = [
     "--xla_force_host_platform_device_count=8",
     "--xla_backend_optimization_level=0",
     "--xla_llvm_disable_expensive_passes=true",
+    "--xla_cpu_parallel_codegen_split_count=1",  # for many cores: in parts it costs a third more
 ]
 if version("jaxlib").startswith("0.10."):  # the older emitters, left out of 0.11, are quicker
     FLAGS.append("--xla_cpu_use_fusion_emitters=false")
@@ -50,7 +51,10 @@ if not flags.FLAGS.is_parsed():  # grain's worker processes read absl flags
 
 
 # The longest files first: the two workers then end together. With `--no-loadscope-reorder`.
-LONGEST = ("processes", "study", "end_to_end", "stopping", "mesh8", "export", "step", "evaluate")
+LONGEST = (
+    "study", "mesh8", "export", "end_to_end", "processes", "run_data", "step", "stopping",
+    "evaluate",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):
