@@ -177,7 +177,7 @@ def test_a_bad_pair_is_one_line_with_file_index_and_field(build, bad_images, tmp
         ("[{", "is not JSON"),
         ('{"prompt": "x"}', "must hold a list of objects, is an object"),
         ('[{"prompt": "x"}', "is not JSON"),
-        ("[]]", "no usable record"),
+        ("[]]", "something follows the list"),
         ("[]", "no usable record"),
     ],
 )

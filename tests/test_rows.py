@@ -183,7 +183,7 @@ def test_joined_lists_are_read_to_the_end(tmp_path, monkeypatch, block, between)
 
 @pytest.mark.parametrize("more", ["x", ",", "]", '{"a": 3}', ', {"a": 3}', '"', "\0\0"])
 def test_what_follows_a_list_is_not_dropped_in_silence(tmp_path, more):
-    with pytest.raises(UserError, match="something follows the list, after entry 0"):
+    with pytest.raises(UserError, match="something follows the list, after 1 entries"):
         found_in(tmp_path / "own.json", '[{"a": 1}]\n' + more + "\n")
 
 

@@ -115,9 +115,10 @@ class _Values:
                     words = f"{self.name} is not JSON (entry {index}: {error})"
                     raise UserError(words) from error
                 continue
-            if end < len(self.text) or self.text[-1] in '}]"' or not self._read_on():
+            # a number at the end of a block might go on in the next one
+            if end < len(self.text) or not self._read_on():
                 self.text = self.text[end:]
-                return found  # a number at the end of a block might have gone on in the next one
+                return found
 
     def _read_on(self) -> bool:
         # as much again as there is, so that a long entry is not decoded ever and ever
@@ -130,7 +131,7 @@ def _lists(values: _Values) -> Iterator[Any]:
     index = 0
     while values.next_character():
         if values.next_character() != "[":
-            words = f"something follows the list, after entry {index - 1}"
+            words = f"something follows the list, after {index} entries"
             raise UserError(f"{values.name} is not JSON ({words})")
         values.take()
         first = True
@@ -142,9 +143,10 @@ def _lists(values: _Values) -> Iterator[Any]:
             elif not first and character:
                 words = f"no comma before entry {index}"
                 raise UserError(f"{values.name} is not JSON ({words})")
-            if not character:
+            row = values.value(index) if character else None
+            if not values.next_character():
                 raise UserError(f"{values.name} is not JSON (the list has no end)")
-            yield values.value(index)
+            yield row
             index, first = index + 1, False
         values.take()
 

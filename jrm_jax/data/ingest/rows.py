@@ -42,7 +42,7 @@ def find(path: str | Path, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
             raise UserError(f"{printable(path)} is packed: unpack it, and give what was in it")
         return [path]
     found = []
-    for file in _walk(path):
+    for file in _walk(path) if path.is_dir() else ():
         suffix = file.suffix.lower()
         if suffix in suffixes and not NO_ROWS.fullmatch(file.name) and file.is_file():
             found.append(file)
