@@ -39,9 +39,11 @@ ARCHITECTURES = {
     "qwen3_vl": "Qwen3VLForSequenceClassification",
     "qwen3_5": "Qwen3_5ForSequenceClassification",
 }
+# In config.json where positions are not those of transformers: '1d', see `rope.mrope_positions`
+POSITION_MODE = "position_mode"
 # What config.json says of a classifier alone
 CLASSIFIER = ("auto_map", "num_labels", "id2label", "label2id", "problem_type",
-              stored_head.DESCRIPTION)  # fmt: skip
+              stored_head.DESCRIPTION, POSITION_MODE)  # fmt: skip
 # What the card says: whether rewards are Gaussians, and whether the head has hidden layers
 DEVIATION = {
     False: "The rewards are plain numbers, without a deviation.",
@@ -65,6 +67,16 @@ LAYOUT = {
         "so the layout that vLLM documents for its sequence classifiers, one `score.weight` "
         "without bias, **is not met**: an engine must run the class in this folder "
         "(`modeling_jrm.py`), or it cannot score. What follows holds for a head of one linear."
+    ),
+}
+# How whoever builds inputs without `prepare` says where pictures are, by position mode
+POSITIONS = {
+    "mrope": "pass `mm_token_type_ids` with pictures (the class refuses to go on without)",
+    "1d": (
+        "know that tokens of pictures are **numbered like text** (`config.backbone.positions` was "
+        "1d in training; `position_mode` in config.json): the class in this folder "
+        "(`modeling_jrm.py`) does it by itself. Classes and serving engines that number pictures "
+        "as their family does give **other scores**, so they need the `position_ids` of `prepare`,"
     ),
 }
 # of pictures with text, and of videos
@@ -168,8 +180,9 @@ def _config(trained: Trained, dtype: str) -> dict[str, Any]:
     head = trained.params["reward_head"]
     outputs = stored_head.output_names(head, trained.encoder.dimensions)
     names = {str(i): name for i, name in enumerate(outputs)}
-    pad = trained.encoder.tokenizer.pad_id
-    for stale in ("torch_dtype", stored_head.DESCRIPTION):  # of the folder that it began from
+    pad, positions = trained.encoder.tokenizer.pad_id, trained.encoder.positions
+    # of the folder that it began from
+    for stale in ("torch_dtype", stored_head.DESCRIPTION, POSITION_MODE):
         config.pop(stale, None)
     config |= {
         "architectures": [architecture],
@@ -183,6 +196,7 @@ def _config(trained: Trained, dtype: str) -> dict[str, Any]:
         # transformers reads it here, whatever the text part says
         "tie_word_embeddings": trained.config.text.tie_embeddings,
         **stored_head.describe(head),
+        **({POSITION_MODE: positions} if positions != "mrope" else {}),
     }
     # the classifier finds a row's last token by the padding token of the text part
     for part in ("text_config", "vision_config"):
@@ -301,6 +315,7 @@ def _model_card(trained: Trained, dtype: str, rounding: str) -> str:
         spread=spread,
         deviation=DEVIATION["deviation" in head],
         layout=LAYOUT["hidden" in head],
+        positions=POSITIONS[trained.encoder.positions],
         results="\n".join(["| number | value |", "|---|---|", *rows]) if rows else "None.",
     )
 

@@ -1,5 +1,6 @@
 """A run of no steps for each family, its exports, and groups of pictures to score."""
 
+import io
 import json
 import shutil
 
@@ -16,6 +17,7 @@ from jrm_jax.data.world import scenes
 from jrm_jax.model.backbone import init_backbone
 from jrm_jax.model.config import load_config
 from jrm_jax.model.weights import save_params
+from jrm_jax.serving.groups import read_picture
 
 FAMILIES = ("qwen3_vl", "qwen2_5_vl", "qwen3_5")
 INSTRUCTIONS = ("Make the <|reward|> <think> red.", "Weiß & größer, bitte?", "Remove it.")
@@ -116,3 +118,8 @@ def make_groups(count):
     noise = np.random.default_rng(0).integers(0, 256, (70, 190, 3), np.uint8)
     groups[1] = (groups[1][0], noise, [PIL.Image.fromarray(noise[::-1].copy()), noise[:, ::-1]])
     return groups
+
+
+def picture(given):
+    """A Pillow image of what a group holds."""
+    return PIL.Image.open(io.BytesIO(read_picture(given))).convert("RGB")

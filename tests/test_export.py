@@ -9,7 +9,7 @@ import PIL.Image
 import pytest
 import torch
 import transformers
-from export_case import FAMILIES, family_run, make_groups, start, write
+from export_case import FAMILIES, family_run, make_groups, picture, start, write
 from safetensors.numpy import load_file
 
 from jrm_jax import export
@@ -48,10 +48,6 @@ def classifier(folder, **options):
         folder, trust_remote_code=True, output_loading_info=True, **options
     )
     return loaded.eval(), info
-
-
-def picture(given):
-    return PIL.Image.open(io.BytesIO(read_picture(given))).convert("RGB")
 
 
 def torch_rewards(loaded, groups):

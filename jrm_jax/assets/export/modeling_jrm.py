@@ -8,6 +8,8 @@ mm_token_type_ids, pixel_values, image_grid_thw. The score is read from the last
 last token that is not padding, by one bias-free linear, or by hidden layers where config.json names
 some; larger is better, and only differences between candidates of one source and instruction carry
 meaning. Where rewards are Gaussians, the outputs are their means, then their log-deviations.
+Where config.json says `"position_mode": "1d"`, tokens of pictures are numbered like text, as in
+training: `prepare` gives position_ids instead of mm_token_type_ids, `forward` obeys no others.
 """
 
 import json
@@ -81,19 +83,34 @@ class _RewardModel(GenericForSequenceClassification):
         head = getattr(config, "reward_head", None) or {}
         width, outputs = self.score.in_features, self.score.out_features
         self.is_gaussian = bool(head.get("deviation"))
+        self.is_numbered = getattr(config, "position_mode", "mrope") == "1d"
         if head.get("hidden"):
             self.score = _Layers((width, *head["hidden"]), outputs)
         else:
             self.score = _Score(width, outputs, bias=False)
 
-    def forward(self, input_ids=None, *args, pixel_values=None, mm_token_type_ids=None, **kwargs):
-        if pixel_values is not None and mm_token_type_ids is None:
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        *args,
+        pixel_values=None,
+        mm_token_type_ids=None,
+        **kwargs,
+    ):
+        if self.is_numbered:
+            mm_token_type_ids = None
+            position_ids = None if input_ids is None else _numbers(input_ids)
+        elif pixel_values is not None and mm_token_type_ids is None:
             raise ValueError(
                 "pixel_values came without mm_token_type_ids (1 at image tokens, 0 elsewhere): "
                 "positions would be those of plain text, and the score wrong"
             )
         return super().forward(
             input_ids,
+            attention_mask,
+            position_ids,
             *args,
             pixel_values=pixel_values,
             mm_token_type_ids=mm_token_type_ids,
@@ -147,9 +164,12 @@ class _RewardModel(GenericForSequenceClassification):
         ids = torch.tensor([row + [padding] * (length - len(row)) for row in tokens])
         mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in tokens])
         batch = {"input_ids": ids, "attention_mask": mask}
+        if self.is_numbered:
+            batch["position_ids"] = _numbers(ids)
         if pictures:
             image_id = tokenizer.convert_tokens_to_ids("<|image_pad|>")
-            batch["mm_token_type_ids"] = (ids == image_id).int() * mask
+            if not self.is_numbered:
+                batch["mm_token_type_ids"] = (ids == image_id).int() * mask
             batch["pixel_values"] = torch.cat([p["pixel_values"] for p in pictures]).to(self.dtype)
             batch["image_grid_thw"] = torch.cat([p["image_grid_thw"] for p in pictures])
         return {name: value.to(self.device) for name, value in batch.items()}
@@ -164,6 +184,11 @@ class _RewardModel(GenericForSequenceClassification):
                 stamp,
             )
         return self._loaded_tools
+
+
+def _numbers(ids):
+    """[rows, tokens]: 0, 1, 2, ... in every row; what one row's padding adds turns nothing."""
+    return torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
 
 
 def _encode(tokenizer, processor, stamp, prompt, candidate):
