@@ -40,7 +40,7 @@ def rewards(loaded, batch):
 
 
 def test_pytorch_reads_the_scores_of_the_positions_of_training(folders):
-    groups = make_groups(4)
+    groups = make_groups(2)
     ours = [s.reward_KR[:, 0] for s in RewardModel.load(folders["1d"]).score_batch(groups)]
     models, far = {mode: load(folders[mode]) for mode in MODES}, 0.0
     for (text, source, candidates), mine in zip(groups, ours, strict=True):

@@ -18,18 +18,20 @@ from typing import Any, NamedTuple
 from jrm_jax.data.images import open_image
 from jrm_jax.data.schema import Text
 from jrm_jax.errors import UserError
+from jrm_jax.evaluation.held import Held
 
 SHOWN = 10  # examples of one kind of issue in a report; the JSON file lists all
 
 
 class Picture(NamedTuple):
-    """A picture as the benchmark's files name it: a path, or bytes that stand in the file itself.
+    """A picture as the benchmark's files name it: a path, or bytes that stand in the file itself,
+    which are held elsewhere or at hand.
 
     like: resize to this picture's size before it is judged (a rule of EditScore's benchmark).
     """
 
     name: str
-    data: bytes | None = None
+    data: Held | bytes | None = None
     like: Picture | None = None
 
     def read(self) -> bytes:
@@ -42,24 +44,28 @@ class Picture(NamedTuple):
 
     def digest(self) -> str:
         """Of the encoded bytes, wherever they lie; of the name where they cannot be read."""
-        data = self.data
-        if data is None:
-            try:
-                data = Path(self.name).read_bytes()
-            except OSError:
-                data = self.name.encode()
+        if self.data is not None:
+            return self._own()
+        try:
+            data = Path(self.name).read_bytes()
+        except OSError:
+            data = self.name.encode()
         return hashlib.sha256(data).hexdigest()
+
+    def _own(self) -> str:
+        held = isinstance(self.data, Held)
+        return self.data.digest if held else hashlib.sha256(self.data).hexdigest()
 
     @property
     def key(self) -> tuple:
         """Equal for equal pictures."""
-        own = hashlib.sha256(self.data).hexdigest() if self.data is not None else self.name
+        own = self.name if self.data is None else self._own()
         return own, self.like.key if self.like else None
 
 
 @functools.lru_cache(maxsize=256)
 def _read(picture: Picture) -> bytes:
-    data = picture.data
+    data = picture.data.read() if isinstance(picture.data, Held) else picture.data
     if data is None:
         try:
             data = Path(picture.name).read_bytes()

@@ -12,6 +12,7 @@ from jrm_jax.data.ingest import rows as source
 from jrm_jax.data.picture_names import inline_picture, is_file, path_of, short
 from jrm_jax.errors import UserError
 from jrm_jax.evaluation.cases import Picture
+from jrm_jax.evaluation.held import Spool
 from jrm_jax.shell import disk
 
 find = source.find
@@ -89,12 +90,14 @@ class Row(NamedTuple):
     """An object of a benchmark's file, or of a file of predictions.
 
     where: file and place, for messages. folder: of the file, which pictures' names start from.
+    spool: of pictures that stand in the file; without one they are kept as they are.
     """
 
     fields: dict[str, Any]
     where: str
     folder: Path
     images: Images | None = None
+    spool: Spool | None = None
 
     def field(self, name: str, kind: type | tuple = object) -> Any:
         """
@@ -148,7 +151,8 @@ class Row(NamedTuple):
             data = data or (inline_picture(name) if isinstance(name, str) else None)
             if isinstance(data, bytes) and data:
                 named = f" ({short(name)})" if name else ""
-                return Picture(f"{self.where} {what}{named}", data, like)
+                held = self.spool.put(data) if self.spool is not None else data
+                return Picture(f"{self.where} {what}{named}", held, like)
             if isinstance(name, str) and name:
                 return Picture(str(self._path(name)), None, like)
         except UserError:
@@ -181,10 +185,11 @@ def read_rows(
     Raises:
         UserError: no such files, one that cannot be read, or a row that is no object.
     """
+    spool = Spool()
     for file in find(path, suffixes):
         for where, row in source.read_rows(file, any_text=True):
             if not isinstance(row, UserError):
-                yield Row(_readable(row), where, file.parent, images)
+                yield Row(_readable(row), where, file.parent, images, spool)
             elif bad is None:
                 raise row
             else:

@@ -30,6 +30,7 @@ from jrm_jax.evaluation.cases import (
     note_duplicates,
     tell_apart,
 )
+from jrm_jax.evaluation.held import Spool
 from jrm_jax.evaluation.metrics import Metric, Verdict, accuracy, sections, verdicts
 from jrm_jax.evaluation.predictions import UNKNOWN, to_scores
 
@@ -56,7 +57,7 @@ def read(path: str, issues: Issues, images: files.Images | None = None) -> Bench
         content = files.read_json(file)
         if not isinstance(content, dict) or not isinstance(content.get("pairs"), list):
             raise UserError(f"{file} must be an object with a list 'pairs'")
-        whole = files.Row(content, str(file), file.parent, images)
+        whole = files.Row(content, str(file), file.parent, images, Spool())
         rows = [
             _case(task, whole.inner(pair, f"pairs[{number}]"), issues)
             for number, pair in enumerate(content["pairs"])

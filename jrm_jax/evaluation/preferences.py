@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -30,6 +31,7 @@ from jrm_jax.evaluation.cases import (
     note_duplicates,
     tell_apart,
 )
+from jrm_jax.evaluation.held import Records
 from jrm_jax.evaluation.metrics import Metric, accuracy, sections, strict, verdicts
 from jrm_jax.evaluation.predictions import Collected, entries
 from jrm_jax.shell.terminal import track
@@ -58,12 +60,7 @@ def read_jsonl(path: str, issues: Issues, images: files.Images | None = None) ->
                 " learnt it by heart. Give a data set with another split (builders: --split=test"
                 " or --valid_fraction=0.05), or the JSON lines of held-out groups"
             )
-        cases = [
-            case
-            for name, split in splits.items()
-            for record in split
-            for case in _cases(from_record(record), name)
-        ]
+        cases = [case for name, split in splits.items() for case in _of_split(name, split)]
         return _benchmark("jsonl", cases, issues)
     cases = []
 
@@ -86,6 +83,15 @@ def read_jsonl(path: str, issues: Issues, images: files.Images | None = None) ->
             continue
         cases += _cases(example, "pairs", pictures)
     return _benchmark("jsonl", cases, issues)
+
+
+def _of_split(name: str, records: Sequence[Any]) -> Iterator[Case]:
+    store = Records(records)
+    for index in track(range(len(records)), f"reading {name}"):
+        record = records[index]
+        example, images = from_record(record), [bytes(data) for data in record["images"]]
+        held = zip(images, store.held(index, images), strict=True)
+        yield from _cases(example, name, {d: Picture(example.id, one) for d, one in held})
 
 
 def read_world(counts: dict[str, int], seed: int, issues: Issues) -> Benchmark:
