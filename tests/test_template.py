@@ -192,14 +192,17 @@ def test_reward_token_takes_the_first_unused_row(folder, tokenizer, tmp_path):
     assert again.reward_id == used and again.digest == tokenizer.digest
 
 
-def test_score_line_is_found(tokenizer):
+def test_score_line_is_found(tokenizer, monkeypatch):
     ids, before = tokenizer.encode_critique("Good é.\nfollowing nine")
     assert tokenizer.decode(ids[:before]) == "Good é.\n"
     assert tokenizer.decode(ids[before:]) == "following nine"
     assert tokenizer.encode_critique("following nine")[1] == 0
     ids, before = tokenizer.encode_critique("a\nb\nnine\n")
     assert tokenizer.decode(ids[before:]).strip() == "nine"
-    assert tokenizer.encode_critique("a\nb\nnine\n") is tokenizer.encode_critique("a\nb\nnine\n")
+    words = tokenizer.encode_text("a white cat")
+    monkeypatch.setattr(tokenizer, "_backend", None)  # what was read once is kept
+    assert tokenizer.encode_critique("a\nb\nnine\n") == (ids, before)
+    assert tokenizer.encode_text("a white cat") == words
 
 
 @pytest.mark.parametrize("end", ["", "\n", "\n    ", "  \n\t\n", "\r\n", "\n\u3000"])

@@ -20,6 +20,7 @@ import hashlib
 import json
 import os
 import sys
+from array import array
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -152,8 +153,9 @@ class Tokenizer:
         self.end_id = self.ids[IM_END]
         vocabulary = sorted(self._backend.get_vocab().items())
         self.digest = hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
-        self._texts: dict[str, tuple[int, ...]] = {}
-        self._critiques: dict[str, tuple[tuple[int, ...], int]] = {}
+        # Arrays: a tuple of ids takes ten times the memory, and sets have many texts.
+        self._texts: dict[str, array] = {}
+        self._critiques: dict[str, tuple[array, int]] = {}
 
     def __reduce__(self):
         return Tokenizer, (self._json, self.pad_id)
@@ -164,9 +166,9 @@ class Tokenizer:
         if ids is None:
             if len(self._texts) >= self.CACHE_SIZE:
                 self._texts.clear()
-            ids = tuple(self._backend.encode(text, add_special_tokens=False).ids)
+            ids = array("i", self._backend.encode(text, add_special_tokens=False).ids)
             self._texts[text] = ids
-        return ids
+        return tuple(ids)
 
     def encode_critique(self, text: str) -> tuple[tuple[int, ...], int]:
         """(token ids, number of them before the last line; 0 where there is only one line)."""
@@ -176,8 +178,8 @@ class Tokenizer:
                 self._critiques.clear()
             encoding = self._backend.encode(text, add_special_tokens=False)
             before = sum(first < last_line(text) for first, _ in encoding.offsets)
-            found = self._critiques[text] = (tuple(encoding.ids), before)
-        return found
+            found = self._critiques[text] = (array("i", encoding.ids), before)
+        return tuple(found[0]), found[1]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of generated tokens, special tokens left out."""
