@@ -153,7 +153,7 @@ class Tokenizer:
         self.end_id = self.ids[IM_END]
         vocabulary = sorted(self._backend.get_vocab().items())
         self.digest = hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
-        # Arrays: a tuple of ids takes ten times the memory, and sets have many texts.
+        # Arrays: a tuple of ids takes six times the memory, and sets have many texts.
         self._texts: dict[str, array] = {}
         self._critiques: dict[str, tuple[array, int]] = {}
 
