@@ -24,10 +24,11 @@ from jrm_jax.evaluation.cases import Issues, in_order
 from jrm_jax.evaluation.files import Images
 from jrm_jax.evaluation.layouts import LAYOUTS
 from jrm_jax.shell import terminal
-from jrm_jax.shell.arguments import Parser
+from jrm_jax.shell.arguments import Parser, check_least
 from jrm_jax.shell.stop import ending
 
 WORLD = {"test": 512, "hard": 512}
+LEAST = {"tie_threshold": 0, "limit": 1, "batch_size": 1, "programs": 1}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -76,8 +77,7 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError("give --out=FILE.json")
     if args.tie_threshold is not None and args.tie_from:
         raise UserError("give --tie_threshold or --tie_from, not both")
-    if not _is_threshold(args.tie_threshold or 0.0):
-        raise UserError(f"--tie_threshold={args.tie_threshold} must be a number of at least 0")
+    check_least(args, LEAST)
     layout = LAYOUTS[args.benchmark]
     needed = args.benchmark != "world" and (layout.needs_data or not args.predictions)
     if needed and not args.data:
@@ -85,8 +85,6 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError(f"--benchmark={args.benchmark} needs --data=PATH (its files{how})")
     if args.images and not args.data:
         raise UserError("--images goes with --data=PATH, the files that name the pictures")
-    if args.limit is not None and args.limit < 1:
-        raise UserError("--limit must be at least 1")
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
@@ -166,13 +164,9 @@ def _threshold(args: argparse.Namespace) -> float:
             f"--tie_from={args.tie_from} holds no scores of pairs that people call equal, so no"
             " threshold can be taken from it"
         )
-    if not _is_threshold(found):
+    if not isinstance(found, int | float) or not 0 <= found < math.inf:
         raise UserError(f"--tie_from={args.tie_from}: its threshold is {found!r}, no number")
     return float(found)
-
-
-def _is_threshold(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value) and value >= 0
 
 
 def _load(args: argparse.Namespace):

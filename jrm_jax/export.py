@@ -29,7 +29,7 @@ from jrm_jax.run.backbones import FILES, TOKENIZER
 from jrm_jax.serving.rounding import Rounding, measure
 from jrm_jax.serving.trained import STAMP, Trained, describe_lessons, load_trained
 from jrm_jax.shell import disk
-from jrm_jax.shell.arguments import Parser
+from jrm_jax.shell.arguments import Parser, check_least
 from jrm_jax.shell.stop import ending
 
 ASSETS = Path(__file__).parent / "assets" / "export"
@@ -349,6 +349,7 @@ def main(argv: list[str] | None = None) -> None:
     if argv is None:
         cli.prepare()
     with ending():
+        check_least(args, {"max_shard_gb": 1e-6})
         if args.out.exists():
             raise UserError(f"{args.out} exists: give another --out, or remove it first")
         disk.check_folder(args.out.parent)  # loading takes minutes

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from jrm_jax import cli
 from jrm_jax.errors import UserError
 from jrm_jax.shell import disk, terminal
-from jrm_jax.shell.arguments import Parser
+from jrm_jax.shell.arguments import Parser, check_least
 from jrm_jax.shell.stop import ending
 
 if TYPE_CHECKING:
@@ -73,7 +73,9 @@ def rank(args: argparse.Namespace) -> dict[str, Any]:
     from jrm_jax.serving.groups import Group
 
     if args.sheet:
-        disk.check_file(args.sheet)  # loading takes minutes
+        from jrm_jax.serving.sheet import check_sheet
+
+        check_sheet(args.sheet)  # loading takes minutes
     model = _load(args)
     rows: list[dict[str, Any]] = [{"picture": path} for path in args.candidates]
     for row in rows:
@@ -142,6 +144,7 @@ def main(argv: list[str] | None = None) -> None:
     if argv is None:
         cli.prepare()
     with ending():
+        check_least(args, {"max_tokens": 1, "programs": 1})
         if args.input or args.output:
             sys.exit(score_many(args))
         found = rank(args)

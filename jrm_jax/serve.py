@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from jrm_jax import cli
 from jrm_jax.errors import UserError
 from jrm_jax.shell import disk, terminal
-from jrm_jax.shell.arguments import Parser
+from jrm_jax.shell.arguments import Parser, check_least
 from jrm_jax.shell.stop import leave
 
 if TYPE_CHECKING:
@@ -72,9 +72,7 @@ def serve(args: argparse.Namespace) -> int:
 
     if not 0 < args.port < 65536:
         raise UserError(f"--port={args.port}: from 1 to 65535")
-    for name, least in LEAST.items():
-        if (value := getattr(args, name)) < least:
-            raise UserError(f"--{name}={value}: at least {least}")
+    check_least(args, LEAST)
     tokens = auth.read_tokens(args.token_file) if args.token_file else None
     if tokens is None and not args.without_token and auth.is_public(args.host):
         raise UserError(

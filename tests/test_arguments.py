@@ -78,3 +78,22 @@ def test_no_command_has_a_parser_of_another_kind():
     parsed = {path for path, text in texts.items() if "config_cli.parse(" in text}
     assert flags - {PACKAGE / "shell" / "config_cli.py"} == parsed and len(parsed) >= 3
     assert not [p for p, text in texts.items() if "FLAGS(sys.argv)" in text]
+
+
+@pytest.mark.parametrize("main, argv, words", [
+    (score.main, ["--model=m", "--instruction=x", "a.png", "--max_tokens=0"], "--max_tokens=0"),
+    (score.main, ["--model=m", "--instruction=x", "a.png", "--programs=-1"], "--programs=-1"),
+    (export.main, ["--checkpoint=m", "--out=x", "--max_shard_gb=nan"], "--max_shard_gb=nan"),
+    (export.main, ["--checkpoint=m", "--out=x", "--max_shard_gb=inf"], "--max_shard_gb=inf"),
+    (evaluate.main, ["--benchmark=world", "--checkpoint=m", "--out=x.json", "--batch_size=0"],
+     "--batch_size=0"),
+    (builders.main, ["csv", "--data=x", "--out=y", "--shard_examples=0"], "--shard_examples=0"),
+    (builders.main, ["world", "--out=y", "--test=-1"], "--test=-1"),
+], ids=str)  # fmt: skip
+def test_numbers_that_are_too_small_are_refused_before_anything_is_read(main, argv, words, capsys):
+    try:
+        said = str(main(argv))
+    except SystemExit as stopped:
+        said = str(stopped.code)
+    said += capsys.readouterr().err
+    assert f"error: {words}: at least " in said

@@ -12,7 +12,7 @@ import pytest
 from jrm_jax import score
 from jrm_jax.serving import lettering
 from jrm_jax.serving.lettering import Lettering
-from jrm_jax.serving.sheet import LINE, MARGIN, SIDE, draw_sheet
+from jrm_jax.serving.sheet import LINE, MARGIN, SIDE, check_sheet, draw_sheet
 
 
 def drawn(text):
@@ -80,6 +80,20 @@ def test_pictures_may_stand_in_the_command(tmp_path):
     top = MARGIN * 2 + LINE
     reds = [drawn[top, MARGIN + i * (SIDE + MARGIN), 0] for i in range(3)]
     assert reds == [50, 200, 100]
+
+
+def test_a_sheet_takes_no_other_pictures_place(tmp_path):
+    picture(200, tmp_path / "edit.png")
+    before = (tmp_path / "edit.png").read_bytes()
+    with pytest.raises(SystemExit, match="edit.png exists and is no sheet"):  # forgot the name
+        score.main(["--model=/nowhere", "--instruction=x", "a.png", "--sheet",
+                    str(tmp_path / "edit.png")])  # fmt: skip
+    assert (tmp_path / "edit.png").read_bytes() == before
+    found = {"instruction": "Do it", "source": [], "candidates": []}
+    for _ in range(2):
+        check_sheet(tmp_path / "sheet.png")
+        draw_sheet(found | {"source": [str(tmp_path / "edit.png")]}, tmp_path / "sheet.png")
+    draw_sheet(found | {"source": [str(tmp_path / "edit.png")]}, tmp_path / "sheet.jpg")
 
 
 @pytest.mark.parametrize("words", [[], ["--json"]])

@@ -30,7 +30,7 @@ from jrm_jax.data.store import SHARD_EXAMPLES
 from jrm_jax.data.world.prepare import prepare_world
 from jrm_jax.errors import UserError
 from jrm_jax.shell import cores, disk
-from jrm_jax.shell.arguments import Parser
+from jrm_jax.shell.arguments import Parser, check_least
 from jrm_jax.shell.stop import GRACE, Stopped, StopRequest
 from jrm_jax.shell.terminal import Bar, say
 
@@ -168,8 +168,7 @@ def build(args: argparse.Namespace) -> None:
     """
     if not 0 <= args.valid_fraction < 1:
         raise UserError(f"--valid_fraction={args.valid_fraction} must be at least 0 and below 1")
-    if args.workers < 1:
-        raise UserError(f"--workers={args.workers} must be at least 1")
+    check_least(args, {"workers": 1, "shard_examples": 1})
     if args.workers > 1 and not (args.data.is_file() and args.data.stat().st_size < FEW):
         making.start_server()
     # Before the bar's thread starts: while this import runs, rich cannot import its own parts.
@@ -206,6 +205,7 @@ def make_world(args: argparse.Namespace) -> None:
     names = ("train", "valid")
     if args.kind in scenes.KINDS_OF_EXAMPLE:
         names += ("test", "hard")
+    check_least(args, dict.fromkeys(names, 0))
     counts = {split: getattr(args, split) for split in names}
     print(prepare_world(args.out, counts, args.seed, args.kind))
 

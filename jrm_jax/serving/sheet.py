@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,29 @@ from jrm_jax.data.picture_names import short
 from jrm_jax.errors import UserError, one_line
 from jrm_jax.serving.groups import read_picture
 from jrm_jax.serving.lettering import Lettering
+from jrm_jax.shell import disk
 
 SIDE, MARGIN, LETTER, LINE = 256, 12, 12, 16  # pixels
+SOFTWARE, MAKER = "Software", "jrm_jax.score"  # a PNG file's text, by which a sheet is known
 INK, FAINT = (20, 20, 20), (110, 110, 110)
+
+
+def check_sheet(out: Path) -> None:
+    """Before a model is loaded.
+
+    Raises:
+        UserError: the file cannot be written, or it is there and no sheet.
+    """
+    import PIL.Image
+
+    disk.check_file(out)
+    if not out.exists() or not out.stat().st_size:
+        return
+    with contextlib.suppress(OSError, ValueError), PIL.Image.open(out) as known:
+        if known.info.get(SOFTWARE) == MAKER:
+            return
+    raise UserError(f"--sheet={out} exists and is no sheet of jrm_jax.score: give another name, or"
+                    " remove it first")  # fmt: skip
 
 
 def draw_sheet(found: dict[str, Any], out: Path) -> str:
@@ -23,6 +44,7 @@ def draw_sheet(found: dict[str, Any], out: Path) -> str:
     """
     import PIL.Image
     import PIL.ImageDraw
+    import PIL.PngImagePlugin
 
     letters = Lettering(LETTER)
     tiles = [(path, ["source"]) for path in found["source"] or ()]
@@ -51,7 +73,9 @@ def draw_sheet(found: dict[str, Any], out: Path) -> str:
             sheet.paste(_thumbnail(path), (left, top))
         write(lines, left, top + SIDE + 4, INK if path else FAINT)
     try:
-        sheet.save(out)
+        mark = PIL.PngImagePlugin.PngInfo()
+        mark.add_text(SOFTWARE, MAKER)
+        sheet.save(out, pnginfo=mark)
     except (OSError, ValueError) as error:
         raise UserError(f"--sheet={out} cannot be written: {error}") from error
     return "".join(sorted(letters.missing))

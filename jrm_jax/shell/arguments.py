@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NoReturn
 
 from jrm_jax.errors import UserError
@@ -60,6 +61,20 @@ def check_places(argv: Iterable[str]) -> None:
             before = ""
         else:
             before = word
+
+
+def check_least(args: argparse.Namespace, least: Mapping[str, float]) -> None:
+    """
+    Args:
+        least: of numbers that are given, by name; others may be None.
+
+    Raises:
+        UserError: one is less, or not finite.
+    """
+    for name, bound in least.items():
+        value = getattr(args, name)
+        if value is not None and not (bound <= value < math.inf):
+            raise UserError(f"--{name}={value}: at least {bound:g}")
 
 
 class Parser(argparse.ArgumentParser):
