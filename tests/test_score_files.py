@@ -253,7 +253,7 @@ def test_damaged_files_of_a_stopped_scoring(folder, line):
     whole = scored(source, out)
     kept = out.read_text()
     state = out.with_name("out.jsonl.state.json")
-    state.write_text(json.dumps(scored_files._facts(Lengths(), [source], folder)))
+    state.write_text(json.dumps(scored_files._facts(Lengths(), [source], folder, {})))
     out.write_text(kept.splitlines(True)[0] + line + kept.splitlines(True)[2])
     assert scored(source, out) == whole and not state.exists()
     state.write_text('{"files": ')
