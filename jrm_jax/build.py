@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from jrm_jax import heads, lora, optim, sharding
-from jrm_jax.build_data import Data, backbone_folder
+from jrm_jax.build_data import Data, backbone_folder, facts_of
 from jrm_jax.data.encode import Encoder
 from jrm_jax.data.template import Tokenizer
 from jrm_jax.errors import UserError
@@ -292,7 +292,7 @@ def abstract_state(
     config: ConfigDict, backbone: BackboneConfig, mesh: jax.sharding.Mesh
 ) -> tuple[TrainState, Any]:
     """What `init_state` returns, as shapes with shardings: nothing is read or allocated."""
-    whole = abstract_params(config, backbone, len(config.data.dimensions))
+    whole = abstract_params(config, backbone, len(config.data.dimensions), facts_of(config))
     trainable, frozen = optim.split_params(whole, trainable_patterns(config))
     dtype = frozen_dtype(config)
     frozen = optim.unflatten(
@@ -328,7 +328,7 @@ def make_steps(config: ConfigDict, backbone: Backbone, data: Data, optimizer, st
             out_shardings=(shardings, None),
             compiler_options=options,
         ),
-        jax.jit(make_eval_step(forward), compiler_options=options),
+        jax.jit(make_eval_step(forward, config.accumulation), compiler_options=options),
     )
 
 

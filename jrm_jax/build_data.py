@@ -65,6 +65,11 @@ def backbone_folder(config: ConfigDict, weights: bool = False) -> Path:
     return find_folder(path_of(config), weights=weights)
 
 
+def facts_of(config: ConfigDict) -> int:
+    """How many facts the examples of a run are asked for; 0 where no loss reads them."""
+    return FACTS if config.loss.facts_weight else 0
+
+
 def make_run_encoder(config: ConfigDict, backbone: BackboneConfig) -> Encoder:
     """The encoder of a run's examples."""
     return make_encoder(
@@ -76,7 +81,7 @@ def make_run_encoder(config: ConfigDict, backbone: BackboneConfig) -> Encoder:
         language=reads_critiques(config),
         score_line=config.loss.score_line,
         positions=config.backbone.positions,
-        facts=FACTS if config.loss.facts_weight else 0,
+        facts=facts_of(config),
         teacher=config.loss.teacher_mix if config.loss.teacher_weight else None,
     )
 

@@ -8,7 +8,8 @@ parameters are not in it: they come from the backbone's folder. The two latest a
 chosen metric are kept; a metric that is not finite ranks last.
 
 A checkpoint is written by threads while training goes on. It has its final name, and counts, once
-all of it is on the disk; only then is an older one removed.
+all of it is on the disk; only then is an older one removed. One that is found damaged is renamed,
+never removed; where the disk or a lack of memory is at fault the run ends, and all stays as it is.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ import copy
 import json
 import logging
 import math
-import shutil
 import sys
+import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +34,15 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
 from jrm_jax import distributed
 from jrm_jax.errors import UserError, one_line
-from jrm_jax.run.saved import META, METRICS, RANK, WORST, best_of, complete_steps, pick, rank_of
-from jrm_jax.run.workdir import write_whole
+from jrm_jax.run import saved
+from jrm_jax.run.saved import META, METRICS, RANK, WORST, complete_steps, pick
 from jrm_jax.shell import disk
 
-UNFINISHED = "*.orbax-checkpoint-tmp*"
 # What comes late: writes of a save that was given up, reads of what was removed meanwhile
 LATE = ("Event loop is closed", "Encountered error while reading array")
 TRIES, PAUSE = 5, 0.2  # a reader's, at a checkpoint that may be about to be removed; seconds
+LOOK = 5.0  # seconds between looks at what a save has written
+AGAIN = (0.2, 1.0)  # the trainer's; seconds before it reads a checkpoint again
 
 
 class _Manager(ocp.CheckpointManager):
@@ -57,6 +59,8 @@ class Checkpoints:
     def __init__(self, folder: Path, manager: ocp.CheckpointManager, say: Callable[[str], None]):
         self.folder, self._manager, self._say = folder, manager, say
         self._writing: int | None = None  # the step of a save that is not known to be complete
+        # called whenever a save has got on that is waited for
+        self.alive: Callable[[], Any] = lambda: None
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending. Waits for one that is being written; so do
@@ -64,9 +68,9 @@ class Checkpoints:
         self.wait()
         return sorted(self._manager.all_steps())
 
-    def best_step(self) -> int | None:
-        """The step with the best finite metric, else None."""
-        return best_of(self.folder, self.steps())
+    def ranked(self) -> list[int]:
+        """All steps, see `saved.ranked`."""
+        return saved.ranked(self.folder, self.steps())
 
     def save(
         self, step: int, trainable: Any, opt_state: Any, meta: Mapping[str, Any], metric: float
@@ -112,10 +116,30 @@ class Checkpoints:
             UserError: it could not be written; earlier ones are untouched.
         """
         if self._writing is not None:
-            with self._explained():
+            with self._explained(), self._showing_life():
                 self._manager.wait_until_finished()
                 self._manager.check_for_errors()
             self._writing = None
+
+    @contextlib.contextmanager
+    def _showing_life(self) -> Iterator[None]:
+        """Call `alive` whenever more is on the disk."""
+        ended = threading.Event()
+
+        def watch() -> None:
+            size = -1
+            while not ended.wait(LOOK):
+                before, size = size, saved.unfinished_bytes(self.folder)
+                if size != before:
+                    self.alive()
+
+        thread = threading.Thread(target=watch, name="saving", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
@@ -144,58 +168,79 @@ class Checkpoints:
         with distributed.leader_first("rate"):
             if distributed.is_leader():
                 folder = self.folder / str(step)
-                write_whole(folder / METRICS, json.dumps({RANK: _finite(metric)}))
-                write_whole(folder / META, json.dumps(dict(meta)))
+                disk.write_whole(folder / METRICS, json.dumps({RANK: _finite(metric)}))
+                disk.write_whole(folder / META, json.dumps(dict(meta)))
         self._manager.reload()
 
     def restore(
-        self, trainable: Any, opt_state: Any | None = None, step: int | None = None
+        self, trainable: Any, opt_state: Any | None = None, steps: Sequence[int] | None = None
     ) -> tuple[int, Any, Any, dict]:
         """(step, trainable, opt_state, meta), placed as the abstract trees say.
+
+        A damaged checkpoint is reported, and the next one is taken. Once that is read, damaged ones
+        get another name: training may come to their steps again, and nothing of them is lost.
 
         Args:
             trainable, opt_state: trees of jax.ShapeDtypeStruct with shardings; opt_state None is
                 not read.
-            step: None: the latest readable one; a damaged checkpoint is reported and the one
-                before it is taken.
+            steps: what is tried, in this order; None: all, the latest first.
 
         Raises:
-            UserError: none can be read.
+            UserError: none can be read; or the disk or a lack of memory is at fault.
         """
-        failures, steps = [], self.steps()
-        for candidate in reversed(steps) if step is None else (step,):
-            items = {
-                "trainable": ocp.args.StandardRestore(trainable),
-                "meta": ocp.args.JsonRestore(),
-            }
+        failures: dict[int, str] = {}
+        for step in reversed(self.steps()) if steps is None else steps:
+            items = {"trainable": ocp.args.StandardRestore(trainable)}
+            items["meta"] = ocp.args.JsonRestore()
             if opt_state is not None:
                 items["opt_state"] = ocp.args.StandardRestore(opt_state)
-            problem, found = "", {}
-            try:
-                found = self._manager.restore(candidate, args=ocp.args.Composite(**items))
-            except Exception as error:  # whatever is wrong with it, the one before may be whole
-                problem = one_line(error)
-            if not distributed.all_agree(not problem):
-                problem = problem or "another process cannot read its part"
-                failures.append(f"{candidate}: {problem}")
-                self._say(f"WARNING: checkpoint {candidate} cannot be read ({problem})")
+            found, problem = self._read(step, ocp.args.Composite(**items))
+            if problem:
+                failures[step] = problem
+                self._say(f"WARNING: checkpoint {step} cannot be read ({problem})")
                 continue
-            return candidate, found["trainable"], found.get("opt_state"), found["meta"]
+            for damaged in failures:
+                self._set_aside(damaged)
+            return step, found["trainable"], found.get("opt_state"), found["meta"]
+        words = "; ".join(f"{step}: {problem}" for step, problem in failures.items())
         raise UserError(
-            f"{self.folder}: no checkpoint can be read ({'; '.join(failures) or 'there is none'}); "
+            f"{self.folder}: no checkpoint can be read ({words or 'there is none'}); "
             "choose another --workdir to start anew"
         )
+
+    def _read(self, step: int, items: Any) -> tuple[Any, str]:
+        """(what is in a checkpoint, ''), or (None, what is damaged)."""
+        for pause in (*AGAIN, None):
+            found, problem, passing = None, "", False
+            try:
+                found = self._manager.restore(step, args=items)
+            except Exception as error:  # whatever is wrong with it, the one before may be whole
+                problem, passing = disk.explain(error, self.folder), disk.is_passing(error)
+            if distributed.all_agree(not problem):
+                return found, ""
+            if pause is not None:
+                time.sleep(pause)
+        problem = problem or "another process cannot read its part"
+        if distributed.all_agree(not passing):
+            return None, problem
+        raise UserError(
+            f"checkpoint {step} cannot be read now ({problem}). Nothing was changed: run the same "
+            f"command again; if it stays so, move {self.folder / str(step)} elsewhere, and the run "
+            "goes on from another one"
+        )
+
+    def _set_aside(self, step: int) -> None:
+        with distributed.leader_first("set aside"):
+            if distributed.is_leader():
+                place = saved.set_aside(self.folder / str(step))
+                self._say(f"checkpoint {step} is kept as {place}; the run needs it no more")
+        self._manager.reload()
 
     def read_meta(self, step: int) -> dict:
         self.wait()
         return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))[
             "meta"
         ]
-
-    def delete_after(self, step: int) -> None:
-        """Remove checkpoints later than `step`: damaged ones that training will write again."""
-        for later in [s for s in self.steps() if s > step]:
-            self._manager.delete(later)
 
 
 @contextlib.contextmanager
@@ -213,7 +258,7 @@ def open_checkpoints(
     with distributed.leader_first("checkpoints"):
         if distributed.is_leader():
             disk.check_folder(folder)
-            _clean(folder, say)
+            saved.clean(folder, say)
     options = ocp.CheckpointManagerOptions(
         best_fn=_read_rank,  # without it Orbax does not write the metrics
         preservation_policy=policies.AnyPreservationPolicy(
@@ -305,6 +350,16 @@ def _read_tree(folder: Path) -> Any:
         return checkpointer.restore(folder, target)
 
 
+def give_up(tree: Any) -> Any:
+    """Shapes with shardings of a tree of arrays, whose memory is free then: what is read in their
+    place need not fit beside them."""
+    for leaf in jax.tree.leaves(tree):
+        leaf.delete()
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), tree
+    )
+
+
 def _finite(metric: float) -> float:
     return float(metric) if math.isfinite(metric) else WORST
 
@@ -327,15 +382,3 @@ def _quieten() -> None:
 
     hook.quiet = True
     sys.unraisablehook = hook
-
-
-def _clean(folder: Path, say: Callable[[str], None]) -> None:
-    """Remove half-written checkpoints, and damaged metrics, which Orbax could not open."""
-    for path in folder.glob(UNFINISHED):
-        say(f"WARNING: {path.name} was never finished: that checkpoint does not count")
-        shutil.rmtree(path, ignore_errors=True)
-    for step in complete_steps(folder):
-        path = folder / str(step) / METRICS
-        if path.exists() and rank_of(folder / str(step)) is None:
-            say(f"WARNING: {path} is damaged: that checkpoint ranks last")
-            path.unlink()

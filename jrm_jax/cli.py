@@ -3,7 +3,6 @@
 import ctypes
 import io
 import sys
-from pathlib import Path
 
 from absl import flags
 from ml_collections import ConfigDict
@@ -12,7 +11,9 @@ from jrm_jax.errors import UserError
 from jrm_jax.run.workdir import default_name
 from jrm_jax.shell import disk, user_cache
 
-REPORTED = (UserError, flags.Error, AttributeError, KeyError, TypeError, OSError)
+REPORTED = (
+    UserError, flags.Error, AttributeError, KeyError, TypeError, OSError, RuntimeError, MemoryError,
+)  # fmt: skip
 
 
 def keep_memory() -> None:
@@ -66,15 +67,15 @@ def run_name(config: ConfigDict) -> str:
 
 
 def is_expected(error: BaseException) -> bool:
-    """Whether it is bad input or the disk's fault, and not a fault of the program."""
-    return isinstance(error, UserError | flags.Error) or disk.is_fault(error)
+    """Whether it is bad input, a disk that refuses or a lack of memory: none of the program's."""
+    return isinstance(error, flags.Error) or disk.expected_words(error) is not None
 
 
 def one_line(error: BaseException) -> str:
     """The end of what the flag libraries say: they print reprs, tracebacks and lists of tries."""
     text = str(error)
-    if disk.is_fault(error):
-        text = disk.explain(error, Path(error.filename or "."))
+    if not isinstance(error, UserError) and (told := disk.expected_words(error)) is not None:
+        text = told
     elif isinstance(error, KeyError | AttributeError):
         while isinstance(error, BaseException) and error.args:
             error = error.args[0]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from jrm_jax.shell import disk
 from jrm_jax.shell.terminal import Bar, duration, is_watched
 
 JSONL = "metrics.jsonl"
@@ -185,7 +185,5 @@ def _cut_back(path: Path, step: int) -> Path:
                 kept.append(line + "\n")
         except (ValueError, KeyError):
             continue
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, path)
+    disk.write_whole(path, "".join(kept))
     return path

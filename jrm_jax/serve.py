@@ -121,7 +121,7 @@ def main(argv: list[str] | None = None) -> None:
         cli.prepare()
     try:
         status = serve(args)
-    except (UserError, OSError) as error:
+    except (UserError, OSError, RuntimeError, MemoryError) as error:
         if (told := disk.expected_words(error)) is None:
             raise
         terminal.say(f"error: {told}")

@@ -5,11 +5,12 @@ S = P + K*C packed slots, T critique targets per candidate, D hidden width.
 
 Order of a step: normalise pixels, backbone, both heads, terms, one division by the global
 weights, gradients, optimizer. With `accumulation` microbatches the weights still come from the
-whole batch, so the sum of the microbatches' gradients is the gradient of the whole batch.
+whole batch, so the sum of the microbatches' gradients is the gradient of the whole batch. The
+evaluation takes the same microbatches, so that it fits where training does.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -159,6 +160,33 @@ def _measure(outputs: Outputs, batch: dict) -> dict[str, Term]:
     return measured
 
 
+def _counted(measured: dict[str, Term]) -> dict[str, Term]:
+    """Sums over microbatches: ties are a count, whose weight is 1 however many there were."""
+    if "ties" in measured:
+        return {**measured, "ties": Term(measured["ties"].sum, jnp.float32(1.0))}
+    return measured
+
+
+def _in_parts(
+    compute: Callable[[dict], tuple[Any, Any]], batch: dict, parts: int
+) -> tuple[Any, Any]:
+    """(sums, rows) of `compute(batch)`, whose rows have B first, from so many microbatches, one
+    after the other."""
+    if parts == 1:
+        return compute(batch)
+    # Strided, so that every microbatch spans all the devices the batch is sharded over.
+    micro = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), batch)
+
+    def add(sums: Any, part: dict) -> tuple[Any, Any]:
+        new, rows = compute(part)
+        return jax.tree.map(jnp.add, sums, new), rows
+
+    shapes, _ = jax.eval_shape(compute, jax.tree.map(lambda x: x[0], micro))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    sums, rows = jax.lax.scan(add, zeros, micro)
+    return sums, jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]), rows)
+
+
 def make_train_step(
     forward: Forward,
     optimizer: optax.GradientTransformation,
@@ -199,31 +227,16 @@ def make_train_step(
             batch = {**batch, "critique_weights": weights_BKT}
         weights, coefficients = term_weights(batch), coefficients_at(state.step)
         params = (state.trainable, state.frozen)
-        if accumulation == 1:
-            (total, measured), grads = gradients(*params, batch, weights, coefficients)
-        else:
-            # Strided, so that every microbatch spans all the devices the batch is sharded over.
-            micro = jax.tree.map(
-                lambda x: jnp.moveaxis(x.reshape(-1, accumulation, *x.shape[1:]), 1, 0), batch
-            )
-
-            def add(carry, part):
-                new = gradients(*params, part, weights, coefficients)
-                return jax.tree.map(jnp.add, carry, new), None
-
-            first = jax.tree.map(lambda x: x[0], micro)
-            shapes = jax.eval_shape(
-                lambda t, f, b: gradients(t, f, b, weights, coefficients), *params, first
-            )
-            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-            ((total, measured), grads), _ = jax.lax.scan(add, zeros, micro)
-            if "ties" in measured:
-                measured["ties"] = Term(measured["ties"].sum, jnp.float32(1.0))
+        ((total, measured), grads), _ = _in_parts(
+            lambda part: (gradients(*params, part, weights, coefficients), None),
+            batch,
+            accumulation,
+        )
         with jax.default_matmul_precision("highest"):  # Muon's products are of float32
             updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
         metrics = {
-            **measured,
+            **_counted(measured),
             "loss": total,
             "grad_norm": optax.tree.norm(grads),
             "param_norm": optax.tree.norm(trainable),
@@ -233,12 +246,20 @@ def make_train_step(
     return train_step
 
 
-def make_eval_step(forward: Forward) -> Callable[[dict, dict, dict], tuple[dict, jax.Array | None]]:
+def make_eval_step(
+    forward: Forward, accumulation: int = 1
+) -> Callable[[dict, dict, dict], tuple[dict, jax.Array | None]]:
     """eval_step(trainable, frozen, batch) -> (Terms by name, reward_BKR); filler rows count 0."""
 
     def eval_step(trainable: dict, frozen: dict, batch: dict):
-        outputs = forward(merge_params(trainable, frozen), batch)
-        return _measure(outputs, batch), outputs.reward_BKR
+        params = merge_params(trainable, frozen)
+
+        def evaluate(part: dict):
+            outputs = forward(params, part)
+            return _measure(outputs, part), outputs.reward_BKR
+
+        measured, reward_BKR = _in_parts(evaluate, batch, accumulation)
+        return _counted(measured), reward_BKR
 
     return eval_step
 

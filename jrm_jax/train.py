@@ -26,16 +26,16 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jrm_jax import build, build_data, distributed
-from jrm_jax.checkpoint import Checkpoints, open_checkpoints
+from jrm_jax.checkpoint import Checkpoints, give_up, open_checkpoints
 from jrm_jax.errors import UserError
 from jrm_jax.metrics import Accumulator, Window, Writer
-from jrm_jax.run import backbones, buckets, check_data
+from jrm_jax.run import backbones, buckets, check_data, fit
 from jrm_jax.run import workdir as files
 from jrm_jax.run.check_config import check_config
-from jrm_jax.run.fit import Fitting
 from jrm_jax.run.held_out import HeldOut
 from jrm_jax.run.lock import Lock, hold
 from jrm_jax.run.programs import EVALUATE, TRAIN, Programs, buckets_met
+from jrm_jax.shell import disk
 from jrm_jax.shell.report import describe_run, in_words, json_safe, print_results
 from jrm_jax.shell.stop import Stopped, StopRequest
 from jrm_jax.watch import Trace, Watchdog, describe_memory
@@ -83,9 +83,9 @@ def run(config: ConfigDict, workdir: Path) -> int:
         if leader:  # only now: a config that cannot start may be corrected
             files.keep_results(workdir, steps)
             chosen = buckets.as_text(training.data.train_plan.buckets)
-            files.write_whole(workdir / buckets.RECORD, chosen)
-            files.write_whole(workdir / backbones.RECORD, backbone.record.as_text())
-            files.write_whole(workdir / files.CONFIG, files.as_text(backbone.config))
+            disk.write_whole(workdir / buckets.RECORD, chosen)
+            disk.write_whole(workdir / backbones.RECORD, backbone.record.as_text())
+            disk.write_whole(workdir / files.CONFIG, files.as_text(backbone.config))
         return training.train()
 
 
@@ -107,6 +107,7 @@ class _Run:
         say = print if leader else _silent
         backbone_config = build.load_backbone_config(config)
         self.mesh = build.make_mesh(config, backbone_config)
+        fit.check_state(config, backbone_config, self.mesh)
         with distributed.leader_first("data"):  # who comes later finds it drawn and measured
             kept = buckets.read_record(workdir)
             self.data = build_data.build_data(config, backbone_config, say, kept)
@@ -134,10 +135,11 @@ class _Run:
         self.watchdog = Watchdog(
             config.watchdog_seconds, config.heartbeat_seconds, self.writer.say if leader else print
         )
+        checkpoints.alive = self.watchdog.beat
         self.trace = Trace(config.profile, workdir / "profile")
         watched = {"stop": stop, "watchdog": self.watchdog, "show": self.writer.show}
         parts = (backbone_config, self.data, optimizer, self.state)
-        self.fitting = Fitting(config, *parts, say=self.writer.say)
+        self.fitting = fit.Fitting(config, *parts, say=self.writer.say)
         self.programs = Programs(
             {TRAIN: self.train_step, EVALUATE: self.eval_step},
             buckets_met(self.data, self.start, config.total_steps),
@@ -155,14 +157,10 @@ class _Run:
             if self.leader and (self.workdir / files.CONFIG).exists():
                 print(f"{self.workdir} has no complete checkpoint yet: from step 0", flush=True)
             return state, 0
-        abstract = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state
-        )
         step, trainable, opt_state, meta = self.checkpoints.restore(
-            abstract.trainable, abstract.opt_state
+            *give_up((state.trainable, state.opt_state))
         )
         check_data.check_unchanged(self.workdir, meta["stamp"], self.data.stamp)
-        self.checkpoints.delete_after(step)
         self.rewards.totals = meta["rewards"]
         self.taught |= meta.get("taught", {})
         self.owed = not meta["valid"]
@@ -230,15 +228,15 @@ class _Run:
             self.writer.close()
 
     def _prepare(self) -> bool:
-        """What is compiled before the first step: on the CPU everything, elsewhere the largest
-        train step, which must fit. False: given up."""
+        """What is compiled before the first step: on the CPU everything, elsewhere the train step
+        and the evaluation that need most, which must fit. False: given up."""
         if self.mesh.devices.flat[0].platform == "cpu" and self.fitting.limit is None:
             return self.programs.prepare_ahead(self.config, self.data, self.mesh, self.state)
 
         def keep(step: Any) -> None:
             self.train_step = step
 
-        return self.fitting.search(self.programs, TRAIN, keep)
+        return self.fitting.search(self.programs, TRAIN, EVALUATE, keep)
 
     def _stopped(self, step: int) -> int:
         """The exit status; says that nothing of it is lost, once that is so."""
@@ -266,8 +264,7 @@ class _Run:
         """The program that this step needs. False: given up."""
         program = TRAIN, self.data.train_plan.batch(step)[0]
         with self.window.timed("compilation"):
-            inputs = {program: (self.state, placed)}
-            return self.programs.prepare(inputs, limit=self.fitting.limit)
+            return self.programs.prepare({program: (self.state, placed)}, limit=self.fitting.limit)
 
     def _check(self, pending: tuple[int, dict] | None) -> None:
         """Read a step's metrics; what is not finite ends the run."""
@@ -341,15 +338,14 @@ class _Run:
 
     def _finish(self) -> int:
         """`test` and `hard`, read once, from the best step; then results.json. The exit status."""
-        best = self.checkpoints.best_step() or self.config.total_steps
-        if best != self.config.total_steps:
-            abstract = jax.tree.map(
-                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),
-                self.state.trainable,
-            )
-            _, trainable, _, meta = self.checkpoints.restore(abstract, None, best)
-        else:
+        best = (ranked := self.checkpoints.ranked())[0]
+        if best == self.config.total_steps:
             trainable, meta = self.state.trainable, self.checkpoints.read_meta(best)
+        else:
+            self.trace.close(self.state)
+            self.watchdog.beat()
+            shapes, _ = give_up((self.state.trainable, self.state.opt_state))
+            best, trainable, _, meta = self.checkpoints.restore(shapes, None, ranked)
         results: dict[str, Any] = {"step": best, "total_steps": self.config.total_steps}
         found = self.held_out.read_all(self.workdir, best, trainable, self.state.frozen)
         if found is None:

@@ -18,22 +18,25 @@ class Watchdog:
 
     A thread of the C library keeps the time, so that it works while the interpreter is stuck in a
     call; a controller then starts the run again from its last checkpoint. With `every` > 0 a line
-    is printed at the first beat of a step, or `pulse`, so many seconds after the last line.
+    is printed at the first beat of a step, or `pulse`, so many seconds after the last line. What
+    goes on for long beats as it gets on: a program was compiled, more of a checkpoint is on the
+    disk. Beats count inside `with` alone.
     """
 
     def __init__(self, silence: float, every: float, say: Callable[[str], None]):
         self.silence, self.every, self.say = silence, every, say
         self._line = self._step_began = time.monotonic()
         self._step: int | None = None
-        self._doing = ""
+        self._doing, self._watching = "", False
 
     def __enter__(self) -> Watchdog:
+        self._watching = True
         self.beat()
         return self
 
     def beat(self, step: int | None = None) -> None:
         """A sign of life; `step`: one that begins now."""
-        if self.silence > 0:
+        if self._watching and self.silence > 0:
             # the program's own stderr: what stands in for it may have no file
             faulthandler.dump_traceback_later(self.silence, exit=True, file=sys.__stderr__)
         if step is None:
@@ -65,6 +68,7 @@ class Watchdog:
             self.say(f"heartbeat: {_who()} is {self._doing}{how_far}")
 
     def __exit__(self, *_: Any) -> None:
+        self._watching = False
         faulthandler.cancel_dump_traceback_later()
 
 

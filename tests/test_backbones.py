@@ -23,6 +23,7 @@ from jrm_jax.run.backbones import (
     for_training,
 )
 from jrm_jax.serving.trained import load_trained
+from jrm_jax.shell import disk
 from jrm_jax.shell.packaged import ASSETS
 
 TINY = ASSETS / "tiny_qwen3_vl"
@@ -41,8 +42,8 @@ def begin(config, folder: Path) -> backbones.Found:
     """What a run leaves when it begins."""
     folder.mkdir(parents=True, exist_ok=True)
     found = for_training(config, folder)
-    workdir.write_whole(folder / backbones.RECORD, found.record.as_text())
-    workdir.write_whole(folder / workdir.CONFIG, workdir.as_text(found.config))
+    disk.write_whole(folder / backbones.RECORD, found.record.as_text())
+    disk.write_whole(folder / workdir.CONFIG, workdir.as_text(found.config))
     return found
 
 

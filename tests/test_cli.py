@@ -5,6 +5,9 @@ import sys
 
 import pytest
 
+from jrm_jax import cli
+from jrm_jax.shell import stop
+
 _FAULTS = """
 import ctypes, resource, sys, threading
 from jrm_jax import cli
@@ -62,3 +65,21 @@ assert "torch" not in sys.modules, "PyTorch was imported, or is still hidden"
 import torch
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("RESOURCE_EXHAUSTED: Out of memory\nwhile trying to allocate"), MemoryError()],
+)
+def test_a_lack_of_memory_is_one_line_from_every_command(error):
+    assert isinstance(error, cli.REPORTED) and cli.is_expected(error)
+    with pytest.raises(SystemExit) as ended, stop.ending():
+        raise error
+    for line in (cli.one_line(error), ended.value.code.removeprefix("error: ")):
+        assert line.startswith("out of memory (") and "under Memory" in line and "\n" not in line
+
+
+def test_a_fault_of_the_program_is_none_of_the_memory():
+    assert not cli.is_expected(RuntimeError("INTERNAL: a fault"))
+    with pytest.raises(RuntimeError), stop.ending():
+        raise RuntimeError("INTERNAL: a fault")

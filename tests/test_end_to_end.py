@@ -59,7 +59,7 @@ def test_the_best_step_is_the_one_reported(finished):
     best = max(valid, key=lambda step: (valid[step]["pair_accuracy"], -step))
     assert results["step"] == best and results["total_steps"] == STEPS
     with open_checkpoints(workdir / "checkpoints") as checkpoints:
-        assert checkpoints.best_step() == best
+        assert checkpoints.ranked()[0] == best
 
 
 def test_a_finished_run_reprints(runner, finished):

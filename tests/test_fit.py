@@ -1,6 +1,7 @@
 """What fits: recomputation by what the device holds, and refusals that say what would fit."""
 
 import dataclasses
+import math
 from types import SimpleNamespace
 
 import jax
@@ -13,13 +14,14 @@ from flax import linen as nn
 from jax.extend.core import jaxprs_in_params
 
 from configs import joint
-from jrm_jax import train
+from jrm_jax import build, train
 from jrm_jax.errors import UserError
 from jrm_jax.model import cudnn
 from jrm_jax.model.layers import CUDNN, REMAT, Linear, stack
 from jrm_jax.planning import compiling
 from jrm_jax.run import fit
 from jrm_jax.run.programs import Programs
+from jrm_jax.sharding import make_mesh
 
 GIB = 2**30
 
@@ -120,26 +122,54 @@ def test_what_shapes_need_follows_the_batch_and_its_parts(rough):
     assert parts - held < two - held_two + trainable
 
 
+@pytest.mark.parametrize("remat", ["none", "narrow"])
+def test_what_is_kept_counts_as_it_lies(remat):
+    """On eight devices each had whole kernels in bfloat16 by the count: nothing seemed to fit."""
+
+    def kept(groups, *sizes):
+        config, backbone, bucket = small_case()
+        config.remat, config.batch_size, config.backbone.scan_unroll = remat, groups, 1
+        config.backbone.compute_dtype = "bfloat16"
+        mesh = make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)])
+        config.mesh.data, config.mesh.fsdp, config.mesh.tensor = sizes
+        forward, state, _ = compiling.train_parts(config, backbone, mesh)
+        batch = compiling.abstract_batch(config, backbone, bucket, mesh)
+        rest = fit.bytes_per_device((state, batch, state.trainable))
+        kernels = sum(2 * x.size for x in jax.tree.leaves(state.trainable) if x.ndim > 1)
+        return fit.rough_bytes(forward, state, batch, 1) - rest, kernels
+
+    one, kernels = kept(1, 1, 1, 1)
+    split, _ = kept(8, 1, 8, 1)
+    assert one - kernels < split < one - kernels / 2  # the same activations
+    assert kept(1, 1, 1, 2)[0] < 0.7 * one  # heads and words are split, too
+
+
 # ---- the search of a run
 
 
 class Compiler:
     """A `Programs` that compiles nothing: a step needs so many GiB of a device."""
 
-    def __init__(self, needs, has, buckets, given_up=False):
-        self.needs, self.has, self.buckets, self.given_up = needs, has, buckets, given_up
-        self.tried, self.met, self.step = [], [], None
+    def __init__(self, needs, has, buckets, given_up=False, reads=(), parts=1):
+        self.needs, self.has, self.given_up = needs, has, given_up
+        self.buckets = {"train": buckets, "evaluate": reads}
+        self.tried, self.met, self.read = [], [], []
+        self.steps = {"evaluate": ("evaluate", parts)}
 
     def outermost(self, kind):
-        return [(kind, bucket) for bucket in self.buckets]
+        return [(kind, bucket) for bucket in self.buckets[kind]]
 
     def use(self, kind, step):
-        self.step = step
+        self.steps[kind] = step
 
     def prepare(self, inputs, limit):
-        self.tried.append(self.step)
-        self.met += [bucket for _, bucket in inputs]
-        remat, parts = self.step
+        ((kind, bucket),) = inputs
+        remat, parts = self.steps[kind]
+        if kind == "evaluate":
+            self.read.append((parts, limit, *(set(map(type, jax.tree.leaves(inputs))))))
+        else:
+            self.tried.append((remat, parts))
+            self.met.append(bucket)
         need = self.needs[remat] / parts
         if need > self.has:
             raise fit.OutOfMemory(int(need * GIB), int(self.has * GIB))
@@ -150,7 +180,9 @@ class Compiler:
 def search(monkeypatch):
     """search(needs, has, **fields) -> (kept step, tried, said)."""
 
-    def run(needs, has, limit=None, given_up=False, buckets=(), met=None, **fields):
+    def run(
+        needs, has, limit=None, given_up=False, buckets=(), met=None, reads=0, read=None, **fields
+    ):
         config, backbone, bucket = small_case()
         config.update({"batch_size": 4, "remat": "auto"} | fields)
         _, state, _ = compiling.train_parts(config, backbone, one_device())
@@ -159,15 +191,22 @@ def search(monkeypatch):
         fitting = fit.Fitting(config, backbone, data, None, state, said.append)
         assert fitting.limit is None  # a CPU tells nothing
         fitting.limit = limit
-        monkeypatch.setattr(fitting, "_step", lambda remat, parts: (remat, parts))
-        compiler = Compiler(
-            dict(zip(REMAT, needs, strict=True)), has, buckets or [bucket], given_up
+        monkeypatch.setattr(
+            fitting, "_steps", lambda remat, parts: ((remat, parts), ("evaluate", parts))
         )
-        going_on = fitting.search(compiler, "train", kept.append)
-        assert going_on is not given_up and kept[-1] == compiler.step
+        needs = dict(zip(REMAT, needs, strict=True)) | {"evaluate": reads}
+        wanted = [[bucket], given_up, [bucket] if reads else []]
+        wanted[0] = buckets or wanted[0]
+        compiler = Compiler(needs, has, *wanted, config.accumulation)
+        try:
+            going_on = fitting.search(compiler, "train", "evaluate", kept.append)
+        finally:
+            if read is not None:
+                read += [(fit.bytes_per_device(state.opt_state), *found) for found in compiler.read]
+        assert going_on is not given_up and kept[-1] == compiler.steps["train"]
         if met is not None:
             met += compiler.met
-        return compiler.step, [remat for remat, _ in compiler.tried], said
+        return compiler.steps["train"], [remat for remat, _ in compiler.tried], said
 
     return run
 
@@ -245,10 +284,28 @@ def test_only_buckets_that_no_other_holds_are_asked():
     programs = Programs(steps, wanted, [bucket, wide, long], **quiet)
     assert programs.outermost("train") == [("train", long), ("train", wide)]
     assert programs.outermost("eval") == [("eval", bucket)]
+    assert programs.outermost("absent") == []  # nothing is held out, or no step is left
 
 
 def test_a_search_can_be_given_up(search):
     assert search((1, 1, 1, 1), 2, given_up=True)[1] == ["none"]
+    assert search((1, 1, 1, 1), 2, given_up=True, reads=1)[1] == []
+
+
+def test_the_evaluation_must_fit_too_beside_the_moments(search, rough):
+    """It came after hundreds of steps, before the first save, and took the whole batch at once."""
+    read, limit = [], rough("none")[0]
+    step, tried, _ = search((40, 30, 20, 10), 25, limit, reads=20, read=read)
+    assert step == ("narrow", 1) and tried == ["none", "dots", "narrow"]
+    ((moments, parts, left, *kinds),) = read  # once
+    assert (parts, left) == (1, limit - moments) and moments > 0
+    assert kinds == [jax.ShapeDtypeStruct]
+    assert search((1, 1, 1, 1), 2, 4 * limit + 4, reads=9)[1] == []  # plenty: nothing is compiled
+    with pytest.raises(UserError) as refused:
+        search((4, 3, 2, 1), 25, reads=60, read=(read := []))
+    assert "60.00 GiB of 25.00 GiB" in str(refused.value)
+    assert str(refused.value).endswith("--config.accumulation=4 fits, the same step in parts")
+    assert [parts for _, parts, *_ in read] == [1, 2, 4]
 
 
 def test_microbatches_divide_the_rows_of_a_device():
@@ -270,7 +327,8 @@ def test_a_program_that_plans_with_too_much_is_refused():
 
 @pytest.fixture(scope="module")
 def start(small_backbone, tmp_path_factory):  # noqa: F811
-    """start(has, workdir): a run of two steps on 8 devices of so many bytes."""
+    """start(has, workdir): a run of two steps on 8 devices of so many bytes, or of `has(bytes)` of
+    those of its state."""
     world = tmp_path_factory.mktemp("world")
 
     def run(has, workdir):
@@ -281,6 +339,10 @@ def start(small_backbone, tmp_path_factory):  # noqa: F811
         config.data.candidate_cuts = (4,)
         config.batch_size, config.total_steps, config.remat = 8, 2, "auto"
         config.backbone.scan_unroll = 1
+        if callable(has):
+            backbone = build.load_backbone_config(config)
+            mesh = build.make_mesh(config, backbone)
+            has = has(fit.bytes_per_device(build.abstract_state(config, backbone, mesh)[0]))
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(fit, "memory_limit", lambda device: has)
             return train.run(config, workdir)
@@ -306,5 +368,13 @@ def test_a_run_trains_with_the_program_that_was_found_to_fit(
 
 def test_a_run_that_cannot_fit_ends_before_its_first_step(start, tmp_path):
     with pytest.raises(UserError, match="does not fit on 8 x cpu: .* too much; try --config.lora"):
-        start(1000, tmp_path / "run")
+        start(lambda state: state + 1000, tmp_path / "run")
     assert not [*(tmp_path / "run").rglob("metrics.jsonl")][0].read_text()
+
+
+def test_a_state_that_cannot_fit_is_refused_before_anything_is_read(start, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.build_data, "build_data", None)
+    monkeypatch.setattr(train.build, "init_state", None)
+    words = "parameters and optimizer state do not fit on 8 x cpu: .* GiB too much; try --config"
+    with pytest.raises(UserError, match=words):
+        start(lambda state: state - 1, tmp_path / "run")

@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 from save_case import gate  # noqa: F401
 from test_checkpoint import abstract, assert_holds, copy, save, saved  # noqa: F401
 
+from jrm_jax import checkpoint
 from jrm_jax.checkpoint import open_checkpoints
 from jrm_jax.errors import UserError
 from jrm_jax.run.saved import complete_steps, pick
@@ -87,6 +88,36 @@ def test_what_a_checkpoint_says_is_of_its_step_though_the_loop_counts_on(tmp_pat
         assert checkpoints.read_meta(1) == json.loads(wanted)
 
 
+def test_a_save_that_gets_on_is_a_sign_of_life(copy, gate, monkeypatch):
+    """A last save of more than `watchdog_seconds` ended the process, at every start."""
+    monkeypatch.setattr(checkpoint, "LOOK", 0.01)
+    beats, counts = [], []
+
+    def write():
+        (half,) = copy.glob("3.*tmp*")
+        for more in ("a", "b"):
+            until(lambda: len(beats) > len(counts))
+            time.sleep(0.1)  # nothing is written: no sign of life
+            counts.append(len(beats))
+            (half / more).write_text("more")
+        until(lambda: len(beats) > len(counts))
+        for more in ("a", "b"):
+            (half / more).unlink()
+        gate.open()
+
+    def until(so):
+        end = time.monotonic() + 60
+        while not so() and time.monotonic() < end:
+            time.sleep(0.01)
+
+    with open_checkpoints(copy) as checkpoints:
+        begin(checkpoints, gate, 3)
+        checkpoints.alive = lambda: beats.append(1)
+        threading.Thread(target=write).start()
+        checkpoints.wait()
+    assert counts == [1, 2]
+
+
 def test_what_is_being_written_does_not_count_yet_and_removes_nothing(copy, gate):
     """Checkpoint 1 is the best, 2 the latest; 3 becomes both."""
     with open_checkpoints(copy) as checkpoints:
@@ -97,11 +128,11 @@ def test_what_is_being_written_does_not_count_yet_and_removes_nothing(copy, gate
         gate.open()
         until_ended(checkpoints)
         assert complete_steps(copy) == checkpoints.steps() == [2, 3]
-        assert checkpoints.best_step() == pick(copy, "best") == 3
+        assert checkpoints.ranked()[0] == pick(copy, "best") == 3
         assert_holds(checkpoints, 3)
 
 
-@pytest.mark.parametrize("read", ["steps", "best_step", "wait", "restore", "read_meta"])
+@pytest.mark.parametrize("read", ["steps", "ranked", "wait", "restore", "read_meta"])
 def test_who_reads_waits(copy, gate, read):
     with open_checkpoints(copy) as checkpoints:
         begin(checkpoints, gate, 3, 1.0)
@@ -112,7 +143,7 @@ def test_who_reads_waits(copy, gate, read):
                 "trainable": step, "meta": {"step": step}})  # fmt: skip
             found = getattr(checkpoints, read)(*arguments)
         assert complete_steps(copy) == [2, 3] and checkpoints.check()
-        wanted = {"steps": [2, 3], "best_step": 3, "restore": (3, 3, None, {"step": 3})}
+        wanted = {"steps": [2, 3], "ranked": [3, 2], "restore": (3, 3, None, {"step": 3})}
         assert found == (wanted | {"read_meta": {"step": 3}}).get(read)
 
 
@@ -141,7 +172,7 @@ def test_a_full_disk_is_told_as_soon_as_anyone_looks(copy, gate, when):
             assert when == "close"
     gate.open()
     with open_checkpoints(copy) as checkpoints:
-        assert checkpoints.steps() == [1, 2] and checkpoints.best_step() == 1
+        assert checkpoints.steps() == [1, 2] and checkpoints.ranked()[0] == 1
         save(checkpoints, 3, 0.5)
         assert_holds(checkpoints, 3)
 
@@ -204,6 +235,6 @@ def test_killed_while_it_is_written_it_does_not_count(copy):
     (half,) = copy.glob("3.*tmp*")
     said = []
     with open_checkpoints(copy, said.append) as checkpoints:
-        assert checkpoints.steps() == [1, 2] and checkpoints.best_step() == 1
+        assert checkpoints.steps() == [1, 2] and checkpoints.ranked()[0] == 1
         assert_holds(checkpoints, 2)
     assert not half.exists() and f"{half.name} was never finished" in said[0]

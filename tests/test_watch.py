@@ -3,12 +3,16 @@
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import jax
 from entry_point import QUICK, ROOT
 
 from jrm_jax import watch
 from jrm_jax.benchmarks import kill_test
+from jrm_jax.data.buckets import Bucket
+from jrm_jax.run import programs
+from jrm_jax.shell.stop import StopRequest
 
 HANGS = """
 import time
@@ -30,6 +34,42 @@ def test_a_process_that_hangs_is_ended_with_its_stack():
     )
     assert done.returncode == 1 and done.stdout == "alive\n"
     assert "Timeout" in done.stderr and "in stuck" in done.stderr
+
+
+def timers(monkeypatch):
+    """Every time that a timer was started, 'off' where it was stopped."""
+    found = []
+    monkeypatch.setattr(watch.faulthandler, "dump_traceback_later", lambda s, **_: found.append(s))
+    monkeypatch.setattr(
+        watch.faulthandler, "cancel_dump_traceback_later", lambda: found.append("off")
+    )
+    return found
+
+
+def test_beats_count_while_it_watches_only(monkeypatch):
+    """A late one would end the process long after the run."""
+    found = timers(monkeypatch)
+    dog = watch.Watchdog(7.0, 0.0, print)
+    dog.beat()
+    with dog:
+        dog.beat()
+    dog.beat()
+    assert found == [7.0, 7.0, "off"]
+
+
+def test_programs_that_are_compiled_one_after_the_other_are_signs_of_life(monkeypatch):
+    """With ten minutes of silence allowed, two programs of six minutes ended the run, each time."""
+    dog, beats = watch.Watchdog(0.0, 0.0, print), []
+    monkeypatch.setattr(dog, "beat", lambda: beats.append(1))
+    monkeypatch.setattr(programs, "compile_within", lambda lowered, limit: None)
+    buckets = [Bucket(2, 0, 0, 8 * n, 8, 0) for n in (1, 2, 3)]
+    step = SimpleNamespace(lower=lambda: "lowered")
+    said = {"say": lambda words: None, "show": lambda words: None}
+    found = programs.Programs(
+        {"step": step}, {"step": buckets}, buckets, stop=StopRequest(), watchdog=dog, **said
+    )
+    assert found.prepare({("step", bucket): () for bucket in buckets})
+    assert len(beats) == 3
 
 
 def test_heartbeats_tell_the_step_and_its_time(monkeypatch):

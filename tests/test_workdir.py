@@ -1,6 +1,7 @@
 """A run's folder: whose it is, what may change between two starts, and one trainer at a time."""
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -13,8 +14,10 @@ import pytest
 
 from configs import discriminative, joint
 from jrm_jax import build, train
+from jrm_jax.data import sizes
 from jrm_jax.errors import UserError
 from jrm_jax.run import lock, workdir
+from jrm_jax.shell import disk
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -112,6 +115,54 @@ def test_what_more_steps_do_to_the_learning_rate_is_said():
     assert "(constant) goes from 0.0015 to 0.0015" in words and "language loss" in words
 
 
+@pytest.mark.parametrize("when", ["write", "fsync", "replace"])
+def test_a_write_that_fails_leaves_nothing_behind(tmp_path, monkeypatch, when):
+    """The lock writes every 15 seconds: a full disk got 5,700 files a day."""
+    path = tmp_path / "lock.json"
+    path.write_text("before")
+
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if when != "write":
+        monkeypatch.setattr(disk.os, when, fail)
+    content = fail if when == "write" else "after"
+    with pytest.raises(OSError, match="No space left"):
+        disk.write_whole(path, content)
+    assert not sizes.write_cache(path, content)
+    assert path.read_text() == "before" and os.listdir(tmp_path) == ["lock.json"]
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """After a power cut results.json had its name, and nothing in it."""
+    done = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(
+            disk.os, name, lambda *rest, real=real, name=name: (done.append(name), real(*rest))
+        )
+    workdir.write_results(tmp_path, "{}")
+    assert done == ["fsync", "replace"] and (tmp_path / "results.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "3", "{}"])
+def test_damaged_results_are_named(tmp_path, text):
+    (tmp_path / "results.json").write_text(text)
+    with pytest.raises(UserError, match=r"/results.json .*: remove it, and the command that"):
+        workdir.read_results(tmp_path)
+    (tmp_path / "results.json").unlink()
+    assert workdir.read_results(tmp_path) is None
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"step": 4}', '{"step": 4, "splits": 1}'])
+def test_what_a_damaged_final_evaluation_had_read_is_read_again(tmp_path, text):
+    (tmp_path / "final.json").write_text(text)
+    assert workdir.read_final(tmp_path, 4) == {}
+    workdir.write_final(tmp_path, 4, {"test": {"pairs": 2.0}})
+    assert workdir.read_final(tmp_path, 4) == {"test": {"pairs": 2.0}}
+    assert workdir.read_final(tmp_path, 5) == {}
+
+
 def test_a_damaged_config_is_one_line(tmp_path):
     (tmp_path / workdir.CONFIG).write_text("{")
     with pytest.raises(UserError, match="config.json cannot be read"):
@@ -166,7 +217,7 @@ def test_a_second_trainer_is_refused_and_a_dead_one_is_not_waited_for(tmp_path):
 def of_another_machine(folder: Path, **changes) -> Path:
     holder = lock.Holder("elsewhere", 1, "its boot", "5", "yesterday", "its token")
     path = folder / lock.LOCK
-    workdir.write_whole(path, json.dumps(holder._replace(**changes)._asdict()))
+    disk.write_whole(path, json.dumps(holder._replace(**changes)._asdict()))
     return path
 
 

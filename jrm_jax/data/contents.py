@@ -118,9 +118,9 @@ def _kept(
         except (OSError, ValueError, KeyError, TypeError):
             continue
     found = find()
-    text = json.dumps({"key": key, "contents": found}).encode()
+    text = json.dumps({"key": key, "contents": found})
     for place in places:
-        if write_cache(place, lambda file: file.write(text)):
+        if write_cache(place, text):
             break
     return found
 

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,7 +15,7 @@ import numpy as np
 
 from jrm_jax.data.schema import PreferenceExample, from_record
 from jrm_jax.errors import UserError
-from jrm_jax.shell import user_cache
+from jrm_jax.shell import disk, user_cache
 from jrm_jax.shell.terminal import track
 
 SIZES_VERSION = 2  # raise it when what is measured changes
@@ -137,18 +135,11 @@ def _read_cache(path: Path, count: int) -> np.ndarray | None:
     return rows if rows.shape == (count, len(SIZE_NAMES)) else None
 
 
-def write_cache(path: Path, write: Callable[[BinaryIO], Any]) -> bool:
-    """Through a temporary file, so that no reader sees half of it; False where it cannot be."""
+def write_cache(path: Path, content: str | Callable[[BinaryIO], Any]) -> bool:
+    """See `disk.write_whole`; False where it cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+        disk.write_whole(path, content)
     except OSError:
-        return False
-    try:
-        with os.fdopen(handle, "wb") as file:
-            write(file)
-        os.replace(temporary, path)
-    except OSError:
-        Path(temporary).unlink(missing_ok=True)
         return False
     return True

@@ -201,7 +201,7 @@ def load_tokenizer(folder: str | Path, vocab_rows: int) -> Tokenizer:
             return Tokenizer(**json.loads(path.read_bytes()))
     found = _read_tokenizer(folder, vocab_rows)
     if path is not None:
-        write_cache(path, lambda file: file.write(json.dumps(found).encode()))
+        write_cache(path, json.dumps(found))
     return Tokenizer(**found)
 
 

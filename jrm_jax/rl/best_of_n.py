@@ -26,7 +26,7 @@ from jrm_jax.rl.examples import liked, worst
 from jrm_jax.rl.folder import claimed, settle
 from jrm_jax.rl.reward import Chance, Reward
 from jrm_jax.rl.rollout import BEST, SPLITS, Dice, Pool, batches, make_pool, roll, together
-from jrm_jax.run.workdir import write_whole
+from jrm_jax.shell import disk
 from jrm_jax.shell.report import json_safe
 from jrm_jax.shell.stop import StopRequest
 from jrm_jax.study.analysis import best_of_n
@@ -70,8 +70,8 @@ def measure(
                     if signal := stop.now():
                         return signal
                     path.parent.mkdir(exist_ok=True)
-                    write_whole(path, json.dumps(_block(config, pool, split, block, reward)))
-                rows.append(json.loads(path.read_text()))
+                    disk.write_whole(path, json.dumps(_block(config, pool, split, block, reward)))
+                rows.append(disk.read_json(path))
                 if count >= 4 and (block + 1) % (count // 4) == 0:
                     share = (place * count + block + 1) / (count * len(SPLITS))
                     say(f"{name}: best of n, {share:.0%} of the edits are scored")
@@ -84,7 +84,7 @@ def measure(
             result["worst"] += worst(best)
             result["seconds"] += sum(row["seconds"] for row in rows)
         result["seconds"] = round(result["seconds"], 1)
-        write_whole(out, json.dumps(json_safe(result), indent=1) + "\n")
+        disk.write_whole(out, json.dumps(json_safe(result), indent=1) + "\n")
     return 0
 
 

@@ -18,7 +18,8 @@ from jrm_jax.rl.reward import Chance, Reward, Scale
 from jrm_jax.rl.rollout import SETTLE, Dice, Pool, roll
 from jrm_jax.rl.settings import check_same
 from jrm_jax.run.lock import hold
-from jrm_jax.run.workdir import CONFIG, write_whole
+from jrm_jax.run.workdir import CONFIG
+from jrm_jax.shell import disk
 
 SCALE = "scale.json"
 SETTLING = 4  # batches of the base's edits, from which the scale of a reward is taken
@@ -36,10 +37,10 @@ def claimed(
     with hold(folder, say):
         path = folder / CONFIG
         if path.exists():
-            check_same(folder, json.loads(path.read_text()), settings)
+            check_same(folder, disk.read_json(path), settings)
         else:
             (folder / SCALE).unlink(missing_ok=True)  # nobody knows whose it is
-        write_whole(path, json.dumps(settings, indent=1) + "\n")
+        disk.write_whole(path, json.dumps(settings, indent=1) + "\n")
         yield
 
 
@@ -62,8 +63,8 @@ def settle(
         found = roll(base.load(), part, config.edits, Dice(0, SETTLE, 0), None)
         scale = None if reward is None else reward.settle(part.problems, found.pictures_NHW3)
         gold = float(found.gold_GK.mean()), float(found.gold_GK.std())
-        write_whole(path, json.dumps({"gold": gold, "reward": scale}, indent=1) + "\n")
-    kept = json.loads(path.read_text())
+        disk.write_whole(path, json.dumps({"gold": gold, "reward": scale}, indent=1) + "\n")
+    kept = disk.read_json(path)
     if kept["reward"] is not None:
         reward.scale = Scale(*kept["reward"])
     mean, deviation = kept["gold"]

@@ -6,7 +6,6 @@ best-of-n.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from jrm_jax.rl.models import CONTROLS
 from jrm_jax.rl.rollout import SPLITS
 from jrm_jax.rl.runner import RUNS
 from jrm_jax.rl.settings import protocol
+from jrm_jax.shell import disk
 from jrm_jax.study.analysis import interval
 
 TREATED, BASELINE = "joint", "discriminative"
@@ -40,7 +40,7 @@ def load(config: ConfigDict, out: Path) -> list[dict[str, Any]]:
         UserError: there is none.
     """
     paths = sorted((out / RUNS).glob("*.json"))
-    found = [json.loads(path.read_text()) for path in paths]
+    found = [disk.read_json(path) for path in paths]
     same = [row for row in found if row["protocol"] == protocol(config)]
     if not same:
         what = "none is of these settings" if found else "there are none"

@@ -21,9 +21,10 @@ from jrm_jax.rl.models import CHANCE, Model, models
 from jrm_jax.rl.reward import Chance, Reward
 from jrm_jax.rl.rollout import SPLITS
 from jrm_jax.rl.settings import check_same, protocol
-from jrm_jax.run.workdir import RESULTS, write_whole
+from jrm_jax.run.workdir import RESULTS
 from jrm_jax.serving.reward_model import RewardModel
 from jrm_jax.serving.trained import Identity, identify
+from jrm_jax.shell import disk
 from jrm_jax.shell.report import json_safe
 from jrm_jax.shell.stop import StopRequest
 from jrm_jax.shell.terminal import duration
@@ -126,7 +127,7 @@ def is_made(path: Path, settings: dict[str, Any]) -> bool:
     """
     if not path.exists():
         return False
-    kept = json.loads(path.read_text())
+    kept = disk.read_json(path)
     check_same(path, kept, settings)
     had, wanted = (row["iterations"] or 0 for row in (kept, settings))
     if had > wanted:
@@ -166,7 +167,7 @@ def _known(models: Sequence[dict[str, Any]]) -> dict[str, Any]:
     known: dict[str, list] = {"pair_accuracy": [], "effective_rank": [], "attack_gain": []}
     for folder, step in ((Path(row["path"]), row["step"]) for row in models):
         results, measured = (
-            json.loads(path.read_text()) if (path := folder / name).is_file() else {}
+            disk.read_json(path) if (path := folder / name).is_file() else {}
             for name in (RESULTS, MEASURED)
         )
         ranks, attack = measured.get("ranks") or {}, measured.get("attack")
@@ -190,6 +191,6 @@ def _make(
     run = training.Run(config, name, folder, settings["seed"], settings, reward, pools)
     status = run.train(stop, say)
     if not status:
-        made = json.loads((folder / training.RUN).read_text())
-        write_whole(path, json.dumps(made | known, indent=1) + "\n")
+        made = disk.read_json(folder / training.RUN)
+        disk.write_whole(path, json.dumps(made | known, indent=1) + "\n")
     return status

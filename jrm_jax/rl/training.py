@@ -41,7 +41,8 @@ from jrm_jax.rl.rollout import (
     roll,
     together,
 )
-from jrm_jax.run.workdir import CHECKPOINTS, write_whole
+from jrm_jax.run.workdir import CHECKPOINTS
+from jrm_jax.shell import disk
 from jrm_jax.shell.report import json_safe
 from jrm_jax.shell.stop import StopRequest
 
@@ -212,7 +213,6 @@ class Run:
             raise UserError(
                 f"{self.folder} has had {step} iterations: config.iterations must be {step} or more"
             )
-        kept.delete_after(step)
         self.seconds, self.evaluations = meta["seconds"], meta["evaluations"]
         print(f"resuming {self.folder} from iteration {step}", flush=True)
         return params, opt_state, step
@@ -233,4 +233,4 @@ class Run:
             golds = [found for part in both.values() for found in part.golds]
             result[f"lost_{when}"] = measures.lost(golds)
         result["worst"] = [row for split, part in both.items() for row in worst(liked(part, split))]
-        write_whole(self.folder / RUN, json.dumps(json_safe(result), indent=1) + "\n")
+        disk.write_whole(self.folder / RUN, json.dumps(json_safe(result), indent=1) + "\n")

@@ -94,7 +94,7 @@ def choose(
             return found
     chosen = choose_buckets(table, cost=cost, weights_n=counts, **settings)
     for place in places:
-        if write_cache(place, lambda file: file.write(as_text(chosen).encode())):
+        if write_cache(place, as_text(chosen)):
             break
     return chosen
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import math
 import re
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
@@ -98,6 +99,27 @@ def memory_limit(device: Any) -> int | None:
     return None if limit is None else int(ROOM * limit)
 
 
+def check_state(config: ConfigDict, backbone: BackboneConfig, mesh: jax.sharding.Mesh) -> None:
+    """Before anything is read or made: does the state of a run fit its devices?
+
+    Raises:
+        UserError: it does not, whatever the batch.
+    """
+    limit = memory_limit(mesh.local_devices[0])
+    needed = bytes_per_device(build.abstract_state(config, backbone, mesh)[0])
+    if not distributed.all_agree(limit is None or needed <= limit):
+        failure = OutOfMemory(needed, limit)
+        raise UserError(
+            "parameters and optimizer state do not fit on "
+            f"{describe_devices(mesh)}{failure.by_how_much}; try {SMALLER}, more devices"
+        )
+
+
+def describe_devices(mesh: jax.sharding.Mesh) -> str:
+    """'8 x NVIDIA H100'."""
+    return f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
+
+
 def compile_within(lowered: Any, limit: int | None) -> Any:
     """The compiled program. Raises OutOfMemory: the compiler gives up, or plans with more."""
     try:
@@ -136,15 +158,19 @@ def rough_bytes(
 
     shapes = (state.trainable, state.frozen, one)
     kept = _kinds(jax.eval_shape(backward, *shapes)) - _kinds(shapes)
-    bytes_kept = sum(count * size for (_, _, size), count in kept.items())
+    # What is made of a parameter lies like it; of the rest `tensor` splits a part, here all of it.
+    lies = {x.shape: x.sharding.shard_shape(x.shape) for x in jax.tree.leaves(shapes[:2])}
+    bytes_kept = 0
+    for (shape, dtype), count in kept.items():
+        size = math.prod(lies.get(shape, shape)) * dtype.itemsize
+        bytes_kept += count * (size if shape in lies else size // mesh.shape["tensor"])
     gradients = (1 + (accumulation > 1)) * bytes_per_device(state.trainable)
     return bytes_per_device((state, batch)) + gradients + bytes_kept
 
 
 def _kinds(tree: Any) -> collections.Counter[tuple]:
-    """How many arrays there are of each shape, type and size in bytes."""
-    leaves = jax.tree.leaves(tree)
-    return collections.Counter((x.shape, x.dtype, x.size * x.dtype.itemsize) for x in leaves)
+    """How many arrays there are of each shape and type."""
+    return collections.Counter((x.shape, x.dtype) for x in jax.tree.leaves(tree))
 
 
 def first_fit(
@@ -155,7 +181,7 @@ def first_fit(
 
 
 class Fitting:
-    """Looks for the train step of a run that fits its devices.
+    """Looks for the train step of a run that fits its devices, and sees whether evaluation does.
 
     Args:
         optimizer, state: of `build.init_state`.
@@ -176,13 +202,13 @@ class Fitting:
         self._mesh = state.step.sharding.mesh
         self.limit = memory_limit(self._mesh.local_devices[0])
 
-    def search(self, programs: Any, kind: str, keep: Callable[[Any], None]) -> bool:
-        """Have the train step compiled that computes as little again as fits.
+    def search(self, programs: Any, train: str, evaluate: str, keep: Callable[[Any], None]) -> bool:
+        """Have the train step compiled that computes as little again as fits, and the evaluation.
 
         Args:
-            programs: a `run.programs.Programs`, which compiles it.
-            kind: what it calls the train step.
-            keep: is given every step that is tried; the last one is what fits.
+            programs: a `run.programs.Programs`, which compiles them.
+            train, evaluate: what it calls them.
+            keep: is given every train step that is tried; the last one is what fits.
 
         Returns:
             False if it was given up.
@@ -190,67 +216,86 @@ class Fitting:
         Raises:
             UserError: none fits; it names what would.
         """
-        outermost = programs.outermost(kind)
-        if not outermost:  # no step is left
+        if not programs.outermost(train):  # no step is left
             return True
         config, given_up = self._config, False
         rows = len(sharding.local_rows(config.batch_size, self._mesh))
         failure = OutOfMemory(None, None)
-        batches = {}  # shapes: several batches would take memory that a step needs
-        for key in outermost:
-            batch = place(config, empty_batch(rows, key[1], self._data.encoder), self._mesh)
-            batches[key] = sharding.placed(batch, jax.tree.map(lambda x: x.sharding, batch))
+        # shapes: several batches would take memory that a step needs
+        batches: dict[str, dict[Any, Any]] = {train: {}, evaluate: {}}
+        for kind, known in batches.items():
+            for key in programs.outermost(kind):
+                batch = place(config, empty_batch(rows, key[1], self._data.encoder), self._mesh)
+                known[key] = sharding.placed(batch, jax.tree.map(lambda x: x.sharding, batch))
 
         @functools.cache
-        def rough_needs(way: tuple[str, int]) -> dict[Any, int]:
+        def rough_needs(way: tuple[str, int], kind: str) -> dict[Any, int]:
+            """Of evaluation that is as much as a train step would need, which is more."""
             changed = self._with(*way)
             forward = build.make_run_forward(changed, self._module(changed), self._data)
             return {
                 key: rough_bytes(forward, self._state, batch, way[1])
-                for key, batch in batches.items()
+                for key, batch in batches[kind].items()
             }
 
-        def rough_need(way: tuple[str, int]) -> int:
-            return max(rough_needs(way).values())
+        def rough_need(way: tuple[str, int], *kinds: str) -> int:
+            return max(n for kind in kinds for n in rough_needs(way, kind).values())
 
-        def neediest(way: tuple[str, int]) -> Any:
-            if len(outermost) == 1 or self.limit is None:
-                return outermost[0]
-            return max(outermost, key=rough_needs(way).get)
+        def neediest(way: tuple[str, int], kind: str) -> Any:
+            keys = list(batches[kind])  # the dearest first
+            if len(keys) == 1 or self.limit is None:
+                return keys[0]
+            return max(keys, key=rough_needs(way, kind).get)
 
         def use(way: tuple[str, int]) -> None:
-            step = self._step(*way)
+            step = self._steps(*way)[0]
             keep(step)
-            programs.use(kind, step)
+            programs.use(train, step)
 
         def may(way: tuple[str, int]) -> bool:
             nonlocal failure
             if self.limit is None or way[0] == REMAT[-1]:
                 return True
-            rough, fine = rough_need(way), True
+            rough, fine = rough_need(way, train), True
             if rough > DOUBT * self.limit:
                 failure, fine = OutOfMemory(rough, self.limit), False
                 self._say(f"{_words(*way)} does not fit{failure.by_how_much}, about")
             return distributed.all_agree(fine)
 
-        def fits(way: tuple[str, int]) -> bool:
+        def prepare(kind: str, way: tuple[str, int], held: int, words: str, *known: Any) -> bool:
             nonlocal failure, given_up
-            fine = True
-            use(way)
+            key, fine = neediest(way, kind), True
+            limit = None if self.limit is None else self.limit - held
             try:
-                key = neediest(way)
-                inputs = {key: (self._state, batches[key])}
-                given_up = not programs.prepare(inputs, limit=self.limit)
+                given_up = not programs.prepare({key: (*known, batches[kind][key])}, limit=limit)
             except OutOfMemory as error:
                 failure, fine = error, False
-                self._say(f"{_words(*way)} does not fit{error.by_how_much}")
+                self._say(f"{words} does not fit{error.by_how_much}")
             return distributed.all_agree(fine)
+
+        @functools.cache
+        def can_evaluate(parts: int) -> bool:
+            if not batches[evaluate]:
+                return True
+            way = REMAT[0], parts
+            if parts != config.accumulation:
+                programs.use(evaluate, self._steps(*way)[1])
+            words = f"evaluation{_in_parts(parts)} beside the optimizer state"
+            held = bytes_per_device(self._state.opt_state)
+            return prepare(evaluate, way, held, words, self._state.trainable, self._state.frozen)
+
+        def fits(way: tuple[str, int]) -> bool:
+            use(way)
+            if not can_evaluate(way[1]) or given_up:
+                return given_up
+            return prepare(train, way, 0, _words(*way), self._state)
 
         parts = config.accumulation
         asked = REMAT if config.remat == build.AUTO else (config.remat,)
         # with nothing computed again, what the count leaves out is small, too
+        plenty = PLENTY / self._mesh.shape["tensor"]  # by which the count may be too low
         if self.limit is not None and distributed.all_agree(
-            rough_need((REMAT[0], parts)) <= PLENTY * self.limit
+            rough_need((REMAT[0], parts), train, evaluate) <= plenty * self.limit
         ):
             use((asked[0], parts))  # its first step need not wait for the dearest program
             return True
@@ -272,10 +317,9 @@ class Fitting:
             fields |= {"accumulation": helps[1]} if helps[1] != parts else {}
             flags = " ".join(f"--config.{name}={value}" for name, value in fields.items())
             advice = f"{flags} fits" + (", the same step in parts" if helps[1] != parts else "")
-        kind_of_device = self._mesh.devices.flat[0].device_kind
         raise UserError(
-            f"config.batch_size {config.batch_size} does not fit on {self._mesh.size} x "
-            f"{kind_of_device}{failed.by_how_much}; {advice}"
+            f"config.batch_size {config.batch_size} does not fit on "
+            f"{describe_devices(self._mesh)}{failed.by_how_much}; {advice}"
         )
 
     def _with(self, remat: str, accumulation: int) -> ConfigDict:
@@ -288,14 +332,18 @@ class Fitting:
         reward_id = self._data.encoder.tokenizer.reward_id
         return build.make_backbone(config, self._backbone, self._mesh, reward_id)
 
-    def _step(self, remat: str, accumulation: int) -> Any:
+    def _steps(self, remat: str, accumulation: int) -> tuple[Any, Any]:
         config = self._with(remat, accumulation)
         parts = (self._module(config), self._data, self._optimizer, self._state)
-        return build.make_steps(config, *parts)[0]
+        return build.make_steps(config, *parts)
 
 
 def _words(remat: str, accumulation: int) -> str:
-    return f"remat {remat}" + (f" in {accumulation} microbatches" if accumulation > 1 else "")
+    return f"remat {remat}{_in_parts(accumulation)}"
+
+
+def _in_parts(accumulation: int) -> str:
+    return f" in {accumulation} microbatches" if accumulation > 1 else ""
 
 
 def _more_parts(rows: int, accumulation: int) -> list[int]:

@@ -24,7 +24,6 @@ from typing import NamedTuple
 
 from jrm_jax import distributed
 from jrm_jax.errors import UserError
-from jrm_jax.run.workdir import write_whole
 from jrm_jax.shell import disk
 
 LOCK = "lock.json"
@@ -75,7 +74,7 @@ class Lock:
             with contextlib.suppress(OSError, UserError):
                 self.check()
                 self._me = self._me._replace(beat=self._me.beat + 1)
-                write_whole(self._path, json.dumps(self._me._asdict()))
+                disk.write_whole(self._path, json.dumps(self._me._asdict()))
 
     def release(self) -> None:
         self._ended.set()
@@ -141,7 +140,7 @@ def _take(workdir: Path, say: Callable[[str], None], silence: float) -> Holder:
                 )
             if not path.exists():  # it has ended
                 continue
-            write_whole(path, text)
+            disk.write_whole(path, text)
             time.sleep(SETTLE)
             if (_read(path) or me).token == token:
                 return me

@@ -99,11 +99,12 @@ class Programs:
                         return False
                     self._watchdog.pulse(f" for {time.monotonic() - began:.0f} s")
                     continue
-                if error is not None:
-                    raise error
                 if seconds is None:
                     self._announce(*key)
                     continue
+                self._watchdog.beat()  # work that goes on; one program alone must end in time
+                if error is not None:
+                    raise error
                 left, self._last = left - 1, seconds
                 self._ready.add(key)
         self._show("")
@@ -119,8 +120,9 @@ class Programs:
         """Of those that will be wanted, the ones whose bucket has no room in another: the program
         that needs the most memory is among them. The dearest first."""
         buckets = [bucket for one, bucket in self.wanted if one == kind]
-        holders = sum(bucket.fits(as_table(buckets)) for bucket in buckets)
-        outer = [bucket for bucket, count in zip(buckets, holders, strict=True) if count == 1]
+        table = as_table(buckets)
+        holders = [bucket.fits(table) for bucket in buckets]  # by holder, then by what is held
+        outer = [bucket for i, bucket in enumerate(buckets) if sum(row[i] for row in holders) == 1]
         return [(kind, bucket) for bucket in sorted(outer, key=self._buckets.index, reverse=True)]
 
     def prepare_ahead(self, config: ConfigDict, data: Data, mesh: Mesh, state: TrainState) -> bool:

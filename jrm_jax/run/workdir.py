@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from jrm_jax.errors import UserError
+from jrm_jax.shell import disk
 from jrm_jax.shell.packaged import load_config_module
 from jrm_jax.shell.report import difference, flat
 
@@ -93,24 +94,37 @@ def check_config(workdir: Path, config: ConfigDict) -> int:
 
 
 def read_results(workdir: Path) -> dict[str, Any] | None:
-    """Of a finished run, else None."""
+    """Of a finished run, else None.
+
+    Raises:
+        UserError: it is damaged.
+    """
     path = workdir / RESULTS
-    return json.loads(path.read_text()) if path.exists() else None
+    if not path.exists():
+        return None
+    advice = "remove it, and the command that trained writes it again from the checkpoints"
+    found = disk.read_json(path, advice)
+    if not isinstance(found, dict) or "step" not in found:
+        raise UserError(f"{path} has no results in it: {advice}")
+    return found
 
 
 def read_final(workdir: Path, step: int) -> dict[str, dict[str, float]]:
-    """{split: metrics} of a final evaluation of `step` that was stopped; {} of none."""
-    path = workdir / FINAL
-    found = json.loads(path.read_text()) if path.exists() else {}
-    return found.get("splits", {}) if found.get("step") == step else {}
+    """{split: metrics} of a final evaluation of `step` that was stopped; {} of none, or where the
+    file is damaged: the splits are read again."""
+    with contextlib.suppress(UserError):
+        match disk.read_json(workdir / FINAL):
+            case {"step": found, "splits": dict(splits)} if found == step:
+                return splits
+    return {}
 
 
 def write_final(workdir: Path, step: int, splits: Mapping[str, Mapping[str, float]]) -> None:
-    write_whole(workdir / FINAL, json.dumps({"step": step, "splits": splits}))
+    disk.write_whole(workdir / FINAL, json.dumps({"step": step, "splits": splits}))
 
 
 def write_results(workdir: Path, text: str) -> None:
-    write_whole(workdir / RESULTS, text)
+    disk.write_whole(workdir / RESULTS, text)
     (workdir / FINAL).unlink(missing_ok=True)
 
 
@@ -118,10 +132,3 @@ def keep_results(workdir: Path, steps: int) -> None:
     """Results of a run that now gets more steps than these stay beside it: results-60.json."""
     if (workdir / RESULTS).exists():
         os.replace(workdir / RESULTS, workdir / f"results-{steps}.json")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """All of it or nothing, whenever the process dies, and whoever else writes it."""
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)

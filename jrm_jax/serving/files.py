@@ -158,9 +158,7 @@ def _begin(out: Path, state: Path, facts: dict[str, Any]) -> tuple[int, int]:
     """(complete lines of the output, those with an error); from a damaged line on it is cut off."""
     if not out.exists():
         out.parent.mkdir(parents=True, exist_ok=True)
-        whole = state.with_name(state.name + ".part")
-        whole.write_text(json.dumps(facts), encoding="utf-8")
-        whole.replace(state)
+        disk.write_whole(state, json.dumps(facts))
         return 0, 0
     if not state.exists():
         raise UserError(f"{out} exists and is complete: give another --output, or remove it")

@@ -29,7 +29,7 @@ from jrm_jax.model.config import BackboneConfig, load_config
 from jrm_jax.reward_head import HeadStart
 from jrm_jax.run import backbones, buckets
 from jrm_jax.run.workdir import CHECKPOINTS, CONFIG, read_config, read_results
-from jrm_jax.shell import terminal
+from jrm_jax.shell import disk, terminal
 
 STAMP = "jrm.json"  # in an exported folder: the protocol stamp, reward statistics, origin
 
@@ -122,7 +122,7 @@ def identify(path: str | Path, step: int | str = "best") -> Identity:
                          jax.device_get(leaves[name]).tobytes())
         )  # fmt: skip
     elif (path / STAMP).is_file():
-        card = json.loads((path / STAMP).read_text())
+        card = disk.read_json(path / STAMP)
         found, known, parts = card["step"], [_scoring(card["stamp"]), backbones.digest(path)], ()
     else:
         raise UserError(_what_it_is(path))
@@ -258,7 +258,7 @@ def _why_no_score(
 
 
 def _load_export(folder: Path, laid_out: LayOut) -> Trained:
-    card = json.loads((folder / STAMP).read_text())
+    card = disk.read_json(folder / STAMP)
     architecture = weights.as_stored(folder, load_config(folder))
     stamp = card["stamp"]
     encoder = make_encoder(

@@ -1,4 +1,4 @@
-"""What a disk says when it refuses, in words that say what to do."""
+"""What a disk says when it refuses, or a memory that is full, in words that say what to do."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ import json
 import os
 import shutil
 import uuid
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from jrm_jax.errors import UserError, one_line
 
 _FREE = "free some space"
 _RIGHTS = "give this user the right to read and write there, or another folder"
 _ANSWER = "see whether the disk or the network file system still answers"
+_MEMORY = "docs/troubleshooting.md says under Memory what needs less, and what is saved stays"
 _FILE = "give another folder, a part of this path is a file"
 ADVICE = {
     errno.ENOSPC: _FREE,
@@ -40,6 +42,8 @@ ADVICE |= {
     errno.EISDIR: "give the name of a file, this is a folder",
 }
 _PHRASES = {os.strerror(number): number for number in ADVICE} | {"disk is full": errno.ENOSPC}
+# What XLA and tensorstore say
+_PASSING = ("UNAVAILABLE", "DEADLINE_EXCEEDED")
 # How file systems answer that cannot rename a folder with something in it; gcsfuse: EMFILE, ENOSYS
 _NO_RENAME = (errno.ENOSYS, errno.EMFILE, errno.ENOTSUP, errno.EPERM, errno.EXDEV, errno.EINVAL)
 
@@ -49,10 +53,18 @@ def is_fault(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in FAULTS
 
 
-def expected_words(error: UserError | OSError) -> str | None:
-    """One line for bad input, or of a disk that refuses; None of a fault of the program."""
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the host has not the memory that was asked for."""
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+
+
+def expected_words(error: BaseException) -> str | None:
+    """One line for bad input, of a disk that refuses or a lack of memory; None of a fault of the
+    program."""
     if isinstance(error, UserError):
         return " ".join(str(error).split())
+    if is_out_of_memory(error):
+        return f"out of memory ({one_line(error)}): {_MEMORY}"
     return explain(error, Path(error.filename or ".")) if is_fault(error) else None
 
 
@@ -69,12 +81,44 @@ def error_number(error: BaseException | None) -> int | None:
     return next(found, None)
 
 
+def is_passing(error: BaseException) -> bool:
+    """Whether the disk, the network or a lack of memory is at fault, and not what was read."""
+    return (
+        error_number(error) in FAULTS
+        or is_out_of_memory(error)
+        or any(words in str(error) for words in _PASSING)
+    )
+
+
 def explain(error: BaseException, path: Path) -> str:
-    """'No space left on device: free some space', of an error while writing to `path`."""
+    """'No space left on device: free some space', of an error at `path`."""
     if _is_rename(error):
         return _explain_rename(error, path)
     advice = ADVICE.get(error_number(error))
     return f"{one_line(error)}{f': {advice}' if advice else ''}"
+
+
+def write_whole(path: Path, content: str | Callable[[BinaryIO], Any]) -> None:
+    """All of a file or nothing, whenever the process or the machine dies, and whoever else writes
+    it: a text, or what a function writes.
+
+    Raises:
+        OSError: it could not be written; nothing is left behind.
+    """
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            if isinstance(content, str):
+                file.write(content.encode())
+            else:
+                content(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
 
 
 def read_json(path: str | Path, advice: str = "") -> Any:

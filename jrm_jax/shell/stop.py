@@ -134,13 +134,13 @@ class StopRequest:
 
 @contextlib.contextmanager
 def ending(words: str = "stopped") -> Iterator[None]:
-    """How every command ends but training: bad input and a disk that refuses are one line and
-    status 1; Ctrl-C is one line and status 130, SIGTERM the same with 143. `words`: the line of the
-    latter two."""
+    """How every command ends but training: bad input, a disk that refuses and a lack of memory are
+    one line and status 1; Ctrl-C is one line and status 130, SIGTERM the same with 143. `words`:
+    the line of the latter two."""
     try:
         with StopRequest("stopping", grace=GRACE) as stop, stop.breaking():
             yield
-    except (UserError, OSError) as error:
+    except (UserError, OSError, RuntimeError, MemoryError) as error:
         if (told := disk.expected_words(error)) is None:
             raise
         sys.exit(f"error: {told}")

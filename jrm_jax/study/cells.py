@@ -17,6 +17,7 @@ from jrm_jax.data.world.life import LIKE_PACKAGED
 from jrm_jax.data.world.prepare import VERSION as WORLD_VERSION
 from jrm_jax.errors import UserError
 from jrm_jax.run.backbones import find_folder
+from jrm_jax.shell import disk
 
 BASE = "configs/joint.py"
 VERSION = 1  # raise it when `measure.py` measures something else
@@ -265,7 +266,7 @@ def load_cells(config: ConfigDict, every: Sequence[Cell] | None = None) -> dict[
 def _read(config: ConfigDict, cell: Cell) -> dict | None:
     """None: there is none, or it is of another config."""
     path = path_of(config, cell)
-    result = json.loads(path.read_text()) if path.is_file() else {}
+    result = disk.read_json(path) if path.is_file() else {}
     return result if result and result["fingerprint"] == fingerprint(config, cell) else None
 
 
@@ -274,9 +275,7 @@ def save_cell(config: ConfigDict, cell: Cell, result: Mapping[str, Any]) -> None
     path = path_of(config, cell)
     path.parent.mkdir(parents=True, exist_ok=True)
     fields = (f'"{key}": {json.dumps(v, separators=(",", ":"))}' for key, v in result.items())
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("{\n" + ",\n".join(fields) + "\n}\n")
-    temporary.replace(path)
+    disk.write_whole(path, "{\n" + ",\n".join(fields) + "\n}\n")
 
 
 def unneeded(cell: Cell, found: Mapping[Cell, Mapping[str, Any]]) -> str:

@@ -27,6 +27,7 @@ from ml_collections import ConfigDict
 
 from jrm_jax import build_data
 from jrm_jax.errors import UserError
+from jrm_jax.shell import disk
 from jrm_jax.shell.terminal import duration
 from jrm_jax.shell.user_cache import may_use_an_accelerator
 from jrm_jax.study import cells, design
@@ -222,7 +223,7 @@ def make_cell(config: ConfigDict, cell: Cell, keep: bool = False, place: Place =
     command = ["jrm_jax.study.measure", f"--workdir={workdir}", f"--out={out}"]
     command += [f"--settings={json.dumps(cell.measures(config))}"]
     _call(command + ["--judge"] * cell.what.judge, cell, place)
-    measured = json.loads(out.read_text())
+    measured = disk.read_json(out)
     result = {
         "cell": cell.name,
         **cell._asdict(),
