@@ -11,8 +11,8 @@ d head width, p prefix keys, J rows that share a prefix (B = J * prefixes).
 Implementations: 'xla' (any shape and dtype; the reference), 'splash' (TPU, `splash.py`; interpreted
 elsewhere), 'cudnn' (NVIDIA, bfloat16 or float16, `cudnn.py`), 'auto' (by platform). The last three
 never build an array of all queries by all keys, and no implementation copies a prefix for its rows.
-Where splash or cuDNN cannot run a call, XLA does, and `fallback_reason` says why; an explicit
-request also warns.
+Where splash or cuDNN cannot run a call, XLA does, and a warning says why if it is of use. One query,
+a step of generation, is always XLA's.
 """
 
 from __future__ import annotations
@@ -92,6 +92,8 @@ def attention(
     chosen = implementation
     if implementation == "auto":
         chosen = PLATFORM_CHOICE.get(platform, "xla")
+    if q_BsHd.shape[1] == 1:
+        chosen = "xla"
     if chosen != "xla":
         before = 0 if prefix is None else prefix.k.shape[1]
         shapes = (q_BsHd.shape, k_BtGd.shape[1], before)
@@ -99,8 +101,10 @@ def attention(
         reason = fallback_reason(chosen, *shapes, q_BsHd.dtype, platform)
         if barrier_B is not None:
             reason = "only 'xla' has barriers"
-        elif prefix is not None and not (plain and (padded_behind or chosen == "splash")):
-            reason = "a prefix must be seen by all queries, and be padded at its end only"
+        elif reason is None and prefix is not None and not plain:
+            reason = f"behind {before} shared keys causal_offset must be {before}: {causal_offset}"
+        elif reason is None and prefix is not None and chosen == "cudnn" and not padded_behind:
+            reason = "shared keys and own ones must be padded at their end only"
         if reason is not None:
             half = q_BsHd.dtype != jnp.float32  # float32 has no other way on a GPU: no warning
             if implementation != "auto" or platform == "tpu" or half:
