@@ -61,13 +61,15 @@ def base() -> ConfigDict:
     config.accumulation = 1  # microbatches per step
     config.total_steps = 600
     config.eval_interval = 150  # steps between evaluations on `valid`
-    config.save_interval = 150  # steps between checkpoints
+    # Steps between checkpoints. One is also saved where `valid` is better than in those before; 0:
+    # only the end is saved, and what keep_interval asks for
+    config.save_interval = 150
     config.keep_interval = 0  # checkpoints at multiples of so many steps are all kept; 0: none
     config.log_interval = 10
     config.best_metric = "auto"  # of `valid`; auto: pair_accuracy, or -language without ranking
     config.trainable = (".*",)  # patterns of the parameters that learn; the others are frozen
     # What the backward pass computes again: none, dots (all but products), narrow (and the wide
-    # products of MLPs), full; auto: the least that fits. A CPU has room for none
+    # products of MLPs), full; auto: the least that fits. This small model fits with none
     config.remat = "none"
     config.profile = ()  # steps to trace into WORKDIR/profile
     config.heartbeat_seconds = 60.0  # every process says where it is; 0: never
@@ -83,7 +85,8 @@ def base() -> ConfigDict:
     config.backbone.random = False  # True: random weights of that architecture
     config.backbone.compute_dtype = "float32"
     config.backbone.attention = "auto"  # auto, xla, splash or cudnn
-    config.backbone.scan_unroll = 0  # layers per turn of a loop; 0: all on a CPU if few, else 1
+    # layers per turn of a loop; 0: all on a CPU if they are fewer than 8, else 1
+    config.backbone.scan_unroll = 0
     config.backbone.positions = "mrope"  # or 1d, as released EditReward weights were trained
 
     config.data = ConfigDict()
@@ -203,7 +206,7 @@ def real_backbone(config: ConfigDict, variant: str) -> ConfigDict:
     config.data.round_to = 128
     config.data.workers = 8
     config.loss.preference_weight = 1.0
-    config.loss.language_weight = 0.5 if config.loss.language_weight else 0.0
+    config.loss.language_weight = 0.5
     config.loss.chunk = 512
     config.loss.first_weight = 1.0
     return config

@@ -34,6 +34,7 @@ Guesses:
 """
 
 from configs.common import base, parse_arg, real_backbone
+from jrm_jax.errors import UserError
 
 EPOCHS = 10
 VARIANTS = ("qwen3_vl_8b", "qwen3_vl_4b", "tiny")
@@ -41,6 +42,8 @@ VARIANTS = ("qwen3_vl_8b", "qwen3_vl_4b", "tiny")
 
 def get_config(arg: str | None = None):
     parsed = parse_arg(arg, VARIANTS, groups=200_000)
+    if parsed["groups"] < 1:
+        raise UserError(f"config option groups={parsed['groups']} must be 1 or more")
     config, variant = base(), parsed["variant"] or VARIANTS[0]
     if variant == "tiny":
         config.variant = variant

@@ -32,13 +32,18 @@ _SLICES = flags.DEFINE_integer("num_slices", 1, "Slices of that shape.")
 _FIND = flags.DEFINE_bool("find", False, "Search the largest batch and cheapest remat that fit.")
 _OUT = flags.DEFINE_string("out", None, "JSON file for the numbers.")
 _STEPS = flags.DEFINE_list("steps", ["train", "score"], "Which steps to compile.")
+_MOST = 1_000_000  # of each of these sizes
 _VISUAL = flags.DEFINE_integer(
-    "visual_tokens", 0, "Of a picture; default: config.data.max_visual_tokens."
+    "visual_tokens", 0, "Of a picture; default: config.data.max_visual_tokens.", 0, _MOST
 )
-_TEXT = flags.DEFINE_integer("text_tokens", 256, "Of rubric and instruction.")
-_CRITIQUE = flags.DEFINE_integer("critique_tokens", 640, "Of a critique, without score line caps.")
-_CANDIDATES = flags.DEFINE_integer("candidates", 2, "Of a group.")
-_IMAGES = flags.DEFINE_integer("images", -1, "Of a group; default: a source and the candidates.")
+_TEXT = flags.DEFINE_integer("text_tokens", 256, "Of rubric and instruction.", 1, _MOST)
+_CRITIQUE = flags.DEFINE_integer(
+    "critique_tokens", 640, "Of a critique, where the losses read critiques.", 1, _MOST
+)
+_CANDIDATES = flags.DEFINE_integer("candidates", 2, "Of a group.", 2, _MOST)
+_IMAGES = flags.DEFINE_integer(
+    "images", -1, "Of a group; default: a source and the candidates.", -1, _MOST
+)
 
 
 def _main() -> int:
@@ -127,7 +132,7 @@ def main() -> None:
     except cli.REPORTED as error:
         if not cli.is_expected(error) and flags.FLAGS.is_parsed():
             raise
-        sys.exit(f"error: {cli.one_line(error)}")
+        sys.exit(f"error: {cli.in_one_line(error)}")
     sys.exit(status)
 
 

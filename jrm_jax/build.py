@@ -101,8 +101,9 @@ def describe_more_steps(config: ConfigDict, before: int, step: int) -> str:
     return words
 
 
-def make_optimizer(config: ConfigDict, trainable: dict):
-    """(optax transformation, schedule: step -> learning rate)."""
+def make_optimizer(config: ConfigDict, trainable: dict, frozen: dict | None = None):
+    """(optax transformation, schedule: step -> learning rate). `frozen`: what does not learn, which
+    the config's patterns may name too."""
     settings = config.optimizer
     schedule = make_schedule(config, config.total_steps)
     optimizer = optim.make_optimizer(
@@ -116,6 +117,7 @@ def make_optimizer(config: ConfigDict, trainable: dict):
         decay_patterns=tuple(settings.decay_patterns),
         clip_norm=settings.clip_norm,
         groups=tuple(settings.groups),
+        others=tuple(optim.flatten(frozen or {})),
     )
     return optimizer, schedule
 
@@ -141,16 +143,14 @@ def lora_scale(config: ConfigDict) -> float | None:
     return config.lora.alpha / config.lora.rank if config.lora.rank else None
 
 
-def abstract_params(
-    config: ConfigDict, backbone: BackboneConfig, dimensions: int, facts: int = 0
-) -> dict[str, Any]:
+def abstract_params(config: ConfigDict, backbone: BackboneConfig) -> dict[str, Any]:
     """Shapes of all parameters of a run: the backbone, adapters, the reward head and its token, and
     the heads of training alone that its losses have."""
     width, words = backbone.text.hidden, bool(config.loss.words_weight)
     whole = {
-        **jax.eval_shape(lambda: heads.init_training_heads(width, facts, words)),
+        **jax.eval_shape(lambda: heads.init_training_heads(width, facts_of(config), words)),
         **weights.abstract_params(backbone),
-        "reward_head": abstract_reward_head(config, width, dimensions),
+        "reward_head": abstract_reward_head(config, width, len(config.data.dimensions)),
         "reward_embedding": jax.ShapeDtypeStruct((width,), jnp.float32),
     }
     if lora_scale(config) is None:
@@ -184,14 +184,14 @@ def init_state(
 ) -> tuple[TrainState, Any]:
     """(state, optimizer's schedule and transformation): weights from the folder, or random.
 
-    Every leaf is read or made straight into its sharding; frozen leaves are bfloat16 where the
-    compute dtype is.
+    Every leaf is read or made straight into its sharding. Frozen leaves of a folder have the
+    compute dtype (`frozen_dtype`); those of `config.backbone.random` are float32.
     """
     folder = backbone_folder(config, weights=not config.backbone.random)
     frozen = frozen_dtype(config)
     width, dimensions = backbone.text.hidden, len(encoder.dimensions)
     key = jax.random.key(config.seed)
-    whole = abstract_params(config, backbone, dimensions, encoder.facts)
+    whole = abstract_params(config, backbone)
     patterns = trainable_patterns(config)
     trainable_paths = set(optim.flatten(optim.split_params(whole, patterns)[0]))
     shardings = sharding.param_shardings(whole, mesh)
@@ -231,7 +231,7 @@ def init_state(
         params |= jax.jit(make, out_shardings=training)()
     params = _with_adapters(config, params, shardings, jax.random.fold_in(key, 3))
     trainable, frozen = optim.split_params(params, patterns)
-    optimizer, schedule = make_optimizer(config, trainable)
+    optimizer, schedule = make_optimizer(config, trainable, frozen)
     opt_abstract = jax.eval_shape(optimizer.init, trainable)
     opt_state = jax.jit(
         optimizer.init, out_shardings=sharding.optimizer_shardings(opt_abstract, trainable, mesh)
@@ -292,13 +292,13 @@ def abstract_state(
     config: ConfigDict, backbone: BackboneConfig, mesh: jax.sharding.Mesh
 ) -> tuple[TrainState, Any]:
     """What `init_state` returns, as shapes with shardings: nothing is read or allocated."""
-    whole = abstract_params(config, backbone, len(config.data.dimensions), facts_of(config))
+    whole = abstract_params(config, backbone)
     trainable, frozen = optim.split_params(whole, trainable_patterns(config))
     dtype = frozen_dtype(config)
     frozen = optim.unflatten(
         {p: jax.ShapeDtypeStruct(x.shape, dtype(p)) for p, x in optim.flatten(frozen).items()}
     )
-    optimizer, schedule = make_optimizer(config, trainable)
+    optimizer, schedule = make_optimizer(config, trainable, frozen)
     opt_state = jax.eval_shape(optimizer.init, trainable)
     state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), trainable, frozen, opt_state)
     return sharding.placed(state, sharding.state_shardings(state, mesh)), (optimizer, schedule)

@@ -58,12 +58,16 @@ def run_name(config: ConfigDict) -> str:
     """'joint-qwen3_vl_8b-edits', see `workdir.default_name`.
 
     Raises:
-        UserError: the config file is not there, which shows when it is first read.
+        UserError: the config file is not there, which shows when it is first read; or a field is
+            missing or not allowed, before anything uses it.
     """
+    from jrm_jax.run.check_config import check_config  # it loads JAX
+
     try:
+        check_config(config)
         return default_name(config)
     except OSError as error:
-        raise UserError(f"--config: {one_line(error)}") from error
+        raise UserError(f"--config: {in_one_line(error)}") from error
 
 
 def is_expected(error: BaseException) -> bool:
@@ -71,8 +75,9 @@ def is_expected(error: BaseException) -> bool:
     return isinstance(error, flags.Error) or disk.expected_words(error) is not None
 
 
-def one_line(error: BaseException) -> str:
-    """The end of what the flag libraries say: they print reprs, tracebacks and lists of tries."""
+def in_one_line(error: BaseException) -> str:
+    """What a command says of the error that ended it (`errors.one_line` is for parts of a message):
+    of the flag libraries, which print reprs, tracebacks and lists of tries, the end."""
     text = str(error)
     if not isinstance(error, UserError) and (told := disk.expected_words(error)) is not None:
         text = told

@@ -54,7 +54,7 @@ def main() -> None:
         from jrm_jax import distributed
         from jrm_jax.data.workers import WorkerDied
 
-        distributed.fail(f"error: {cli.one_line(error)}", isinstance(error, WorkerDied))
+        distributed.fail(f"error: {cli.in_one_line(error)}", isinstance(error, WorkerDied))
     sys.exit(status)
 
 

@@ -140,6 +140,7 @@ def make_optimizer(
     decay_patterns: Sequence[str] = ("kernel$",),
     clip_norm: float = 1.0,
     groups: Sequence[tuple[str, float]] = (),
+    others: Sequence[str] = (),
 ) -> optax.GradientTransformation:
     """Clip by global norm, Adam or Muon with float32 moments, decay, per-group rate, schedule.
 
@@ -147,11 +148,16 @@ def make_optimizer(
     Nesterov's Adam for the rest; its updates have the size of Adam's, so a learning rate means the
     same for both (Liu et al., arXiv 2502.16982).
     `groups`: (pattern, multiplier of the learning rate); the first match counts, others are 1.
+    `others`: paths of what does not learn; a pattern may be found in these alone.
+
+    Raises:
+        UserError: a pattern is found in no parameter at all.
     """
     paths = list(flatten(trainable))
-    check_patterns([pattern for pattern, _ in groups], paths, "config.optimizer.groups")
+    known = [*paths, *others]
+    check_patterns([pattern for pattern, _ in groups], known, "config.optimizer.groups")
     if weight_decay:
-        check_patterns(decay_patterns, paths, "config.optimizer.decay_patterns")
+        check_patterns(decay_patterns, known, "config.optimizer.decay_patterns")
 
     def table(value: Callable[[str], object]) -> dict:
         return unflatten({path: value(path) for path in paths})

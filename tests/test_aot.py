@@ -21,13 +21,14 @@ from aot_case import one_device, small_case, traced
 
 from configs import joint
 from configs.common import TINY
-from jrm_jax import build, sharding
+from jrm_jax import build, optim, sharding
 from jrm_jax.errors import UserError
 from jrm_jax.model import cudnn, weights
 from jrm_jax.model.published import PARAMETERS, PUBLISHED, check_variant
 from jrm_jax.planning import compiling, fitting
 from jrm_jax.planning.chips import CHIPS, Topology, parse_topology
 from jrm_jax.run import fit
+from jrm_jax.run.check_config import check_config
 
 ROOT = Path(__file__).resolve().parents[1]
 MIB = 2**20
@@ -248,6 +249,48 @@ def test_out_of_memory_says_by_how_much_and_what_to_change(monkeypatch):
         assert hint in words
 
 
+@pytest.mark.parametrize("changes", [
+    {"batch_size": 24}, {"batch_size": 24, "accumulation": 3}, {"batch_size": 40},
+    {"batch_size": 8}, {"batch_size": 16, "accumulation": 2}, {"batch_size": 48, "remat": "full"},
+    {"batch_size": 8, "mesh.data": 8, "mesh.fsdp": 1}, {"batch_size": 4, "mesh.tensor": 2},
+    {"batch_size": 32, "lora.rank": 16},
+])  # fmt: skip
+@pytest.mark.parametrize("variant", ["qwen3_vl_8b", "qwen2_5_vl_3b"])  # 8 and 2 key-value heads
+def test_advice_is_never_what_a_run_refuses(variant, changes):
+    def config_with(fields):
+        config = joint.get_config(variant)
+        config.update_from_flattened_dict(changes | fields)
+        return config
+
+    backbone, devices = PUBLISHED[variant], tuple(jax.devices())
+    case = fitting.Case(
+        config_with({}), backbone, Topology("v5e:2x4", CHIPS["v5e"], (2, 4)), devices,
+        512, 256, 640, 2, 3,
+    )  # fmt: skip
+    for which in ("train", "score"):
+        words = fitting.advice(case, which, fit.OutOfMemory(None, None)).split(". Try ")[1]
+        for hint in words.split(", or "):
+            pairs = re.findall(r"--config\.([\w.]+)=(\w+)", hint)
+            fields = {name: int(value) if value.isdigit() else value for name, value in pairs}
+            check_config(config_with(fields))
+            build.make_mesh(config_with(fields), backbone, devices)
+        if changes == {"batch_size": 24}:
+            assert "batch_size=8" in words and ("accumulation=3" in words) == (which == "train")
+        assert ("lora" in words) == (which == "train" and "lora.rank" not in changes)
+
+
+def test_the_shapes_of_a_plan_are_those_of_its_losses():
+    """Every head and every array that a loss reads is there."""
+    config, backbone, bucket = small_case()
+    config.loss.update({"facts_weight": 1.0, "words_weight": 1.0, "teacher_weight": 1.0})
+    config.data.dimensions = ("following", "preservation")
+    forward, state, _ = compiling.train_parts(config, backbone, one_device())
+    batch = compiling.abstract_batch(config, backbone, bucket, one_device())
+    outputs = jax.eval_shape(forward, optim.merge_params(state.trainable, state.frozen), batch)
+    assert outputs.reward_BKR.shape == (1, 2, 2)
+    assert {"facts", "words", "teacher"} <= set(outputs.terms)
+
+
 def test_find_takes_the_largest_batch_then_the_least_remat(monkeypatch):
     """A step that needs 1 GiB a group, and twice that with 'dots', of 5."""
     config = joint.get_config("qwen3_vl_8b")
@@ -290,6 +333,14 @@ def run(*arguments: str, timeout: int = 240) -> subprocess.CompletedProcess:
     return subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout
     )
+
+
+@pytest.mark.parametrize("flag", ["--candidates=1", "--visual_tokens=-4"])
+def test_sizes_that_are_none_are_refused_before_anything_is_compiled(flag):
+    done = run("--config=configs/joint.py:qwen3_vl_2b", "--topology=v5e:2x4", flag)
+    (line,) = done.stderr.strip().splitlines()
+    assert done.returncode == 1 and f"flag {flag}: " in line
+    assert "not an integer in the range" in line
 
 
 def test_the_command_without_libtpu_says_what_to_install():

@@ -1,11 +1,13 @@
 """The config's own check: every field, contradictions, and what counts for nothing."""
 
 import math
+import re
 
 import pytest
 
 from configs import discriminative, generative, joint
 from configs.common import REAL, base
+from jrm_jax import cli
 from jrm_jax.errors import UserError
 from jrm_jax.run.check_config import NAMES, RULES, check_config
 from jrm_jax.shell.config_cli import fields_of
@@ -99,6 +101,13 @@ def test_what_a_field_may_not_be_is_refused_with_what_it_may(name):
         ("optimizer.schedule", "cosin"), ("optimizer.name", "adamw"), ("remat", "all"),
         ("backbone.attention", "flash"), ("backbone.compute_dtype", "float16"),
         ("backbone.positions", "2d"), ("data.world.kind", "pictures"),
+        ("seed", 2**32), ("seed", 2**64), ("data.world.seed", 2**32), ("total_steps", 2**31),
+        ("batch_size", 10**12), ("watchdog_seconds", 1e12), ("heartbeat_seconds", 1e10),
+        ("loss.margin", 1e39),
+        ("data.workers", 10**6), ("optimizer.learning_rate", 1e300),
+        ("data.mixture", (("a", 0.0), ("b", 0))), ("data.mixture", (("a", 10**400),)),
+        ("optimizer.groups", (("head", 1e39),)), ("loss.teacher_mix", (("a", 1e39),)),
+        ("name", ""), ("name", 3), ("variant", None),
     ],
 )  # fmt: skip
 def test_values_out_of_range(name, value):
@@ -114,6 +123,8 @@ def test_values_out_of_range(name, value):
         ("optimizer.groups", (("reward_head", 0.0),)), ("profile", (0, 5)), ("data.rubric", ""),
         ("loss.first_weight", 0.0), ("optimizer.b1", 0.0), ("data.world.valid", 0),
         ("best_metric", "-language"), ("data.mixture", (("a", 1), ("b", 0.5))),
+        ("seed", 2**32 - 1), ("watchdog_seconds", 1e8), ("data.mixture", (("a", 1), ("b", 0))),
+        ("data.mixture", ()), ("total_steps", 2**31 - 1), ("variant", ""),
     ],
 )  # fmt: skip
 def test_values_at_the_edge_are_allowed(name, value):
@@ -140,7 +151,28 @@ def test_unknown_and_missing_fields_of_a_users_file():
     config = joint.get_config()
     del config.loss.margin
     assert refusal({}, config) == "config.loss.margin is missing"
-    assert NAMES == ("name", "variant")
+    config = joint.get_config()
+    del config.variant
+    assert refusal({}, config) == "config.variant is missing"
+    assert tuple(NAMES) == ("name", "variant")
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"data.mixture": ("a", "b")}, "config.data.mixture is ('a', 'b'): allowed is"),
+        ({"data.path": None}, "config.data.path is None: allowed is a text"),
+        ({"name": None}, "config.name is None: allowed is"),
+    ],
+)
+def test_a_config_is_checked_before_its_runs_name_is_made_of_it(fields, words):
+    assert cli.run_name(changed({"data.path": "/sets/edits"})) == "joint-edits"
+    with pytest.raises(UserError, match=re.escape(words)):
+        cli.run_name(changed(fields))
+    config = joint.get_config()
+    del config.name, config.variant
+    with pytest.raises(UserError, match="config.name is missing; config.variant is missing"):
+        cli.run_name(config)
 
 
 @pytest.mark.parametrize(
@@ -155,6 +187,7 @@ def test_unknown_and_missing_fields_of_a_users_file():
          "config.loss.words_weight is 1.0 and"),
         ({"best_metric": "-words"}, "not measured while config.loss.words_weight is 0"),
         ({"batch_size": 6, "accumulation": 4}, "it must divide config.batch_size, 6"),
+        ({"loss.facts_weight": 1.0}, "'edits', whose critiques are words alone: give"),
     ],
 )  # fmt: skip
 def test_contradictions_are_refused(fields, words):
@@ -173,12 +206,31 @@ def test_contradictions_are_refused(fields, words):
          "config.loss.language_end counts for nothing: loss.language_weight is 0"),
         ({"optimizer.schedule": "constant", "optimizer.final_scale": 0.5},
          "config.optimizer.final_scale counts for nothing: optimizer.schedule is constant"),
+        ({"loss.language_weight": 0.0, "loss.chunk": 64, "loss.through_reward": True},
+         "config.loss.chunk, config.loss.through_reward count for nothing: loss.language_weight"),
+        ({"loss.language_weight": 0.0, "loss.words_weight": 1.0, "loss.chunk": 64},
+         "config.loss.chunk counts for nothing: loss.language_weight is 0"),
+        ({"loss.language_weight": 0.0, "loss.score_line": False, "loss.first_weight": 2.0,
+          "data.max_critique": 9}, "config.loss.score_line, config.loss.first_weight, "
+         "config.data.max_critique count for nothing: loss.language_weight and loss.words_weight"),
+        ({"save_interval": 0}, "the last step counts as the best"),
         ({"total_steps": 20}, "the learning rate stays below its peak"),
     ],
 )  # fmt: skip
 def test_what_counts_for_nothing_is_said(fields, words):
     (said,) = check_config(changed(fields))
     assert words in said
+
+
+@pytest.mark.parametrize("fields", [
+    {"loss.language_weight": 0.0, "loss.words_weight": 1.0, "loss.score_line": False,
+     "loss.first_weight": 2.0},
+    {"loss.facts_weight": 1.0, "data.world.kind": "facts"},
+    {"loss.facts_weight": 1.0, "data.path": "a prepared world of that kind"},
+    {"save_interval": 0, "eval_interval": 0},
+])  # fmt: skip
+def test_what_counts_is_not_said_to_count_for_nothing(fields):
+    assert check_config(changed(fields)) == []
 
 
 def test_an_interval_of_zero_is_never():

@@ -138,7 +138,7 @@ def test_the_facts_head_learns_and_is_absent_when_off(small_backbone):
     config = joint.get_config()
     config.backbone.path = str(small_backbone)
     architecture = load_config(config.backbone.path)
-    assert "facts_head" not in build.abstract_params(config, architecture, 1)
+    assert "facts_head" not in build.abstract_params(config, architecture)
     config.loss.update({"facts_weight": 1.0, "language_weight": 0.0})
     encoder = build_data.make_run_encoder(config, architecture)
     mesh = sharding.make_mesh(1, 1, 1, jax.devices()[:1])

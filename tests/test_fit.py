@@ -309,8 +309,8 @@ def test_the_evaluation_must_fit_too_beside_the_moments(search, rough):
 
 
 def test_microbatches_divide_the_rows_of_a_device():
-    assert fit._more_parts(8, 1) == [2, 4, 8] and fit._more_parts(12, 2) == [4, 12]
-    assert fit._more_parts(1, 1) == [] and fit._more_parts(6, 4) == [6]
+    assert fit.more_parts(8, 1) == [2, 4, 8] and fit.more_parts(12, 2) == [4, 12]
+    assert fit.more_parts(1, 1) == [] and fit.more_parts(6, 4) == [6]
 
 
 def test_a_program_that_plans_with_too_much_is_refused():

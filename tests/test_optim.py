@@ -6,7 +6,10 @@ import numpy as np
 import optax
 import pytest
 
+from configs import generative
+from jrm_jax import build, sharding
 from jrm_jax.errors import UserError
+from jrm_jax.model.published import PUBLISHED
 from jrm_jax.optim import (
     flatten,
     make_optimizer,
@@ -44,6 +47,34 @@ def test_patterns_without_a_match_are_all_named():
         make_optimizer(PARAMS, lambda step: 1.0, groups=(("nothing", 2.0),))
     with pytest.raises(UserError, match="no regular expression"):
         split_params(PARAMS, ("(",))
+
+
+def test_a_pattern_of_what_is_frozen_is_no_error():
+    """The defaults of a config must not refuse what its user has chosen to freeze."""
+    trainable, frozen = split_params(PARAMS, ("backbone/decoder",))
+    settings = {"weight_decay": 0.1, "groups": (("reward_head", 10.0),)}
+    for others in ((), tuple(flatten(frozen))):
+        if not others:
+            with pytest.raises(UserError, match="groups: no parameter matches 'reward_head'"):
+                make_optimizer(trainable, lambda step: 1.0, **settings)
+            continue
+        optimizer = make_optimizer(trainable, lambda step: 1.0, **settings, others=others)
+        updates, _ = optimizer.update(trainable, optimizer.init(trainable), trainable)
+        assert set(flatten(updates)) == {"backbone/decoder/norm/scale"}
+        settings["decay_patterns"] = ("kernle$",)
+        with pytest.raises(UserError, match="decay_patterns: no parameter matches 'kernle"):
+            make_optimizer(trainable, lambda step: 1.0, **settings, others=others)
+
+
+def test_a_real_config_may_train_the_decoder_alone():
+    config = generative.get_config("qwen3_vl_2b")
+    config.trainable, config.optimizer.weight_decay = ("norm/scale$",), 0.1
+    backbone, mesh = PUBLISHED["qwen3_vl_2b"], sharding.make_mesh(1, 1, 1, jax.devices()[:1])
+    state, _ = build.abstract_state(config, backbone, mesh)
+    assert all(path.endswith("norm/scale") for path in flatten(state.trainable))
+    config.optimizer.groups = (("reward_haed", 10.0),)
+    with pytest.raises(UserError, match="'reward_haed'.*near: reward_head/kernel"):
+        build.abstract_state(config, backbone, mesh)
 
 
 def one_step(**settings):

@@ -139,6 +139,13 @@ def test_the_published_numbers(variant):
     check_config(config)
 
 
+@pytest.mark.parametrize("groups", [0, -5])
+@pytest.mark.parametrize("variant", ["qwen3_vl_8b", "tiny"])
+def test_no_groups_are_refused_by_the_option_that_says_so(variant, groups):
+    with pytest.raises(UserError, match=f"config option groups={groups} must be 1 or more"):
+        paper.get_config(f"{variant},groups={groups}")
+
+
 @pytest.mark.parametrize("groups", [1, 7, 64, 1000])
 def test_few_groups_are_trained_and_measured_too(groups):
     config = paper.get_config(f"qwen3_vl_8b,groups={groups}")

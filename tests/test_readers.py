@@ -204,7 +204,7 @@ def test_what_a_disk_says_is_told_with_what_to_do(error, words, tmp_path):
     others = {"free some space", "can be written", "the right", "still answers", "ulimit"}
     assert sum(other in found for other in others) == 1
     if isinstance(error, OSError) and error.errno:
-        assert cli.is_expected(error) and words in cli.one_line(error)
+        assert cli.is_expected(error) and words in cli.in_one_line(error)
 
 
 def test_an_error_that_is_no_disk_is_told_as_it_is(tmp_path):

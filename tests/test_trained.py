@@ -161,7 +161,7 @@ def test_a_frozen_leaf_is_read_where_the_folder_has_it(folder, columns):
     config.backbone.path, config.data.dimensions = str(folder), ("quality", "overall")
     config.loss.gaussian = "log_of_mean"
     backbone = load_config(folder)
-    shapes = build.abstract_params(config, backbone, 2)
+    shapes = build.abstract_params(config, backbone)
     laid = {path: leaf for path, leaf in flatten(trained._here(shapes)).items()}
     paths = frozenset({"reward_head/kernel", "reward_head/deviation/kernel"})
     found = trained._load_frozen(

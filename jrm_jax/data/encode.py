@@ -169,7 +169,7 @@ class Encoder:
         return self.encode_group(example.prompt, example.candidates)._replace(
             preference=labels.preference,
             weight=labels.weight,
-            facts=self._facts(example.candidates) if self.facts else None,
+            facts=self.candidate_facts(example.candidates),
             teacher=None if self.teacher is None else self._teacher(example.candidates),
         )
 
@@ -177,7 +177,14 @@ class Encoder:
         said = [c.critique if c.score_line else None for c in candidates]
         return np.asarray(teacher_scores(said, self.dimensions, dict(self.teacher)), np.float32)
 
-    def _facts(self, candidates: Sequence[Candidate]) -> np.ndarray:
+    def candidate_facts(self, candidates: Sequence[Candidate]) -> np.ndarray | None:
+        """[K, F] float32 of 0 and 1; None where none are fed.
+
+        Raises:
+            UserError: a candidate has none.
+        """
+        if not self.facts:
+            return None
         facts_KF = np.zeros((len(candidates), self.facts), np.float32)
         for row, candidate in zip(facts_KF, candidates, strict=True):
             if candidate.facts is None:

@@ -11,8 +11,8 @@ d head width, p prefix keys, J rows that share a prefix (B = J * prefixes).
 Implementations: 'xla' (any shape and dtype; the reference), 'splash' (TPU, `splash.py`; interpreted
 elsewhere), 'cudnn' (NVIDIA, bfloat16 or float16, `cudnn.py`), 'auto' (by platform). The last three
 never build an array of all queries by all keys, and no implementation copies a prefix for its rows.
-Where splash or cuDNN cannot run a call, XLA does, and a warning says why if it is of use. One query,
-a step of generation, is always XLA's.
+Where splash or cuDNN cannot run a call, XLA does, and a warning says why where that can be changed.
+One query, a step of generation, is always XLA's.
 """
 
 from __future__ import annotations

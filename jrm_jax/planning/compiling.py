@@ -17,7 +17,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from jrm_jax import build, lora, sharding
+from jrm_jax import build, build_data, lora, sharding
 from jrm_jax.data.buckets import Bucket
 from jrm_jax.data.pipeline import empty_batch
 from jrm_jax.errors import UserError
@@ -138,7 +138,7 @@ def stand_in_encoder(config: ConfigDict, backbone: BackboneConfig) -> Any:
         ),
         vision=backbone.vision,
         dimensions=tuple(config.data.dimensions),
-        facts=0,
+        facts=build_data.facts_of(config),
         teacher=() if config.loss.teacher_weight else None,
     )
 
@@ -173,7 +173,7 @@ def compile_score(
     """The score step, its parameters in the compute dtype. Raises OutOfMemory."""
     encoder = stand_in_encoder(config, backbone)
     module = build.make_backbone(config, backbone, mesh, encoder.tokenizer.reward_id)
-    whole = build.abstract_params(config, backbone, len(encoder.dimensions))
+    whole = build.abstract_params(config, backbone)
     # adapters are merged into what scores
     whole = jax.eval_shape(lambda params: lora.merge_adapters(params, 1.0), whole)
     dtype = build.DTYPES[config.backbone.compute_dtype]

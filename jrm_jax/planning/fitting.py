@@ -23,7 +23,16 @@ from jrm_jax.model.layers import REMAT
 from jrm_jax.planning import compiling
 from jrm_jax.planning.chips import GIB, Chip, Topology
 from jrm_jax.planning.collectives import Collectives, Traffic, read_collectives
-from jrm_jax.run.fit import DOUBT, SMALLER, OutOfMemory, first_fit, gib, rough_bytes
+from jrm_jax.run.check_config import check_config
+from jrm_jax.run.fit import (
+    DOUBT,
+    SMALLER,
+    OutOfMemory,
+    first_fit,
+    gib,
+    more_parts,
+    rough_bytes,
+)
 from jrm_jax.run.flops import StepFlops, score_flops, train_flops
 
 _LARGEST = 64  # groups per place of the mesh that the search tries, at most
@@ -156,7 +165,7 @@ def bounds(
     per_chip = len(case.devices) / case.topology.chips
     weights = sum(
         math.prod(leaf.shape)
-        for leaf in jax.tree.leaves(build.abstract_params(case.config, case.backbone, 1))
+        for leaf in jax.tree.leaves(build.abstract_params(case.config, case.backbone))
     )
     width = build.DTYPES[case.config.backbone.compute_dtype].dtype.itemsize
     passes = 1 if which == "score" else 2 + (case.config.remat == "full")
@@ -224,27 +233,41 @@ def _try(case: Case, say: Callable[[str], None]) -> tuple[Case, str]:
 
 def advice(case: Case, which: str, error: OutOfMemory) -> str:
     """One line: by how much a step does not fit, and what would help, the cheapest first."""
-    config = case.config
+    config, train = case.config, which == "train"
     mesh = case.mesh()
-    places = sharding.batch_places(mesh)
-    hints = []
-    if which == "train" and config.remat != REMAT[-1]:
-        hints.append(f"--config.remat={REMAT[-1]}")
-    if config.batch_size > places * config.accumulation:
-        half = config.batch_size // 2
-        hints.append(f"--config.batch_size={half}")
-        if which == "train":
-            hints.append(f"--config.accumulation={config.accumulation * 2}")
-    elif math.gcd(case.backbone.text.kv_heads, case.backbone.vision.heads) > mesh.shape["tensor"]:
-        wider = mesh.shape["tensor"] * 2
-        hints.append(f"--config.mesh.tensor={wider} with a batch of {places // 2} groups")
-    if which == "train" and tuple(config.trainable) == (".*",):
+    places, parts = sharding.batch_places(mesh), config.accumulation
+    rows = config.batch_size // places  # of a place
+    changes: list[dict[str, Any]] = []
+    if train and config.remat != REMAT[-1]:
+        changes.append({"remat": REMAT[-1]})
+    if rows > parts:
+        changes.append({"batch_size": places * parts * (rows // parts // 2)})
+        changes += [{"accumulation": more} for more in more_parts(rows, parts)[:1] if train]
+    else:
+        # half the places, each with as many rows; the heads may divide by it or not
+        wider = {"mesh.tensor": mesh.shape["tensor"] * 2}
+        changes.append(wider | {"batch_size": places // 2 * rows})
+    hints = list(filter(None, (_flags(case, change) for change in changes)))
+    if train and tuple(config.trainable) == (build.EVERYTHING,) and not config.lora.rank:
         hints.append(f"{SMALLER} (docs/pods.md)")
     hints.append("fewer tokens, or more chips")
     return (
         f"the {which} step of {config.get('variant') or 'this backbone'} does not fit on "
         f"{case.topology.name}{error.by_how_much}. Try {', or '.join(hints)}"
     )
+
+
+def _flags(case: Case, changes: dict[str, Any]) -> str:
+    """The flags that change these fields of a case; '' where a run would refuse them."""
+    config = case.config.copy_and_resolve_references()
+    with config.unlocked():
+        config.update_from_flattened_dict(changes)
+    try:
+        check_config(config)
+        build.make_mesh(config, case.backbone, case.devices)
+    except UserError:
+        return ""
+    return " ".join(f"--config.{name}={value}" for name, value in changes.items())
 
 
 def table(case: Case, reports: list[Report]) -> str:

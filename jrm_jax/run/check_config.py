@@ -1,10 +1,8 @@
-"""The whole config, before anything starts: what each field may be, what contradicts, what counts
-for nothing."""
+"""The whole config, before anything starts: what each field may be, and what contradicts."""
 
 from __future__ import annotations
 
 import difflib
-import math
 import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -20,8 +18,12 @@ from jrm_jax.losses import GAUSSIAN
 from jrm_jax.model.attention import IMPLEMENTATIONS
 from jrm_jax.model.layers import REMAT
 from jrm_jax.model.rope import POSITIONS
-from jrm_jax.run.workdir import defaults
+from jrm_jax.run import unused_fields
 from jrm_jax.shell.config_cli import fields_of
+
+LARGEST, LARGEST_SEED = 2**31 - 1, 2**32 - 1  # what JAX counts with; keys of 64 bits need more
+HUGE = 1e38  # more would be infinite in float32
+YEARS = 1e8  # seconds that every clock can wait for
 
 # What `valid` can be ranked by -> the loss that must be on for it to be measured.
 METRICS = {
@@ -43,12 +45,12 @@ class Rule(NamedTuple):
 
 
 def _number(value: Any) -> bool:
-    is_bool = isinstance(value, bool)
-    return isinstance(value, int | float) and not is_bool and math.isfinite(value)
+    """Not NaN, and not too large for float32."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and -HUGE < value < HUGE
 
 
 def _from_0(words: str = "") -> Rule:
-    words = f"0 or more{f', {words}' if words else ''}"
+    words = f"from 0 to below {HUGE:g}{f', {words}' if words else ''}"
     return Rule(lambda value: _number(value) and value >= 0, words)
 
 
@@ -58,8 +60,8 @@ def _within(low: float, high: float) -> Rule:
     return Rule(lambda value: _number(value) and low <= value < high, words)
 
 
-def _between(low: float, high: float) -> Rule:
-    words = f"from {low:g} to {high:g}"
+def _between(low: float, high: float, words: str = "") -> Rule:
+    words = f"from {low:g} to {high:g}{f', {words}' if words else ''}"
     return Rule(lambda value: _number(value) and low <= value <= high, words)
 
 
@@ -90,6 +92,11 @@ def _is_mix(value: Any) -> bool:
     return len(names) == len(value) and "" not in names and (not value or any(w for _, w in value))
 
 
+def _is_mixture(value: Any) -> bool:
+    pairs = isinstance(value, list | tuple) and all(map(_pair(_is_name), value))
+    return pairs and (not value or any(weight for _, weight in value))
+
+
 def _is_pattern(value: Any) -> bool:
     try:
         return isinstance(value, str) and bool(re.compile(value))
@@ -101,25 +108,26 @@ def _is_name(value: Any) -> bool:
     return isinstance(value, str) and bool(value)
 
 
-def _is_whole(value: Any, low: int = 0) -> bool:
-    return _number(value) and isinstance(value, int) and value >= low
+def _is_whole(value: Any, low: int = 0, high: int = LARGEST) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
 
 def _is_count(value: Any) -> bool:
     return _is_whole(value, 1)
 
 
-def _whole(low: int, words: str = "") -> Rule:
-    words = f"a whole number from {low}{f', {words}' if words else ''}"
-    return Rule(lambda value: _is_whole(value, low), words)
+def _whole(low: int, words: str = "", high: int = LARGEST) -> Rule:
+    words = f"a whole number from {low} to {high}{f', {words}' if words else ''}"
+    return Rule(lambda value: _is_whole(value, low, high), words)
 
 
-ABOVE = Rule(lambda value: _number(value) and value > 0, "a number above 0")
+ABOVE = Rule(lambda value: _number(value) and value > 0, f"a number above 0 and below {HUGE:g}")
 FRACTION = _within(0, 1)
 SHARE = _between(0, 1)
 COUNT = _whole(1)
 WEIGHT = _from_0("0: off")
-NEVER = _from_0("0: never")
+NEVER = _between(0, YEARS, "0: never")
+SEED = _whole(0, high=LARGEST_SEED)
 INTERVAL = _whole(0, "0: never but at the end")
 TEXT = Rule(lambda value: isinstance(value, str), "a text")
 TRUTH = Rule(lambda value: isinstance(value, bool), "True or False")
@@ -128,7 +136,7 @@ SIDE = Rule(lambda value: _is_count(value) or value == -1, "-1 (what is left), o
 EXAMPLES = _whole(0, "0: no such split")
 
 RULES = {
-    "seed": _whole(0),
+    "seed": SEED,
     "batch_size": COUNT,
     "accumulation": COUNT,
     "total_steps": _whole(0),
@@ -149,13 +157,15 @@ RULES = {
     "backbone.random": TRUTH,
     "backbone.compute_dtype": _one_of(DTYPES),
     "backbone.attention": _one_of(IMPLEMENTATIONS),
-    "backbone.scan_unroll": _whole(0, "0: all layers"),
+    "backbone.scan_unroll": _whole(0, "0: all on a CPU if they are fewer than 8, else 1"),
     "backbone.positions": _one_of(POSITIONS),
     "data.path": TEXT,
-    "data.mixture": _each(_pair(_is_name), "a list of pairs (folder, times per epoch from 0)"),
+    "data.mixture": Rule(
+        _is_mixture, "a list of pairs (folder, times per epoch from 0), one of them above 0"
+    ),
     "data.cache": Rule(_is_name, "a folder"),
     "data.world.kind": _one_of((*scenes.KINDS_OF_EXAMPLE, *describe.KINDS)),
-    "data.world.seed": _whole(0),
+    "data.world.seed": SEED,
     "data.world.train": COUNT,
     "data.world.valid": EXAMPLES,
     "data.world.test": EXAMPLES,
@@ -186,7 +196,7 @@ RULES = {
     "data.max_critique": _whole(0, "0: no cap"),
     "data.skip_large": TRUTH,
     "data.share_prompt": TRUTH,
-    "data.workers": _whole(0, "0: threads"),
+    "data.workers": _whole(0, "0: threads", 1024),
     "data.prefetch": COUNT,
     "loss.preference_weight": WEIGHT,
     "loss.language_weight": WEIGHT,
@@ -224,36 +234,7 @@ RULES = {
     "mesh.fsdp": SIDE,
     "mesh.tensor": SIDE,
 }
-NAMES = ("name", "variant")
-
-# (fields that count for nothing, when, in words why); said where one is not at its default
-UNUSED: tuple[tuple[tuple[str, ...], Callable[[ConfigDict], bool], str], ...] = (
-    (
-        ("data.cache", *(name for name in RULES if name.startswith("data.world."))),
-        lambda c: bool(c.data.path or c.data.mixture), "there are other data",
-    ),
-    (
-        ("data.programs",), lambda c: bool(c.data.candidate_cuts or c.data.visual_cuts),
-        "data.candidate_cuts or data.visual_cuts make the buckets",
-    ),
-    (("lora.alpha", "lora.targets"), lambda c: not c.lora.rank, "lora.rank is 0"),
-    (
-        ("loss.margin", "loss.gaussian", "head.scale", "head.hidden"),
-        lambda c: not c.loss.preference_weight, "loss.preference_weight is 0",
-    ),
-    (
-        ("loss.language_end", "loss.score_line"), lambda c: not c.loss.language_weight,
-        "loss.language_weight is 0",
-    ),
-    (
-        ("loss.teacher_scale", "loss.teacher_mix"), lambda c: not c.loss.teacher_weight,
-        "loss.teacher_weight is 0",
-    ),
-    (("optimizer.decay_patterns",), lambda c: not c.optimizer.weight_decay,
-     "optimizer.weight_decay is 0"),
-    (("optimizer.final_scale",), lambda c: c.optimizer.schedule == "constant",
-     "optimizer.schedule is constant"),
-)  # fmt: skip
+NAMES = {"name": Rule(_is_name, "a text of one letter or more"), "variant": TEXT}
 
 
 def check_config(config: ConfigDict) -> list[str]:
@@ -263,12 +244,12 @@ def check_config(config: ConfigDict) -> list[str]:
         UserError: every field that is unknown, missing or not allowed, with what is; or fields that
             contradict each other.
     """
-    fields, known = dict(fields_of(config)), (*NAMES, *RULES)
-    wrong = [f"config.{name}: no such field; {_near(name)}" for name in fields if name not in known]
-    wrong += [f"config.{name} is missing" for name in RULES if name not in fields]
+    fields, rules = dict(fields_of(config)), {**NAMES, **RULES}
+    wrong = [f"config.{name}: no such field; {_near(name)}" for name in fields if name not in rules]
+    wrong += [f"config.{name} is missing" for name in rules if name not in fields]
     wrong += [
         f"config.{name} is {fields[name]!r}: allowed is {rule.words}"
-        for name, rule in RULES.items()
+        for name, rule in rules.items()
         if name in fields and not rule.allows(fields[name])
     ]
     if wrong:
@@ -276,7 +257,7 @@ def check_config(config: ConfigDict) -> list[str]:
     wrong = list(_contradictions(config))
     if wrong:
         raise UserError("; ".join(wrong))
-    return list(_unused(config, fields))
+    return list(unused_fields.describe(config))
 
 
 def _near(name: str) -> str:
@@ -321,6 +302,12 @@ def _contradictions(config: ConfigDict) -> Iterator[str]:
             f"config.data.world.kind is {data.world.kind!r}, which has no labels and no critiques "
             f"that could be {life.of_config(data.world).words}: leave these fields as they are"
         )
+    if loss.facts_weight and data.world.kind != "facts" and not (data.path or data.mixture):
+        yield (
+            f"config.loss.facts_weight is {loss.facts_weight} and config.data.world.kind is "
+            f"{data.world.kind!r}, whose critiques are words alone: give "
+            "--config.data.world.kind=facts, or 0"
+        )
     needs = METRICS.get(config.best_metric)
     if needs and not loss[needs]:
         yield (
@@ -331,18 +318,4 @@ def _contradictions(config: ConfigDict) -> Iterator[str]:
         yield (
             f"config.accumulation is {config.accumulation}: it must divide config.batch_size, "
             f"{config.batch_size}"
-        )
-
-
-def _unused(config: ConfigDict, fields: dict[str, Any]) -> Iterator[str]:
-    before = dict(fields_of(defaults()))
-    for names, is_unused, why in UNUSED:
-        changed = [name for name in names if fields[name] != before[name]]
-        if changed and is_unused(config):
-            words = ", ".join(f"config.{name}" for name in changed)
-            yield f"{words} {'counts' if len(changed) == 1 else 'count'} for nothing: {why}"
-    if 0 < config.total_steps < config.optimizer.warmup_steps:
-        yield (
-            f"config.optimizer.warmup_steps is {config.optimizer.warmup_steps}, more than "
-            f"config.total_steps, {config.total_steps}: the learning rate stays below its peak"
         )

@@ -307,7 +307,7 @@ class Fitting:
         failed = failure
         per_device = config.batch_size // sharding.batch_places(self._mesh)
         others = [(remat, parts) for remat in REMAT[REMAT.index(asked[-1]) + 1 :]]
-        others += [(REMAT[-1], n) for n in _more_parts(per_device, parts)]
+        others += [(REMAT[-1], n) for n in more_parts(per_device, parts)]
         helps = first_fit(others, may, fits)
         if given_up:
             return False
@@ -346,7 +346,7 @@ def _in_parts(accumulation: int) -> str:
     return f" in {accumulation} microbatches" if accumulation > 1 else ""
 
 
-def _more_parts(rows: int, accumulation: int) -> list[int]:
+def more_parts(rows: int, accumulation: int) -> list[int]:
     """Larger numbers of microbatches that divide the rows of a device: doublings, and all rows."""
     doublings = [accumulation * 2**n for n in range(1, rows.bit_length())]
     return sorted({n for n in (*doublings, rows) if rows % n == 0 and n > accumulation})

@@ -150,8 +150,7 @@ def _load_run(
     config = backbones.located(named, folder)
     architecture = build.load_backbone_config(config)
     encoder = build_data.make_run_encoder(config, architecture)
-    whole = build.abstract_params(config, architecture, len(encoder.dimensions), encoder.facts)
-    whole = laid_out(whole)
+    whole = laid_out(build.abstract_params(config, architecture))
     trainable, frozen = optim.split_params(whole, build.trainable_patterns(config))
     if optim.flatten(frozen) and not config.backbone.random:
         backbones.for_reading(named, workdir, backbone, weights=True)

@@ -33,7 +33,7 @@ def parse(argv: list[str], about: str, default: str = "") -> None:
     Raises:
         UserError: no such config or field, an unexpected argument, an address in place of a folder.
         SystemExit: after --help.
-        Others that `cli.one_line` knows: what the flag libraries raise.
+        Others that `cli.in_one_line` knows: what the flag libraries raise.
     """
     check_places(argv[1:])
     given = _resolve(argv)

@@ -45,7 +45,7 @@ def main() -> None:
     except cli.REPORTED as error:
         if not cli.is_expected(error) and flags.FLAGS.is_parsed():
             raise
-        sys.exit(f"error: {cli.one_line(error)}")
+        sys.exit(f"error: {cli.in_one_line(error)}")
 
 
 if __name__ == "__main__":

@@ -134,7 +134,7 @@ def score(sizes: case.Sizes, tiny: bool, model: str) -> Iterator[Row]:
     mesh = build.make_mesh(config, backbone, jax.devices()[:1])
     encoder = stand_in_encoder(config, backbone)
     module = build.make_backbone(config, backbone, mesh, encoder.tokenizer.reward_id)
-    whole = build.abstract_params(config, backbone, len(encoder.dimensions))
+    whole = build.abstract_params(config, backbone)
     whole = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), whole)
     params = random_params(sharding.placed(whole, sharding.param_shardings(whole, mesh)))
     step = jax.jit(
