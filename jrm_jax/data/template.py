@@ -177,7 +177,8 @@ class Tokenizer:
             if len(self._critiques) >= self.CACHE_SIZE:
                 self._critiques.clear()
             encoding = self._backend.encode(text, add_special_tokens=False)
-            before = sum(first < last_line(text) for first, _ in encoding.offsets)
+            start = last_line(text)
+            before = sum(first < start for first, _ in encoding.offsets)
             found = self._critiques[text] = (array("i", encoding.ids), before)
         return tuple(found[0]), found[1]
 
