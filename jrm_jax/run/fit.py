@@ -106,8 +106,10 @@ def check_state(config: ConfigDict, backbone: BackboneConfig, mesh: jax.sharding
         UserError: it does not, whatever the batch.
     """
     limit = memory_limit(mesh.local_devices[0])
+    if limit is None:
+        return
     needed = bytes_per_device(build.abstract_state(config, backbone, mesh)[0])
-    if not distributed.all_agree(limit is None or needed <= limit):
+    if not distributed.all_agree(needed <= limit):
         failure = OutOfMemory(needed, limit)
         raise UserError(
             "parameters and optimizer state do not fit on "
