@@ -94,6 +94,8 @@ def test_what_is_wrong_is_said_alike(pictures, build):
     assert sum(kinds.values()) == 2
     issues = Issues()
     assert len(LAYOUTS["jsonl"].read(str(path), issues).cases) == 1
+    (pictures / "about.json").write_text('{"made": "by us"}')  # passed over, as the builder does
+    assert len(LAYOUTS["jsonl"].read(str(pictures), issues).cases) == 1
     for row, words in zip(bad, ("candidates[0][0].image", "is comparative"), strict=True):
         with pytest.raises(RecordError) as error:
             parse_json(row, lambda value: b"", "x")

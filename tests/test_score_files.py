@@ -172,7 +172,9 @@ PLAIN = {"instruction": "Make it white", "source": "cat.png", "candidates": ["a.
                                       "critique": None} for n in "ab"], "critique": None},
     {"prompt": ["Make it white", {"image": {"bytes": None, "path": "cat.png"}}],
      "candidates": [{"image": "a.png"}, {"image": "b.png"}], "chosen": None},
-    {"instruction": "Make it white", "source": "cat.png", "chosen": "a.png", "rejected": "b.png"},
+    {"instruction": "Make it white", "source": "cat.png", "chosen": "a.png", "rejected": "b.png",
+     "candidates": None},
+    {**PLAIN, "chosen": 1, "prompt": None},
 ])  # fmt: skip
 def test_every_form_of_a_record_is_scored(folder, row):
     (folder / "in.jsonl").write_text(json.dumps(row) + "\n")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jrm_jax.data.ingest import rows as source
+from jrm_jax.data.ingest.json_rows import NoRows
 from jrm_jax.data.picture_names import inline_picture, is_file, path_of, short
 from jrm_jax.errors import UserError
 from jrm_jax.evaluation.cases import Picture
@@ -180,17 +181,23 @@ def read_rows(
     """Objects of a file or of all files of a folder: JSON lists, JSON lines, parquet, Arrow.
 
     Args:
-        bad: told of rows that are none, which are then passed over; None: they end the reading.
+        bad: told of rows that are none, and of JSON files beside others that hold no rows, which
+            are then passed over; None: they end the reading.
 
     Raises:
         UserError: no such files, one that cannot be read, or a row that is no object.
     """
-    spool = Spool()
-    for file in find(path, suffixes):
-        for where, row in source.read_rows(file, any_text=True):
-            if not isinstance(row, UserError):
-                yield Row(_readable(row), where, file.parent, images, spool)
-            elif bad is None:
-                raise row
-            else:
-                bad(row)
+    spool, found = Spool(), find(path, suffixes)
+    for file in found:
+        try:
+            for where, row in source.read_rows(file, any_text=True):
+                if not isinstance(row, UserError):
+                    yield Row(_readable(row), where, file.parent, images, spool)
+                elif bad is None:
+                    raise row
+                else:
+                    bad(row)
+        except NoRows as error:
+            if bad is None or len(found) == 1:
+                raise
+            bad(error)

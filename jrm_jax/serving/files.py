@@ -248,7 +248,7 @@ def _group(
     Raises:
         UserError: no instruction, no candidates, or a source that cannot be read.
     """
-    if is_pair(row) or any(row.get(name) is not None for name in ("prompt", "record")):
+    if _is_record(row):
         row = _of_record(row, where, read)
     instruction = row.get("instruction")
     if not isinstance(instruction, str) or not instruction.strip():
@@ -270,6 +270,11 @@ def _group(
             cell |= _error(error)
         shown.append(cell)
     return Group(instruction, source, good), shown
+
+
+def _is_record(row: dict[str, Any]) -> bool:
+    said = {name for name, value in row.items() if value is not None}
+    return bool(said & {"prompt", "record"}) or is_pair(row) and not said & {"candidates", "edit"}
 
 
 def _of_record(row: dict[str, Any], where: str, read: GroupPictures) -> dict[str, Any]:
