@@ -162,6 +162,14 @@ def scored(source, out, **options):
     return lines_of(out)
 
 
+def stop(monkeypatch, source, out):
+    """Scoring that ends before its first row."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Lengths, "iter_found", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            scored(source, out)
+
+
 PARTS = [{"text": "Make it white", "image": None}, {"text": None, "image": "cat.png"}]
 PLAIN = {"instruction": "Make it white", "source": "cat.png", "candidates": ["a.png", "b.png"]}
 
@@ -231,10 +239,7 @@ def test_an_output_may_lie_in_the_folder_of_the_input(folder, monkeypatch, capsy
     (folder / "in.jsonl").write_text(json.dumps(PLAIN) + "\n" + json.dumps(PLAIN) + "\n")
     (folder / "about.json").write_text('{"made": "by us"}')
     out = folder / "scores.jsonl"
-    with monkeypatch.context() as patch:
-        patch.setattr(Lengths, "iter_found", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            scored(folder, out)
+    stop(monkeypatch, folder, out)
     assert out.exists() and (folder / "scores.jsonl.state.json").exists()
     assert len(scored(folder, out)) == 2
     again = scored(folder, folder / "again.jsonl")  # scores.jsonl is no input
@@ -249,14 +254,14 @@ def test_an_output_may_lie_in_the_folder_of_the_input(folder, monkeypatch, capsy
 @pytest.mark.parametrize("line", [
     '{"row": 1, "candi\n', "\0\0\0\n", '{"row": 7, "error": ""}\n', "3\n",
 ])  # fmt: skip
-def test_damaged_files_of_a_stopped_scoring(folder, line):
+def test_damaged_files_of_a_stopped_scoring(folder, monkeypatch, line):
     source, out = folder / "in.jsonl", folder.parent / "out.jsonl"
     source.write_text((json.dumps(PLAIN) + "\n") * 3)
-    whole = scored(source, out)
-    kept = out.read_text()
+    whole = scored(source, folder.parent / "whole.jsonl")
+    stop(monkeypatch, source, out)
     state = out.with_name("out.jsonl.state.json")
-    state.write_text(json.dumps(scored_files._facts(Lengths(), [source], folder, {})))
-    out.write_text(kept.splitlines(True)[0] + line + kept.splitlines(True)[2])
+    first, _, last = (folder.parent / "whole.jsonl").read_text().splitlines(True)
+    out.write_text(first + line + last)
     assert scored(source, out) == whole and not state.exists()
     state.write_text('{"files": ')
     with pytest.raises(UserError, match="state.json is not JSON .*: give another --output, or"):
