@@ -8,8 +8,8 @@ from benchmark_case import answered, issue, number, run
 from benchmark_files import pictures, write_ratings
 
 from jrm_jax.errors import UserError
-from jrm_jax.evaluation import mmrb2
-from jrm_jax.evaluation.cases import Issues
+from jrm_jax.evaluation import mmrb2, scoring
+from jrm_jax.evaluation.cases import Issues, content_key
 from jrm_jax.evaluation.layouts import LAYOUTS
 from jrm_jax.evaluation.predictions import SHARED
 from jrm_jax.evaluation.tiger_metrics import measure
@@ -119,3 +119,20 @@ def test_prediction_files_are_known_by_their_names_before_their_order(tmp_path):
         path.write_text("{}")
     with pytest.raises(UserError, match="are both of task edit"):
         mmrb2._prediction_files(tasks, [tmp_path])
+
+
+def test_pixels_are_compared_side_by_side_and_each_picture_is_scaled_once(tmp_path, monkeypatch):
+    names = pictures(tmp_path / "images", 4)
+    rows = [{"pair_id": str(i), "label": "add", "instruction": "Edit", "original_image": names[0],
+             "edited_images": [names[i], *names[2:]]} for i in (0, 1, 1)]  # fmt: skip
+    rows.append(rows[0] | {"pair_id": "3", "edited_images": [names[1], "gone.png"]})
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    cases = LAYOUTS["mer_bench"].read(str(tmp_path / "rows.json"), Issues()).cases
+    scaled, shown, small = [], [], scoring._small
+    monkeypatch.setattr(scoring, "_small", lambda one: scaled.append(one) or small(one))
+    monkeypatch.setattr(scoring.Bar, "advance", lambda bar, count=1: shown.append(bar.words))
+    found = scoring._distances(cases)
+    assert len(scaled) == 2 * 4 and shown == ["comparing pixels"] * 3  # equal cases once
+    keys = list(map(content_key, cases))
+    assert found == dict(zip(keys[:3], map(scoring.pixel_distance, cases[:3]), strict=True))
+    assert found[keys[0]][0] == 0 < found[keys[1]][0]  # the source itself
