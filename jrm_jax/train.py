@@ -4,8 +4,9 @@ The order of one turn is a contract:
 
     1. read the metrics of the step before and stop if anything is not finite
     2. evaluate (when due), so that a save can be ranked
-    3. save (when due): only a state whose metrics and parameters were seen to be finite. It is
-       written while the next steps run; an error of it ends the run at the next turn
+    3. save (when due, or `valid` is better than in all that is saved): only a state whose metrics
+       and parameters were seen to be finite. It is written while the next steps run; an error of it
+       ends the run at the next turn
     4. next batch: the data position is the step, so nothing else need be saved
     5. step; its metrics are read one turn later, so that the device never waits for the host
 """
@@ -31,10 +32,11 @@ from jrm_jax.errors import UserError
 from jrm_jax.metrics import Accumulator, Window, Writer
 from jrm_jax.run import backbones, buckets, check_data, fit
 from jrm_jax.run import workdir as files
-from jrm_jax.run.check_config import check_config
+from jrm_jax.run.check_config import best_metric, check_config
 from jrm_jax.run.held_out import HeldOut
 from jrm_jax.run.lock import Lock, hold
 from jrm_jax.run.programs import EVALUATE, TRAIN, Programs, buckets_met
+from jrm_jax.run.saved import best_rank
 from jrm_jax.shell import disk
 from jrm_jax.shell.report import describe_run, in_words, json_safe, print_results
 from jrm_jax.shell.stop import Stopped, StopRequest
@@ -111,26 +113,23 @@ class _Run:
         with distributed.leader_first("data"):  # who comes later finds it drawn and measured
             kept = buckets.read_record(workdir)
             self.data = build_data.build_data(config, backbone_config, say, kept)
-        backbone = build.make_backbone(
-            config, backbone_config, self.mesh, self.data.encoder.tokenizer.reward_id
-        )
+        reward_id = self.data.encoder.tokenizer.reward_id
+        backbone = build.make_backbone(config, backbone_config, self.mesh, reward_id)
         self.rewards = Accumulator()
         self.taught = dict.fromkeys(LESSONS, 0)  # steps in which a loss had something to teach
         state, (optimizer, self.schedule) = build.init_state(
             config, backbone_config, self.mesh, self.data.encoder
         )
-        self.train_step, self.eval_step = build.make_steps(
-            config, backbone, self.data, optimizer, state
-        )
+        steps = build.make_steps(config, backbone, self.data, optimizer, state)
+        self.train_step, self.eval_step = steps
         self.owed = False  # an evaluation of the step at which the run starts
         self.state, self.start = self._resume(state)
+        self.best = best_rank(checkpoints.folder, checkpoints.steps())
         if not self.start and (words := build.head_start(config, backbone_config).words):
             say(words)
         self.seconds = 0.0  # of this session
         self.window = Window(SCALARS)
-        self.best_metric = config.best_metric
-        if self.best_metric == "auto":
-            self.best_metric = "pair_accuracy" if config.loss.preference_weight else "-language"
+        self.best_metric = best_metric(config)
         self.writer = Writer(workdir, config.total_steps, self.start, leader)
         self.watchdog = Watchdog(
             config.watchdog_seconds, config.heartbeat_seconds, self.writer.say if leader else print
@@ -187,7 +186,9 @@ class _Run:
                     self.checkpoints.check()
                     stopping = self.stop.now()
                     due_eval = step == total or _is_due(step, config.eval_interval)
-                    due_save = step == total or _is_due(step, config.save_interval)
+                    due_save = step == total or _is_due(
+                        step, config.save_interval, config.keep_interval
+                    )
                     due_log = step == total or _is_due(step, config.log_interval)
                     new = step > self.start or not total  # no steps at all: the start is saved
                     if new and (due_eval or due_save or due_log or stopping):
@@ -198,6 +199,8 @@ class _Run:
                     if due_eval and not stopping and (new or self.owed):
                         valid = self._evaluate(step)
                         stopping = self.stop.asked
+                        due_save |= config.save_interval > 0 and self.metric(valid) > self.best
+                        self.best = max(self.best, self.metric(valid))
                     if new and (due_save or stopping) and saved != step:
                         saved = self._save(step, valid)
                     elif valid and saved == step:
@@ -370,9 +373,9 @@ def _last_words(number: int, where: str) -> str:
     return f"stopped by {signal.Signals(number).name} {where}; run the same command to go on"
 
 
-def _is_due(step: int, interval: int) -> bool:
-    """At every multiple of `interval`; never if that is 0."""
-    return interval > 0 and step % interval == 0
+def _is_due(step: int, *intervals: int) -> bool:
+    """At every multiple of one of `intervals`; 0: never."""
+    return any(interval > 0 and step % interval == 0 for interval in intervals)
 
 
 def _silent(words: str) -> None:

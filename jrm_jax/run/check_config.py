@@ -37,6 +37,13 @@ METRICS = {
 }
 
 
+def best_metric(config: ConfigDict) -> str:
+    """What `valid` is ranked by: a key of METRICS."""
+    if config.best_metric != "auto":
+        return config.best_metric
+    return "pair_accuracy" if config.loss.preference_weight else "-language"
+
+
 class Rule(NamedTuple):
     """Whether a value is allowed, and what is, in words."""
 

@@ -7,6 +7,7 @@ import contextlib
 import errno
 import itertools
 import json
+import math
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -33,6 +34,12 @@ def ranked(folder: Path, steps: Sequence[int]) -> list[int]:
     measured = {step: rank for step, rank in ranks.items() if rank is not None and rank > WORST}
     first = sorted(measured, key=lambda step: (-measured[step], step))
     return first + sorted(set(steps) - set(first), reverse=True)
+
+
+def best_rank(folder: Path, steps: Sequence[int]) -> float:
+    """The largest of their metrics; -inf where none was measured."""
+    ranks = (rank_of(folder / str(step)) for step in steps)
+    return max((rank for rank in ranks if rank is not None and rank > WORST), default=-math.inf)
 
 
 def rank_of(checkpoint: Path) -> float | None:
