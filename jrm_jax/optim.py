@@ -14,27 +14,7 @@ import optax
 import optax.contrib
 
 from jrm_jax.errors import UserError
-
-
-def flatten(tree: dict, prefix: str = "") -> dict[str, jax.Array]:
-    """{'a': {'b': x}} -> {'a/b': x}; empty dicts vanish."""
-    flat = {}
-    for name, value in tree.items():
-        path = f"{prefix}{name}"
-        flat.update(flatten(value, path + "/") if isinstance(value, dict) else {path: value})
-    return flat
-
-
-def unflatten(flat: dict) -> dict:
-    """The inverse of `flatten`."""
-    tree: dict = {}
-    for path, value in flat.items():
-        *parents, name = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = value
-    return tree
+from jrm_jax.model.tensors import flatten, unflatten
 
 
 def check_patterns(patterns: Sequence[str], paths: Sequence[str], field: str) -> None:

@@ -99,6 +99,11 @@ class Trace:
             self._running = False
 
 
+def device_memory(device: Any) -> int | None:
+    """Bytes that a device has; None where the backend does not say, as on a CPU."""
+    return (device.memory_stats() or {}).get("bytes_limit")
+
+
 def describe_memory(device: Any) -> str:
     """'memory of TPU v5: 12.30 GB in use, 95.70 GB in all'; '' where the backend tells nothing."""
     stats = device.memory_stats() or {}

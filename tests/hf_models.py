@@ -56,7 +56,7 @@ def numbers(model) -> dict[str, np.ndarray]:
 def check_params(params, model, family, tied, atol=0.0):
     """Compare by hand-written paths, independent of the table."""
     want = numbers(model)
-    leaves = {path: np.asarray(leaf, np.float32) for path, leaf in flatten(params)}
+    leaves = {path: np.asarray(leaf, np.float32) for path, leaf in flatten(params).items()}
 
     def same(path, name, change=lambda x: x, row=None):
         got = leaves[path] if row is None else leaves[path][row]

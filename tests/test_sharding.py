@@ -169,7 +169,7 @@ def test_fit_spec_drops_only_what_does_not_divide():
 def test_every_leaf_has_one_rule_and_every_rule_a_leaf():
     used = set()
     for family in FAMILIES:
-        for path, leaf in flatten(abstract(family)):
+        for path, leaf in flatten(abstract(family)).items():
             matching = [rule for rule in RULES if re.fullmatch(rule[0], path)]
             assert len(matching) == 1, (path, matching)
             assert len(matching[0][1]) == len(leaf.shape), path
@@ -178,7 +178,7 @@ def test_every_leaf_has_one_rule_and_every_rule_a_leaf():
 
 
 def test_large_leaves_are_split_by_fsdp_and_tensor():
-    specs = dict(flatten(jax.tree.map(lambda s: s.spec, _shard(make_mesh(1, 4, 2), "qwen3_vl"))))
+    specs = flatten(jax.tree.map(lambda s: s.spec, _shard(make_mesh(1, 4, 2), "qwen3_vl")))
     assert specs["backbone/decoder/layers/attn/q/kernel"] == P(None, "fsdp", "tensor")
     assert specs["backbone/decoder/layers/mlp/down/kernel"] == P(None, "tensor", "fsdp")
     assert specs["backbone/embed/embedding"] == P("tensor", "fsdp")
@@ -186,8 +186,8 @@ def test_large_leaves_are_split_by_fsdp_and_tensor():
     assert specs["backbone/vision/blocks_0/attn/qkv/kernel"] == P(None, "fsdp", None)
     for family in FAMILIES:
         mesh = make_mesh(1, 4, 2)
-        shardings = dict(flatten(_shard(mesh, family)))
-        for path, leaf in flatten(abstract(family)):
+        shardings = flatten(_shard(mesh, family))
+        for path, leaf in flatten(abstract(family)).items():
             whole = np.prod(leaf.shape)
             if whole > 1500:
                 here = np.prod(shardings[path].shard_shape(leaf.shape))
@@ -197,7 +197,7 @@ def test_large_leaves_are_split_by_fsdp_and_tensor():
     assert specs["backbone"]["embed"]["embedding"].spec == P(None, "fsdp")
 
 
-    shardings = dict(flatten(_shard(make_mesh(1, 4, 2), "qwen3_5")))
+    shardings = flatten(_shard(make_mesh(1, 4, 2), "qwen3_5"))
     specs = {path: sharding.spec for path, sharding in shardings.items()}
     delta = "backbone/decoder/blocks/delta/mixer/"
     assert specs[delta + "qkv/kernel"] == P(None, "fsdp", None)

@@ -98,7 +98,7 @@ def test_bfloat16_on_disk_and_in_memory(models, tmp_path):
     vision_only = load_params(
         other, config, dtype=lambda path: jnp.bfloat16 if "/vision/" in path else jnp.float32
     )
-    for path, leaf in flatten(vision_only):
+    for path, leaf in flatten(vision_only).items():
         assert leaf.dtype == (jnp.bfloat16 if "/vision/" in path else jnp.float32), path
     check_params(vision_only, rounded, "qwen3_vl", False)
 
@@ -212,8 +212,8 @@ def test_each_device_reads_only_its_part(models, family, monkeypatch):
         folder, config, shardings, progress=lambda done, total: progress.append((done, total))
     )
     check_params(params, model, family, False)
-    placed = dict(flatten(shardings))
-    for path, leaf in flatten(params):
+    placed = flatten(shardings)
+    for path, leaf in flatten(params).items():
         assert leaf.sharding == placed[path]
     count = sum(p.numel() for p in model.parameters())
     assert reads.total == count  # every number once: devices with the same part share it
@@ -232,7 +232,7 @@ def test_slices_of_every_axis(models, family):
     config = load_config(folder)
     whole = load_params(folder, config)
     mesh = make_mesh(2, 2, 2)
-    for path, expected in flatten(whole):
+    for path, expected in flatten(whole).items():
         for dim in range(expected.ndim):
             if expected.shape[dim] % 2 == 0:
                 spec = jax.sharding.PartitionSpec(*[None] * dim, "fsdp")

@@ -13,7 +13,7 @@ position table, t frames, F features of a patch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -223,7 +223,7 @@ def abstract_params(config: BackboneConfig, dtype: Any = jnp.float32) -> Params:
         path: jax.ShapeDtypeStruct(leaf.shape, leaf_dtype(dtype, path))
         for path, leaf in tensor_table(config).items()
     }
-    return nest(leaves)
+    return params_of(leaves)
 
 
 def leaf_dtype(dtype: Any, path: str) -> np.dtype:
@@ -234,22 +234,27 @@ def leaf_dtype(dtype: Any, path: str) -> np.dtype:
         return np.dtype(dtype(path))
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(path, leaf) of a nested dict, keys joined with '/'."""
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from flatten(value, f"{prefix}{key}/")
-        else:
-            yield prefix + key, value
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{'a': {'b': x}} -> {'a/b': x}; empty dicts vanish."""
+    flat = {}
+    for name, value in tree.items():
+        path = f"{prefix}{name}"
+        flat.update(flatten(value, path + "/") if isinstance(value, Mapping) else {path: value})
+    return flat
 
 
-def nest(leaves: Mapping[str, Any]) -> Params:
-    """The nested dict of `flatten`; both top-level keys are there even if one is empty."""
-    tree: Params = {"backbone": {}, "language_head": {}}
-    for path, leaf in leaves.items():
-        *parents, last = path.split("/")
+def unflatten(flat: Mapping[str, Any]) -> Params:
+    """The inverse of `flatten`."""
+    tree: Params = {}
+    for path, value in flat.items():
+        *parents, name = path.split("/")
         node = tree
-        for key in parents:
-            node = node.setdefault(key, {})
-        node[last] = leaf
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = value
     return tree
+
+
+def params_of(leaves: Mapping[str, Any]) -> Params:
+    """Of leaves by path; both top-level keys are there even if one is empty."""
+    return {"backbone": {}, "language_head": {}} | unflatten(leaves)

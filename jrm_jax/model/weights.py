@@ -28,7 +28,7 @@ from jrm_jax.model.tensors import (
     abstract_params,
     flatten,
     leaf_dtype,
-    nest,
+    params_of,
     stays_float32,
     tensor_table,
 )
@@ -156,7 +156,7 @@ def load_params(
     table = tensor_table(config)
     if only is not None:
         table = {path: leaf for path, leaf in table.items() if path in only}
-    placed = None if shardings is None else dict(flatten(shardings))
+    placed = None if shardings is None else flatten(shardings)
     total, done = sum(math.prod(leaf.shape) for leaf in table.values()), 0
     leaves = {}
     for path, leaf in table.items():
@@ -164,7 +164,7 @@ def load_params(
         done += math.prod(leaf.shape)
         if progress is not None:
             progress(done, total)
-    return nest(leaves)
+    return params_of(leaves)
 
 
 def _place(files: TensorFiles, leaf: Leaf, dtype: np.dtype, sharding: Any) -> jax.Array:
@@ -209,7 +209,7 @@ def save_params(
         raise UserError(f"cannot save weights as {dtype!r}; choose {' or '.join(STORED_AS)}")
     if any(folder.glob("model*.safetensors")) or (folder / INDEX_FILE).exists():
         raise UserError(f"{folder} holds weights already: give an empty folder")
-    table, leaves = tensor_table(config), dict(flatten(params))
+    table, leaves = tensor_table(config), flatten(params)
     wrong = [f"{path} is missing" for path in table if path not in leaves]
     wrong += [f"{path} is unknown" for path in leaves if path not in table]
     wrong += [

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 
 from jrm_jax.errors import UserError
 
-GIB = 2**30
-
 
 @dataclass(frozen=True)
 class Chip:
@@ -36,11 +34,11 @@ class Chip:
 # name: documented figures (TFLOP/s, GiB, GB/s, bidirectional GB/s, network Gbit/s per chip)
 CHIPS: dict[str, Chip] = {
     # network: 6.4 Tbit/s for a pod of 256 chips
-    "v5e": Chip(197e12, 16 * GIB, 819e9, 400e9 / 2, 6.4e12 / 256 / 8, 2),
+    "v5e": Chip(197e12, 16 * 2**30, 819e9, 400e9 / 2, 6.4e12 / 256 / 8, 2),
     # network: 50 Gbit/s per chip
-    "v5p": Chip(459e12, 95 * GIB, 2765e9, 1200e9 / 2, 50e9 / 8, 3),
+    "v5p": Chip(459e12, 95 * 2**30, 2765e9, 1200e9 / 2, 50e9 / 8, 3),
     # network: 4 x 200 Gbit/s per host of 8 chips
-    "v6e": Chip(918e12, 32 * GIB, 1638e9, 800e9 / 2, 4 * 200e9 / 8 / 8, 2),
+    "v6e": Chip(918e12, 32 * 2**30, 1638e9, 800e9 / 2, 4 * 200e9 / 8 / 8, 2),
 }
 
 

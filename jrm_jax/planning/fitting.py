@@ -21,11 +21,12 @@ from jrm_jax.errors import UserError
 from jrm_jax.model.config import BackboneConfig
 from jrm_jax.model.layers import REMAT
 from jrm_jax.planning import compiling
-from jrm_jax.planning.chips import GIB, Chip, Topology
+from jrm_jax.planning.chips import Chip, Topology
 from jrm_jax.planning.collectives import Collectives, Traffic, read_collectives
 from jrm_jax.run.check_config import check_config
 from jrm_jax.run.fit import (
     DOUBT,
+    GIB,
     SMALLER,
     OutOfMemory,
     first_fit,

@@ -24,6 +24,7 @@ from jrm_jax.model.config import BackboneConfig
 from jrm_jax.model.layers import REMAT
 from jrm_jax.optim import merge_params
 from jrm_jax.step import Forward, TrainState
+from jrm_jax.watch import device_memory
 
 GIB = 2**30
 ROOM = 0.95  # of a device's memory for one program; some is lost between buffers
@@ -95,7 +96,7 @@ def planned_bytes(program: Any) -> int:
 
 def memory_limit(device: Any) -> int | None:
     """Bytes of a device that one program may plan with; None where the backend tells nothing."""
-    limit = (device.memory_stats() or {}).get("bytes_limit")
+    limit = device_memory(device)
     return None if limit is None else int(ROOM * limit)
 
 

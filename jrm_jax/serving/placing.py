@@ -15,6 +15,7 @@ from jrm_jax import sharding
 from jrm_jax.build import DTYPES
 from jrm_jax.errors import UserError
 from jrm_jax.optim import flatten
+from jrm_jax.watch import device_memory
 
 SHARE = 0.8  # of a device's memory for parameters; the rest is what a program works in
 # Matrices that a program computes with in its own dtype only, so that they may be kept in it. The
@@ -51,7 +52,7 @@ def lay_out(
         return jax.ShapeDtypeStruct(leaf.shape, dtype)
 
     typed = jax.tree_util.tree_map_with_path(kept, shapes)
-    room = _room(devices[0]) if room is None else room
+    room = device_memory(devices[0]) if room is None else room
     split = room is not None and _bytes(typed) > SHARE * room
     sizes = sharding.fill_sizes((-1, -1, 1), typed, devices) if split else (len(devices), 1, 1)
     mesh = sharding.make_mesh(*sizes, devices=devices)
@@ -77,11 +78,6 @@ def place(params: dict[str, Any], laid_out: dict[str, Any]) -> dict[str, Any]:
 def mesh_of(params: dict[str, Any]) -> jax.sharding.Mesh:
     """Of parameters that `place` has placed."""
     return jax.tree.leaves(params)[0].sharding.mesh
-
-
-def _room(device: Any) -> int | None:
-    """Bytes that a device has, None where it does not say (CPU)."""
-    return (device.memory_stats() or {}).get("bytes_limit")
 
 
 def _bytes(shapes: dict[str, Any]) -> int:

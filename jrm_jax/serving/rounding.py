@@ -78,11 +78,11 @@ def _entries(trained: Trained, dtype: str) -> tuple[int, int]:
     stored = weights.STORED_AS[dtype][1]
     changed = kept = 0
     known = {name: trained.params[name] for name in ("backbone", "language_head")}
-    for path, leaf in flatten(known):
+    for path, leaf in flatten(known).items():
         read = weights.load_params(
             trained.folder, trained.config, ignore=(stored_head.PREFIX,), only={path}
         )
-        ((_, before),) = flatten(read)
+        (before,) = flatten(read).values()
         now = jnp.asarray(leaf, jnp.float32)
         changed += int(jnp.sum(now != before))
         kept += int(jnp.sum(now.astype(stored) != before.astype(stored)))

@@ -30,7 +30,6 @@ from jrm_jax.run.flops import score_flops, train_flops
 from jrm_jax.step import TrainState, make_score_step
 
 Row = dict[str, Any]
-GIB = 2**30
 HOMES = {"splash": "tpu", "cudnn": "gpu"}  # attention that runs nowhere else
 
 
@@ -119,7 +118,7 @@ def _train(
         "tflop_again": sizes.groups * flops.again / 1e12,
         "tflop_per_second": sizes.groups * flops.model / 1e12 / seconds["seconds"],
         "pairs_per_second": pairs / seconds["seconds"],
-        "rough_gib": rough / GIB,
+        "rough_gib": rough / fit.GIB,
         **_memory(compiled),
         "losses": [float(losses[0]), float(losses[-1])],
     }
@@ -198,8 +197,8 @@ def _memory(compiled: Any) -> Row:
     """GiB: what the compiler planned, and what the device counted at its peak."""
     stats = jax.devices()[0].memory_stats() or {}
     names = {"peak_bytes_in_use": "peak_gib", "bytes_limit": "limit_gib"}
-    counted = {words: stats[name] / GIB for name, words in names.items() if name in stats}
-    return {"planned_gib": fit.planned_bytes(compiled) / GIB, **counted}
+    counted = {words: stats[name] / fit.GIB for name, words in names.items() if name in stats}
+    return {"planned_gib": fit.planned_bytes(compiled) / fit.GIB, **counted}
 
 
 def _profile(run: Callable[[int], None], steps: int = 2) -> list[Row]:
