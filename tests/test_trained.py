@@ -207,6 +207,16 @@ def test_a_head_of_another_kind_is_refused_or_begun_anew(folder, tmp_path, tenso
     assert found.params is None and "starts anew" in found.words
 
 
+@pytest.mark.parametrize("text", [
+    '{"stamp": {"rubric', "{}", "[]", "\0\0", '{"step": 3}',
+])  # fmt: skip
+@pytest.mark.parametrize("read", [trained.identify, trained.load_trained])
+def test_a_damaged_card_of_an_export_is_one_line(tmp_path, text, read):
+    (tmp_path / trained.STAMP).write_text(text)
+    with pytest.raises(UserError, match="jrm.json is .*: export the model again, or copy"):
+        read(tmp_path)
+
+
 def test_older_checkpoints_tell_it_by_their_rewards():
     config = joint.get_config()
     assert trained._taught(config, 7, {"reward_mean": 0.5}) == {"preference": 7}

@@ -122,12 +122,24 @@ def identify(path: str | Path, step: int | str = "best") -> Identity:
                          jax.device_get(leaves[name]).tobytes())
         )  # fmt: skip
     elif (path / STAMP).is_file():
-        card = disk.read_json(path / STAMP)
+        card = _read_card(path)
         found, known, parts = card["step"], [_scoring(card["stamp"]), backbones.digest(path)], ()
     else:
         raise UserError(_what_it_is(path))
     text = json.dumps(known, sort_keys=True).encode()
     return Identity(found, backbones.hashed(itertools.chain((text,), parts)))
+
+
+def _read_card(folder: Path) -> dict[str, Any]:
+    """
+    Raises:
+        UserError: the card of an export cannot be read, or does not tell its training.
+    """
+    advice = "export the model again, or copy its folder again"
+    card = disk.read_json(folder / STAMP, advice)
+    if not isinstance(card, dict) or not {"stamp", "step"} <= set(card):
+        raise UserError(f"{folder / STAMP} is damaged (no 'stamp' or no 'step'): {advice}")
+    return card
 
 
 def _what_it_is(path: Path) -> str:
@@ -257,7 +269,7 @@ def _why_no_score(
 
 
 def _load_export(folder: Path, laid_out: LayOut) -> Trained:
-    card = disk.read_json(folder / STAMP)
+    card = _read_card(folder)
     architecture = weights.as_stored(folder, load_config(folder))
     stamp = card["stamp"]
     encoder = make_encoder(
