@@ -56,8 +56,9 @@ def test_a_model_is_run_seed_after_seed(config, tmp_path):
     config = rl.get_config("tiny")
     config.seeds = 2
     found, _ = models.models(config, folders(tmp_path, "a", "b"))
-    jobs = [(job.model.arm, job.seed) for job in runner.jobs(config, found) if job.model.folders]
-    assert jobs == [("a", None), ("b", None), ("a", 0), ("a", 1), ("b", 0), ("b", 1)]
+    jobs = [(job.model.arm, job.seed) for job in runner.jobs(config, found)]
+    arms = ("a", "b", "gold", "chance")
+    assert jobs == [(arm, None) for arm in arms[:3]] + [(a, seed) for a in arms for seed in (0, 1)]
 
 
 def test_one_folder_is_one_model_however_it_is_spelled(config, tmp_path, monkeypatch):

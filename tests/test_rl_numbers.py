@@ -192,6 +192,18 @@ def test_numbers_by_hand(config):
     assert half.splitlines()[2].endswith("is open.")
 
 
+def test_what_the_optimiser_can_do_is_said_by_split(config):
+    run = curve("gold", 0, 0, (0.5, 0.9, 0.875))
+    for row in run["evaluations"]:
+        if row["split"] == "hard":
+            row["gold_G"] = [gold - 0.25 for gold in row["gold_G"]]
+    found = numbers.collect(config, [run])
+    assert found["arms"]["gold"]["rl"]["by_split"]["hard"] == pytest.approx([0.25, 0.65, 0.625])
+    text = report.markdown(config, found, Path("x"), [])
+    assert "from 0.500 to 0.875 on `test` and 0.250 to 0.625 on `hard`" in text
+    assert "higher than before at 1 of 2 evaluations" in text
+
+
 def test_two_policy_seeds_of_a_model_are_one_model(config):
     """Runs that differ by model only: the interval is as wide as with one run of each."""
     rng = np.random.default_rng(0)
@@ -293,6 +305,7 @@ def test_arms_look_different():
         ("verdict.confidence", 1.0, "a share"), ("verdict.draws", 3, "at least 40"),
         ("verdict.nats", (2.0, -1.0), "above 0"), ("verdict.gain", math.nan, "0 or more"),
         ("eval_problems", 1001, "1000 at most"), ("edits", 5001, "10000 at"),
+        ("optimizer.momentum", 1.0, "below 1"), ("optimizer.slower", 0.0, "above 0"),
     ],
 )  # fmt: skip
 def test_bad_settings_are_refused_in_a_line(name, value, words):

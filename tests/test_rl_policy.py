@@ -174,3 +174,13 @@ def test_an_update_moves_towards_what_is_rewarded(start, inputs):
         means.append(float(APPLY(params, inputs).picture_NW[:, place].mean()))
     level = float(APPLY(start, inputs).picture_NW[:, place].mean())
     assert means[0] > level > means[1]
+
+
+def test_the_rate_falls_with_the_updates():
+    """Adam's updates of a gradient that stays are the rate itself."""
+    optimizer, params = grpo.make_optimizer(0.1, 1.0, 0.97, slower=2), jnp.zeros(1)
+    state, steps = optimizer.init(params), []
+    for _ in range(5):
+        step, state = optimizer.update(jnp.ones(1), state, params)
+        steps.append(-float(step[0]))
+    np.testing.assert_allclose(steps, [0.1 / (1 + n / 2) for n in range(5)], rtol=1e-4)

@@ -16,7 +16,8 @@ AT_LEAST_ONE = (
 )  # fmt: skip
 NOT_NEGATIVE = ("seed", "optimizer.kl_weight", "reward.penalty", "verdict.gain", "verdict.collapse")
 ABOVE_ZERO = (
-    "optimizer.learning_rate", "optimizer.clip_norm", "optimizer.clip", "verdict.nats",
+    "optimizer.learning_rate", "optimizer.slower", "optimizer.clip_norm", "optimizer.clip",
+    "verdict.nats",
 )  # fmt: skip
 LARGEST_SEED = 2**31 - 1
 BLOCK = 1000  # instructions: what chance is drawn from numbers them within a part
@@ -39,6 +40,7 @@ def check_config(config: ConfigDict) -> None:
         (ABOVE_ZERO, lambda x: 0 < x < math.inf, "above 0, and finite"),
         (("seed",), lambda x: x <= most, f"{most} at most"),
         (("eval_problems", "best_of.problems"), lambda x: x <= BLOCK, f"{BLOCK} at most"),
+        (("optimizer.momentum",), lambda x: 0 <= x < 1, "0 or more, and below 1"),
         (("verdict.confidence",), lambda x: 0 < x < 1, "a share, above 0 and below 1"),
         (("verdict.draws",), lambda x: x >= DRAWS, f"at least {DRAWS}"),
     ):

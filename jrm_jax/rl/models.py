@@ -13,8 +13,8 @@ from ml_collections import ConfigDict
 
 from jrm_jax.errors import UserError
 
-CHANCE, ENSEMBLE = "chance", "ensemble"
-CONTROLS = ("gold", CHANCE)  # arms whose reward is no model's
+GOLD, CHANCE, ENSEMBLE = "gold", "chance", "ensemble"
+CONTROLS = (GOLD, CHANCE)  # arms whose reward is no model's
 _SEED = re.compile(r"-s(\d+)(?=-|$)")  # of a run, in the names that the study gives
 
 

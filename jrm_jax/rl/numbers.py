@@ -187,6 +187,8 @@ class _Curve:
         }  # fmt: skip
         self.kl_T = self.values["kl"]
         self.gold_T = self.gold_TG.mean(1)
+        parts = np.split(self.gold_TG, len(SPLITS), axis=1)
+        self.by_split = {split: own.mean(1) for split, own in zip(SPLITS, parts, strict=True)}
         self.peak_G, places = peak_of(self.gold_TG)
         self.peak_kl = float(self.kl_T[places].mean())
 
@@ -228,6 +230,9 @@ def _rl(config: ConfigDict, runs: Runs, steps: Sequence[int]) -> dict[str, Any]:
         "peak_kl": _mean([c.peak_kl for c in curves]),
         "last": row([c.gold_TG[-1] for c in curves]),
         "last_kl": _mean([c.kl_T[-1] for c in curves]),
+        "by_split": {
+            split: np.mean([c.by_split[split] for c in curves], 0).tolist() for split in SPLITS
+        },
         "fall": row([c.peak_G - c.gold_TG[-1] for c in curves]),
         "collapsed": collapsed,
         "at": {f"{nats:g}": _at(config, curves, nats) for nats in own.nats},

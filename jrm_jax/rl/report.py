@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shlex
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from jrm_jax.rl import base, examples, figures
-from jrm_jax.rl.models import CONTROLS
+from jrm_jax.rl.models import CONTROLS, GOLD
 from jrm_jax.rl.numbers import BASELINE, PREDICTORS, TREATED, collect, load
 from jrm_jax.rl.runner import RUNS
 from jrm_jax.shell.packaged import load_config_module
@@ -223,7 +224,24 @@ def _rl(config: ConfigDict, numbers: Numbers) -> list[str]:
     head = ("reward", "models / runs", "base", "peak, at nats", "end, at nats", "fall",
             "collapsed", "Spearman, end", "gap, end", "flat groups", "alpha, beta")  # fmt: skip
     nats = ("gold at equal divergence", *(f"{x:g} nats" for x in config.verdict.nats))
-    return ["## RL", "", *table(head, rows), *table(nats, at)]
+    return ["## RL", "", *_optimiser(numbers), *table(head, rows), *table(nats, at)]
+
+
+def _optimiser(numbers: Numbers) -> list[str]:
+    """What it does with the truth as its reward."""
+    own = (numbers["arms"].get(GOLD) or {}).get("rl")
+    if not own:
+        return []
+    moves = [f"{gold_T[0]:.3f} to {gold_T[-1]:.3f} on `{split}`"
+             for split, gold_T in own["by_split"].items()]  # fmt: skip
+    gold_T = own["curves"]["gold"]
+    rises = sum(later > earlier for earlier, later in itertools.pairwise(gold_T))
+    return [
+        "What the optimiser can do, gold itself shows as the reward: it takes gold from "
+        f"{' and '.join(moves)}, and is higher than before at {rises} of {len(gold_T) - 1} "
+        "evaluations. `hard` asks for what no instruction of the training asks for.",
+        "",
+    ]
 
 
 def _flaws(numbers: Numbers) -> list[str]:
@@ -278,8 +296,9 @@ def _protocol(config: ConfigDict, numbers: Numbers) -> list[str]:
         f"base, which imitates {100 * base.PERFECT:.0f} % perfect edits and else the built-in "
         "world's flaws. Pictures go through `RewardModel`; scores are in deviations of the base's.",
         f"- RL: GRPO, {numbers['iterations'] or 'no'} iterations of {config.groups} instructions x "
-        f"{config.edits} edits, {own.updates} updates each, Adam at {own.learning_rate:g}, ratio "
-        f"clipped at {own.clip:g}, weight of the divergence {own.kl_weight:g}, advantages over the "
+        f"{config.edits} edits, {own.updates} updates each, Adam at {own.learning_rate:g}, half of "
+        f"it after {own.slower:g} iterations, momentum {own.momentum:g}, ratio clipped at "
+        f"{own.clip:g}, weight of the divergence {own.kl_weight:g}, advantages over the "
         f"{own.scale}'s spread.",
         f"- Best of n: {best.attempts} base edits of {best.problems} instructions of `test` and as "
         "many of `hard`. RL is evaluated on "

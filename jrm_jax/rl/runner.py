@@ -47,7 +47,7 @@ def jobs(config: ConfigDict, found: Sequence[Model]) -> Iterator[Job]:
     """Best-of-n of all models first: it is cheap, and has no chance of training in it."""
     yield from (Job(model, None) for model in found if model.arm != CHANCE)
     for model in found:  # one after the other: each is loaded once more
-        for seed in range(config.seeds if model.folders else 1):
+        for seed in range(config.seeds):
             yield Job(model, config.seed + seed)
 
 

@@ -62,9 +62,13 @@ _describe = jax.jit(grpo.describe)
 
 
 @functools.cache
-def _programs(rate: float, clip_norm: float, chosen: grpo.Settings) -> tuple[Any, Any]:
-    """(optimizer, jitted update): the runs of a process that are alike share one compilation."""
-    optimizer = grpo.make_optimizer(rate, clip_norm)
+def _programs(adam: tuple[float, ...], chosen: grpo.Settings) -> tuple[Any, Any]:
+    """(optimizer, jitted update): the runs of a process that are alike share one compilation.
+
+    Args:
+        adam: arguments of `grpo.make_optimizer`.
+    """
+    optimizer = grpo.make_optimizer(*adam)
     return optimizer, jax.jit(grpo.make_update(optimizer, chosen))
 
 
@@ -83,8 +87,9 @@ class Run:
         self.settings, self.reward, self.pools = settings, reward, known
         self.base = base.load()
         own = config.optimizer
+        adam = own.learning_rate, own.clip_norm, own.momentum, own.slower * own.updates
         chosen = grpo.Settings(own.clip, own.kl_weight, own.updates, own.scale)
-        self.optimizer, self.update = _programs(own.learning_rate, own.clip_norm, chosen)
+        self.optimizer, self.update = _programs(adam, chosen)
         self.seconds, self.evaluations = 0.0, []
 
     # What an iteration draws
