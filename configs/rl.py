@@ -39,11 +39,11 @@ def get_config(arg: str | None = None):
     config.save_interval = 20  # iterations between checkpoints
     config.log_interval = 5
 
-    # The same for every reward. Chosen with gold alone as the reward, on instructions of `valid` and
-    # `hard` with another seed than the ones that are reported.
+    # The same for every reward. Chosen with gold alone as the reward, on instructions of `valid`
+    # and `hard` with another seed than those that are reported.
     config.optimizer = ConfigDict()
     config.optimizer.learning_rate = 2e-3  # of Adam, at first
-    config.optimizer.slower = 50.0  # iterations after which it is half of that; see grpo.py
+    config.optimizer.slower = 50.0  # iterations after which it is half of that; 0: never
     config.optimizer.momentum = 0.97  # of Adam
     config.optimizer.clip_norm = 1.0  # of the gradient
     config.optimizer.clip = 0.2  # of the ratio, either way

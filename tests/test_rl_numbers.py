@@ -305,7 +305,7 @@ def test_arms_look_different():
         ("verdict.confidence", 1.0, "a share"), ("verdict.draws", 3, "at least 40"),
         ("verdict.nats", (2.0, -1.0), "above 0"), ("verdict.gain", math.nan, "0 or more"),
         ("eval_problems", 1001, "1000 at most"), ("edits", 5001, "10000 at"),
-        ("optimizer.momentum", 1.0, "below 1"), ("optimizer.slower", 0.0, "above 0"),
+        ("optimizer.momentum", 1.0, "below 1"), ("optimizer.slower", -1.0, "0 or more"),
     ],
 )  # fmt: skip
 def test_bad_settings_are_refused_in_a_line(name, value, words):

@@ -14,10 +14,12 @@ AT_LEAST_ONE = (
     "seeds", "iterations", "groups", "edits", "problems", "eval_interval", "eval_problems",
     "save_interval", "log_interval", "optimizer.updates", "best_of.attempts", "best_of.problems",
 )  # fmt: skip
-NOT_NEGATIVE = ("seed", "optimizer.kl_weight", "reward.penalty", "verdict.gain", "verdict.collapse")
+NOT_NEGATIVE = (
+    "seed", "optimizer.slower", "optimizer.kl_weight", "reward.penalty", "verdict.gain",
+    "verdict.collapse",
+)  # fmt: skip
 ABOVE_ZERO = (
-    "optimizer.learning_rate", "optimizer.slower", "optimizer.clip_norm", "optimizer.clip",
-    "verdict.nats",
+    "optimizer.learning_rate", "optimizer.clip_norm", "optimizer.clip", "verdict.nats",
 )  # fmt: skip
 LARGEST_SEED = 2**31 - 1
 BLOCK = 1000  # instructions: what chance is drawn from numbers them within a part

@@ -9,7 +9,6 @@ Letters: G problems, K programs of each, N = G * K; others as in `policy.py`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -35,16 +34,17 @@ class Settings(NamedTuple):
 
 
 def make_optimizer(
-    rate: float, clip_norm: float, momentum: float = 0.9, slower: float = math.inf
+    rate: float, clip_norm: float, momentum: float = 0.9, slower: float = 0.0
 ) -> optax.GradientTransformation:
     """Adam of clipped gradients.
 
     Args:
         momentum: how much of the mean gradient is kept in an update.
-        slower: updates after which the rate is half of the first; it falls as 1 / (1 + updates /
-            slower), so that a run need not know how long it will become.
+        slower: updates after which the rate is half of the first (0: it stays); it falls as 1 / (1
+            + updates / slower), so that a run need not know how long it will become.
     """
-    adam = optax.adam(lambda count: rate / (1 + count / slower), b1=momentum)
+    falling = (lambda count: rate / (1 + count / slower)) if slower else rate
+    adam = optax.adam(falling, b1=momentum)
     return optax.chain(optax.clip_by_global_norm(clip_norm), adam)
 
 

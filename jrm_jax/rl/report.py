@@ -289,6 +289,7 @@ def _predictors(numbers: Numbers) -> list[str]:
 
 def _protocol(config: ConfigDict, numbers: Numbers) -> list[str]:
     own, best = config.optimizer, config.best_of
+    half = f", half of it after {own.slower:g} iterations" if own.slower else ""
     return [
         "## Protocol",
         "",
@@ -296,8 +297,8 @@ def _protocol(config: ConfigDict, numbers: Numbers) -> list[str]:
         f"base, which imitates {100 * base.PERFECT:.0f} % perfect edits and else the built-in "
         "world's flaws. Pictures go through `RewardModel`; scores are in deviations of the base's.",
         f"- RL: GRPO, {numbers['iterations'] or 'no'} iterations of {config.groups} instructions x "
-        f"{config.edits} edits, {own.updates} updates each, Adam at {own.learning_rate:g}, half of "
-        f"it after {own.slower:g} iterations, momentum {own.momentum:g}, ratio clipped at "
+        f"{config.edits} edits, {own.updates} updates each, Adam at {own.learning_rate:g}"
+        f"{half}, momentum {own.momentum:g}, ratio clipped at "
         f"{own.clip:g}, weight of the divergence {own.kl_weight:g}, advantages over the "
         f"{own.scale}'s spread.",
         f"- Best of n: {best.attempts} base edits of {best.problems} instructions of `test` and as "
