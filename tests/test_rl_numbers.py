@@ -202,6 +202,7 @@ def test_what_the_optimiser_can_do_is_said_by_split(config):
     text = report.markdown(config, found, Path("x"), [])
     assert "from 0.500 to 0.875 on `test` and 0.250 to 0.625 on `hard`" in text
     assert "higher than before at 1 of 2 evaluations" in text
+    assert text.splitlines()[2].startswith("What optimisation makes of gold, where")
 
 
 def test_two_policy_seeds_of_a_model_are_one_model(config):

@@ -129,7 +129,7 @@ def _answer(numbers: Numbers) -> str:
         return " ".join(_sentence(numbers["gains"][own["arm"]], own) for own in numbers["verdicts"])
     if BASELINE in numbers["arms"] or TREATED in numbers["arms"]:
         return "Whether a joint score is better to optimise than a discriminative one is open."
-    arms = [arm for arm in numbers["arms"] if arm not in CONTROLS]
+    arms = [arm for arm in numbers["arms"] if arm not in CONTROLS] or numbers["arms"]
     return f"What optimisation makes of {', '.join(arms)}, where the truth is known."
 
 
