@@ -4,9 +4,8 @@ The order of one turn is a contract:
 
     1. read the metrics of the step before and stop if anything is not finite
     2. evaluate (when due), so that a save can be ranked
-    3. save (when due, or `valid` is better than in all that is saved): only a state whose metrics
-       and parameters were seen to be finite. It is written while the next steps run; an error of it
-       ends the run at the next turn
+    3. save (when due, or `valid` is the best so far): only a state seen to be finite. It is
+       written while the next steps run; an error of it ends the run at the next turn
     4. next batch: the data position is the step, so nothing else need be saved
     5. step; its metrics are read one turn later, so that the device never waits for the host
 """
@@ -175,7 +174,7 @@ class _Run:
         began = time.monotonic()
         batches = build_data.batches(config, self.data, "train", self.mesh, self.start, total)
         pending: tuple[int, dict] | None = None
-        saved = self.start if self.start else -1
+        saved, saves = self.start or -1, (config.save_interval, config.keep_interval)
         try:
             with batches, self.watchdog:
                 if not self._prepare():
@@ -186,9 +185,7 @@ class _Run:
                     self.checkpoints.check()
                     stopping = self.stop.now()
                     due_eval = step == total or _is_due(step, config.eval_interval)
-                    due_save = step == total or _is_due(
-                        step, config.save_interval, config.keep_interval
-                    )
+                    due_save = step == total or _is_due(step, *saves)
                     due_log = step == total or _is_due(step, config.log_interval)
                     new = step > self.start or not total  # no steps at all: the start is saved
                     if new and (due_eval or due_save or due_log or stopping):
