@@ -15,7 +15,10 @@ from jrm_jax.rl.reward import Chance, Reward
 from jrm_jax.rl.rollout import SPLITS
 from jrm_jax.serving.groups import Scores
 from jrm_jax.serving.rows import Needs
+from jrm_jax.shell.report import json_safe
 from jrm_jax.study import analysis
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -232,6 +235,15 @@ def test_runs_are_read_as_far_as_all_of_them_go(config):
     text = report.markdown(config, found, Path("x"), [])
     assert "2 iterations of" in text and "read up to there" in text and "blurred" not in text
     assert "--config.iterations=2" in text
+
+
+def test_the_page_that_ships_is_what_its_files_say():
+    config, out = rl.get_config("comparison"), ROOT / "docs" / "rl"
+    found = json_safe(numbers.collect(config, numbers.load(config, out)))
+    said = [(out / name).read_text() for name in (report.USERS, report.NOTES)]
+    shown = [path.name for path in out.iterdir()]
+    text = report.markdown(config, found, Path("docs/rl"), shown, *said)
+    assert text == (ROOT / "docs" / "rl.md").read_text()
 
 
 def test_the_command_of_a_page_has_what_was_set(tmp_path):
