@@ -19,10 +19,10 @@ import time
 from jrm_jax.watch import Watchdog
 def stuck():
     time.sleep(60)
-with Watchdog(4.0, 0.0, print) as dog:
+with Watchdog(2.0, 0.0, print) as dog:
     for step in range(6):
         dog.beat(step)
-        time.sleep(0.8)     # longer than the silence in all, but never silent
+        time.sleep(0.4)     # longer than the silence in all, but never silent
     print("alive", flush=True)
     stuck()
 """
