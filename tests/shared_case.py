@@ -1,10 +1,15 @@
-"""What several test files start from is made once per test run, by the worker that asks first."""
+"""What several tests start from, made once: per test run, by the worker that asks first, or per
+process."""
 
 import fcntl
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+
+import pytest
+
+from jrm_jax import build
 
 RUN = Path(os.environ["JRM_TEST_RUN"])  # made by conftest.py
 
@@ -22,3 +27,16 @@ def once(name: str, make: Callable[[Path], object]) -> Path:
             make(folder)
             done.touch()
     return folder
+
+
+def share_steps(patch: pytest.MonkeyPatch) -> None:
+    """From now on the runs of a config in this process have the same jitted steps; each would trace
+    the same programs again."""
+    make_steps, made = build.make_steps, {}
+
+    def shared(config, *parts):
+        key = config.to_json()
+        made[key] = made.get(key) or make_steps(config, *parts)
+        return made[key]
+
+    patch.setattr(build, "make_steps", shared)

@@ -24,7 +24,7 @@ SMALL = dataclasses.replace(SMALL, text=dataclasses.replace(SMALL.text, layers=3
 @pytest.fixture(scope="module")
 def case():
     """(params, batch, dtype -> loss of the joint step), rolled loops of two layers."""
-    params = init_backbone(jax.random.key(0), SMALL)
+    params = jax.jit(lambda key: init_backbone(key, SMALL))(jax.random.key(0))
     width = SMALL.text.hidden
     params["reward_head"] = {"kernel": jnp.full((width, 1), 0.1)}
     params["reward_embedding"] = jnp.full((width,), 0.1)

@@ -338,6 +338,7 @@ def start(small_backbone, tmp_path_factory):  # noqa: F811
         config.data.world.valid = config.data.world.test = config.data.world.hard = 0
         config.data.candidate_cuts = (4,)
         config.batch_size, config.total_steps, config.remat = 8, 2, "auto"
+        config.optimizer.name = "adam"
         config.backbone.scan_unroll = 1
         if callable(has):
             backbone = build.load_backbone_config(config)

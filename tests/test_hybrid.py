@@ -97,7 +97,8 @@ def test_padding_changes_no_bit_and_gets_no_gradient():
     segments = (batch["prompt_segments"], batch["candidate_segments"])
     real = np.concatenate([segments[0], segments[1].reshape(1, -1)], axis=1)[..., None] > 0
     x = np.random.default_rng(1).normal(size=(1, real.size, 32)).astype(np.float32)
-    variables = mixer.init(jax.random.key(0), x, segments, None)
+    make = jax.jit(lambda key: mixer.init(key, x, segments, None), compiler_options=QUICK)
+    variables = make(jax.random.key(0))
 
     @functools.partial(jax.jit, compiler_options=QUICK)
     def states(x):

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from entry_point import parameters, small_backbone  # noqa: F401  a fixture
+from shared_case import share_steps
 
 from configs import joint
 from jrm_jax import build, build_data, export, lora, sharding, train
@@ -38,6 +39,7 @@ def one_device_compiled_quickly():
             sharding, "make_mesh", lambda *_, **__: make(1, 1, 1, devices=jax.devices()[:1])
         )
         patch.setattr(sharding, "compiler_options", lambda mesh: options(mesh) | quick)
+        share_steps(patch)
         yield
 
 

@@ -17,10 +17,11 @@ from entry_point import (  # noqa: F401  fixtures among them
     steps,
 )
 from save_case import gate  # noqa: F401
+from shared_case import share_steps
 from test_saving import FULL
 
 from configs import joint
-from jrm_jax import build, sharding, train
+from jrm_jax import sharding, train
 from jrm_jax.checkpoint import open_checkpoints
 from jrm_jax.errors import UserError
 from jrm_jax.run.saved import METRICS, complete_steps
@@ -43,17 +44,10 @@ class Asked(StopRequest):
 
 @pytest.fixture(scope="module", autouse=True)
 def one_device():
-    """All runs of a config share their jitted steps: each would trace the same programs again."""
-    make, make_steps, made = sharding.make_mesh, build.make_steps, {}
-
-    def shared_steps(config, *parts):
-        key = config.to_json()
-        made[key] = made.get(key) or make_steps(config, *parts)
-        return made[key]
-
+    make = sharding.make_mesh
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharding, "make_mesh", lambda *sizes: make(*sizes, devices=jax.devices()[:1]))
-        patch.setattr(build, "make_steps", shared_steps)
+        share_steps(patch)
         patch.setattr(train, "StopRequest", Asked)
         yield
 
