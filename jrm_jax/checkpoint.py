@@ -32,7 +32,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
-from jrm_jax import distributed
+from jrm_jax import distributed, sharding
 from jrm_jax.errors import UserError, one_line
 from jrm_jax.run import saved
 from jrm_jax.run.saved import META, METRICS, RANK, WORST, complete_steps, pick
@@ -195,13 +195,12 @@ class Checkpoints:
             if opt_state is not None:
                 items["opt_state"] = ocp.args.StandardRestore(opt_state)
             found, problem = self._read(step, ocp.args.Composite(**items))
-            if problem:
-                failures[step] = problem
-                self._say(f"WARNING: checkpoint {step} cannot be read ({problem})")
-                continue
-            for damaged in failures:
-                self._set_aside(damaged)
-            return step, found["trainable"], found.get("opt_state"), found["meta"]
+            if not problem:
+                for damaged in failures:
+                    self._set_aside(damaged)
+                return step, found["trainable"], found.get("opt_state"), found["meta"]
+            failures[step] = problem
+            self._say(f"WARNING: checkpoint {step} cannot be read ({problem})")
         words = "; ".join(f"{step}: {problem}" for step, problem in failures.items())
         raise UserError(
             f"{self.folder}: no checkpoint can be read ({words or 'there is none'}); "
@@ -210,7 +209,7 @@ class Checkpoints:
 
     def _read(self, step: int, items: Any) -> tuple[Any, str]:
         """(what is in a checkpoint, ''), or (None, what is damaged)."""
-        for pause in (*AGAIN, None):
+        for pause in (*AGAIN, 0.0):
             found, problem, passing = None, "", False
             try:
                 found = self._manager.restore(step, args=items)
@@ -218,8 +217,7 @@ class Checkpoints:
                 problem, passing = disk.explain(error, self.folder), disk.is_passing(error)
             if distributed.all_agree(not problem):
                 return found, ""
-            if pause is not None:
-                time.sleep(pause)
+            time.sleep(pause)
         problem = problem or "another process cannot read its part"
         if distributed.all_agree(not passing):
             return None, problem
@@ -238,9 +236,8 @@ class Checkpoints:
 
     def read_meta(self, step: int) -> dict:
         self.wait()
-        return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))[
-            "meta"
-        ]
+        items = ocp.args.Composite(meta=ocp.args.JsonRestore())
+        return self._manager.restore(step, args=items)["meta"]
 
 
 @contextlib.contextmanager
@@ -353,11 +350,8 @@ def _read_tree(folder: Path) -> Any:
 def give_up(tree: Any) -> Any:
     """Shapes with shardings of a tree of arrays, whose memory is free then: what is read in their
     place need not fit beside them."""
-    for leaf in jax.tree.leaves(tree):
-        leaf.delete()
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), tree
-    )
+    jax.tree.map(lambda leaf: leaf.delete(), tree)
+    return sharding.placed(tree, jax.tree.map(lambda leaf: leaf.sharding, tree))
 
 
 def _finite(metric: float) -> float:
