@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from entry_point import small_backbone  # noqa: F401
+from entry_point import QUICK, small_backbone  # noqa: F401
 
 from configs import study
 from jrm_jax import build_data
@@ -278,7 +278,8 @@ def again(tmp_path_factory, small_backbone):  # noqa: F811
             f"--config.out={folder}/regimes", f"--config.workdir={folder}/runs",
             f"--config.train.backbone.path={small_backbone}", "--jobs=2",
         ],
-        capture_output=True, text=True, cwd=ROOT, timeout=1800, env={**os.environ, "XLA_FLAGS": ""},
+        capture_output=True, text=True, cwd=ROOT, timeout=1800,
+        env={**os.environ, "XLA_FLAGS": QUICK},  # one device, as the file that it is compared with
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     config = settings("regimes_tiny")

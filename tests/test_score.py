@@ -121,6 +121,16 @@ def test_warming_compiles_what_calls_need(workdir, groups):
         model.warm([dataclasses.replace(bucket, prompt=2 * bucket.prompt)])
 
 
+def test_a_second_model_like_it_compiles_nothing(workdir, model, groups):
+    (wanted,) = model.score_batch(groups[:1])
+    program = model._runner.device._program((SCORES,))
+    before = program._cache_size()
+    again = RewardModel.load(workdir, batch_size=4, devices=jax.devices()[:1])
+    (found,) = again.score_batch(groups[:1])
+    np.testing.assert_array_equal(found.reward_KR, wanted.reward_KR)
+    assert program._cache_size() == before and again._runner.device.compiled
+
+
 def test_every_form_of_a_picture_scores_the_same(model, files):
     text, source, candidates = files
     wanted = model.score(text, source, candidates)
@@ -231,7 +241,7 @@ def test_other_bad_input_is_one_line(workdir, model, files, tmp_path, capsys):
     options = [f"--source={source}", f"--instruction={text}"]
     assert "at least one candidate" in run(capsys, workdir, *options)[0]
     none = run(capsys, workdir, *options, candidates[0], "--programs=0")[0]
-    assert "programs is 0, must be at least 1" in none
+    assert "--programs=0: at least 1" in none
     for folder in (tmp_path, tmp_path / "nowhere"):
         assert "give the folder of a run" in run(capsys, folder, *options, candidates[0])[0]
     absent = tmp_path / "absent.png"

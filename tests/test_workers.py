@@ -107,7 +107,7 @@ def started(tmp_path_factory, small_backbone):
     def start(name):
         process = runner.start(
             runner.folder / name, "discriminative", data__workers=2, data__prefetch=1,
-            total_steps=100_000, save_interval=1, eval_interval=0, **splits,
+            total_steps=100_000, save_interval=1, eval_interval=0, optimizer__name="adam", **splits,
         )  # fmt: skip
         for line in process.stdout:
             if line.startswith("step 3/"):

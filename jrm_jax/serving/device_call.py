@@ -6,6 +6,7 @@ Letters: see `data/pipeline.py`.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import threading
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from jrm_jax.step import make_score_step, make_state_step
 ONE_AT_A_TIME = threading.Lock()
 
 SCORES, STATES, CRITIQUES = "scores", "states", "critiques"
+SHARED = 16  # kinds of programs, of all models, that are remembered for models to come
 
 
 class DeviceCall:
@@ -59,7 +61,8 @@ class DeviceCall:
     ):
         self.params, self._mesh = params, mesh_of(params)
         self._whole = sharding.is_this_device(self._mesh)
-        self._options = sharding.compiler_options(self._mesh)
+        options = sharding.compiler_options(self._mesh)
+        self._options = None if options is None else tuple(options.items())
         self._backbone = Backbone(
             config,
             dtype=build.DTYPES[compute_dtype],
@@ -105,12 +108,20 @@ class DeviceCall:
 
     def _program(self, kind: tuple) -> Any:
         if kind not in self._jitted:
-            name, *options = kind
-            make = {SCORES: make_score_step, STATES: make_state_step, CRITIQUES: make_generate}
-            more = (*options, self._end_id) if name == CRITIQUES else ()
-            step = make[name](self._backbone, *self._pixels, *more)
-            self._jitted[kind] = jax.jit(step, compiler_options=self._options)
+            known = (kind, self._backbone, self._pixels, self._end_id, self._options)
+            self._jitted[kind] = _make_program(*known)
         return self._jitted[kind]
+
+
+@functools.lru_cache(maxsize=SHARED)
+def _make_program(
+    kind: tuple, backbone: Backbone, pixels: tuple, end_id: int, options: tuple | None
+) -> Any:
+    """One for all models of a process that are alike: a second one finds its programs compiled."""
+    name, *own = kind
+    make = {SCORES: make_score_step, STATES: make_state_step, CRITIQUES: make_generate}
+    step = make[name](backbone, *pixels, *((*own, end_id) if name == CRITIQUES else ()))
+    return jax.jit(step, compiler_options=None if options is None else dict(options))
 
 
 def _silent(words: str) -> None:
