@@ -209,6 +209,7 @@ def regimes(variant: str) -> ConfigDict:
         config.sizes, config.flips = (8, 32), (0.35,)
         config.headline.labelled = 8
         config.trials, config.points = (), ((("joint_teacher", "staged"), (8,), (0.35,), 1),)
+        config.rates = ()
         config.train.total_steps = config.train.eval_interval = config.train.save_interval = 2
         config.train.backbone.scan_unroll, config.train.optimizer.learning_rate = 1, 1.5e-3
         config.world.update({"valid": 4, "test": 4, "hard": 8})

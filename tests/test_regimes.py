@@ -39,8 +39,14 @@ def test_the_design_covers_what_it_must():
     plan = design.plan(config)
     points = [p for p in plan if not p.is_trial]
     assert {p.arm for p in points} == set(ARMS) and len(plan) == len(set(plan))
-    assert plan[0].is_trial and {p.arm for p in plan if p.is_trial} == {"discriminative"}
-    assert {p.flip for p in plan if p.is_trial} == {0.0, 0.35}
+    trials = [p for p in plan if p.is_trial]
+    assert plan[0].is_trial and {p.flip for p in trials} == {0.0, 0.35}
+    assert {p.arm for p in trials} == {"discriminative", *(arm for arm, _ in config.verdict.arms)}
+    known = [arm for arms, _ in config.rates for arm in arms]
+    assert len(known) == len(set(known)) and set(known) <= set(ARMS)
+    rate = {arm: rate for arms, rate in config.rates for arm in arms}
+    for arm, control in config.verdict.arms:  # at the same rate
+        assert rate[arm] == rate[control] == rate[f"{arm.removeprefix('joint_')}_masked"]
     headline = [p for p in points if (p.labelled, p.flip) == (1600, 0.35)]
     compared = [arm for pair in config.verdict.arms for arm in pair]
     assert compared == ["joint", "joint_shuffled", "joint_words", "words_shuffled"]
@@ -265,7 +271,8 @@ def test_longer_trials_take_longer():
     found = {Point("discriminative", 1600, 0.0, 0, 1e-3, 400):
              {"seconds": {"train": 100.0, "measure": 4.0}}}  # fmt: skip
     assert cells.estimate(config, Point("discriminative", 1600, 0.0, 0, 1e-3, 1600), found) == 404.0
-    assert cells.estimate(config, Point("joint", 1600, 0.35, 0), found) == 104.0
+    steps = config.train.total_steps
+    assert cells.estimate(config, Point("joint", 1600, 0.35, 0), found) == 4 + 100 * steps / 400
 
 
 @pytest.fixture(scope="module")
