@@ -6,6 +6,7 @@ is compiled once per test run. The folder is new each time: nothing old can hide
 sets JAX_COMPILATION_CACHE_DIR keeps compiled programs there instead, between test runs, too.
 """
 
+import gc
 import os
 import shutil
 import sys
@@ -49,6 +50,10 @@ from absl import flags  # noqa: E402
 if not flags.FLAGS.is_parsed():  # grain's worker processes read absl flags
     flags.FLAGS(["pytest"])
 
+
+# Tracing makes and drops very many small objects: looking for circles as often as Python does takes
+# a tenth of its time.
+gc.set_threshold(50_000, 20, 100)
 
 # The longest files first: the two workers then end together. With `--no-loadscope-reorder`.
 LONGEST = (
