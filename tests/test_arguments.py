@@ -89,7 +89,7 @@ def test_no_command_has_a_parser_of_another_kind():
      "--batch_size=0"),
     (builders.main, ["csv", "--data=x", "--out=y", "--shard_examples=0"], "--shard_examples=0"),
     (builders.main, ["world", "--out=y", "--test=-1"], "--test=-1"),
-], ids=str)  # fmt: skip
+], ids=lambda value: getattr(value, "__module__", str(value)))  # fmt: skip
 def test_numbers_that_are_too_small_are_refused_before_anything_is_read(main, argv, words, capsys):
     try:
         said = str(main(argv))
