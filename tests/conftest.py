@@ -27,7 +27,6 @@ FLAGS = [
     "--xla_force_host_platform_device_count=8",
     "--xla_backend_optimization_level=0",
     "--xla_llvm_disable_expensive_passes=true",
-    "--xla_cpu_parallel_codegen_split_count=1",  # for many cores: in parts it costs a third more
 ]
 if version("jaxlib").startswith("0.10."):  # the older emitters, left out of 0.11, are quicker
     FLAGS.append("--xla_cpu_use_fusion_emitters=false")

@@ -75,7 +75,7 @@ def test_a_lack_of_memory_is_one_line_from_every_command(error):
     assert isinstance(error, cli.REPORTED) and cli.is_expected(error)
     with pytest.raises(SystemExit) as ended, stop.ending():
         raise error
-    for line in (cli.one_line(error), ended.value.code.removeprefix("error: ")):
+    for line in (cli.in_one_line(error), ended.value.code.removeprefix("error: ")):
         assert line.startswith("out of memory (") and "under Memory" in line and "\n" not in line
 
 

@@ -311,14 +311,14 @@ def test_measuring_falls_back_where_the_data_cannot_be_written(tmp_path, monkeyp
     folder = tmp_path / "data"
     folder.mkdir()
     os.chmod(folder, stat.S_IRUSR | stat.S_IXUSR)
-    real = sizes_module.tempfile.mkstemp
+    real = sizes_module.disk.write_whole
 
-    def mkstemp(dir, suffix):  # root may write anywhere
-        if os.fspath(dir) == os.fspath(folder):
+    def write_whole(path, content):  # root may write anywhere
+        if path.parent == folder:
             raise PermissionError(13, "read only")
-        return real(dir=dir, suffix=suffix)
+        real(path, content)
 
-    monkeypatch.setattr(sizes_module.tempfile, "mkstemp", mkstemp)
+    monkeypatch.setattr(sizes_module.disk, "write_whole", write_whole)
     meter = Meter()
     kwargs = {"name": "train", "folder": folder, "fallback": tmp_path / "cache"}
     for _ in range(2):

@@ -211,14 +211,17 @@ def damage(rng, source, folder) -> Damage:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
+    """(a run's folder, its model)"""
     parent = tmp_path_factory.mktemp("soak")
-    return RewardModel.load(start(parent, make_folder(parent, "qwen3_vl"), "run"), batch_size=8)
+    workdir = start(parent, make_folder(parent, "qwen3_vl"), "run")
+    return workdir, RewardModel.load(workdir, batch_size=8)
 
 
 @pytest.fixture
 def run(model, monkeypatch, capsys):
     """run(main, *arguments) -> status; whatever is said of an error is one line."""
-    monkeypatch.setattr(RewardModel, "load", lambda *args, **options: model)
+    workdir, loaded = model
+    monkeypatch.setattr(RewardModel, "load", lambda *args, **options: loaded)  # once for all
 
     def stopped(*_):
         raise AssertionError(f"more than {SECONDS} s")
@@ -228,7 +231,7 @@ def run(model, monkeypatch, capsys):
         before = signal.signal(signal.SIGALRM, stopped)
         signal.alarm(SECONDS)
         try:
-            status = main(list(map(str, arguments)))
+            status = main([str(word).replace("WORKDIR", str(workdir)) for word in arguments])
         except SystemExit as end:
             status = end.code
         finally:
@@ -268,7 +271,7 @@ def same(one, other):
 
 def scores_of(run, source, folder, out):
     """{id: rewards} of the command's file, where a row was scored in full."""
-    run(score.main, "--model=x", f"--input={folder / source.file}", f"--images={folder}",
+    run(score.main, "--model=WORKDIR", f"--input={folder / source.file}", f"--images={folder}",
         f"--output={folder / out}")  # fmt: skip
     if not (folder / out).exists():
         return {}
@@ -281,8 +284,8 @@ def scores_of(run, source, folder, out):
 
 
 def predictions_of(run, source, folder, out):
-    run(evaluate.main, "--checkpoint=x", "--benchmark=jsonl", f"--data={folder / source.file}",
-        f"--images={folder}", f"--out={folder / out}.json")  # fmt: skip
+    run(evaluate.main, "--checkpoint=WORKDIR", "--benchmark=jsonl", f"--images={folder}",
+        f"--data={folder / source.file}", f"--out={folder / out}.json")  # fmt: skip
     path = folder / f"{out}_predictions" / "predictions.jsonl"
     if not path.exists():
         return {}
