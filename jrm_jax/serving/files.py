@@ -77,6 +77,7 @@ def score_file(
     files = _find(source, (out, state))
     total = sum(1 for file in files for _ in read_rows(file, _first_column))
     pictures = images or (source if source.is_dir() else source.parent)
+
     def asked(first: int, last: int | None = None) -> Iterator[_Asked]:
         rows = itertools.chain.from_iterable(read_rows(file) for file in files)
         some = itertools.islice(rows, first, last)
