@@ -1,6 +1,5 @@
 """What every command needs besides its arguments: how its process begins, errors in a line."""
 
-import ctypes
 import io
 import sys
 
@@ -9,7 +8,7 @@ from ml_collections import ConfigDict
 
 from jrm_jax.errors import UserError
 from jrm_jax.run.workdir import default_name
-from jrm_jax.shell import disk, user_cache
+from jrm_jax.shell import disk, memory, user_cache
 
 REPORTED = (
     UserError, flags.Error, AttributeError, KeyError, TypeError, OSError, RuntimeError, MemoryError,
@@ -17,23 +16,15 @@ REPORTED = (
 
 
 def keep_memory() -> None:
-    """Let glibc keep freed memory; for programs, early: threads keep the arenas they have.
+    """Let glibc keep freed memory (`memory.keep_freed`); for programs, early.
 
-    XLA on the CPU asks for its buffers anew at every step; given back to the system in between,
-    each page costs a fault: a quarter of a step's time. Arenas of threads are limited in size and
-    map what is larger whatever M_MMAP_MAX says, so there must be one arena only. Its lock is what
-    many threads then wait for: nothing is done for an accelerator, whose buffers are elsewhere and
-    whose compiler has a thread per core (a first step of 251 s instead of 30 on an H200 with 16).
+    XLA on the CPU asks for its buffers anew at every step; the faults of their pages are a quarter
+    of a step's time. The lock of the one arena is what many threads then wait for: nothing is done
+    for an accelerator, whose buffers are elsewhere and whose compiler has a thread per core (a
+    first step of 251 s instead of 30 on an H200 with 16).
     """
-    if user_cache.may_use_an_accelerator():
-        return
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):  # not glibc
-        return
-    # M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
-    for option, value in ((-8, 1), (-4, 0), (-1, 2**31 - 1), (-2, 2**26)):
-        mallopt(option, value)
+    if not user_cache.may_use_an_accelerator():
+        memory.keep_freed()
 
 
 def free_quietly() -> None:

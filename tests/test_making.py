@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import multiprocessing
 import os
 import pickle
 import signal
@@ -49,7 +50,7 @@ class LatePool:
 @pytest.fixture
 def late(monkeypatch):
     """Two workers that are as late as may be, for any number of rows."""
-    monkeypatch.setattr(making, "ProcessPoolExecutor", LatePool)
+    monkeypatch.setattr(making.workers, "ProcessPoolExecutor", LatePool)
     monkeypatch.setattr(building, "PARALLEL", 0)
 
 
@@ -221,6 +222,36 @@ def test_a_killed_worker_is_one_line_and_the_same_command_goes_on(source, whole,
             assert "a process that checks pictures was ended" in error and "--workers" in error
     assert process.returncode == 0, error
     assert contents(tmp_path / "out") == whole
+
+
+def test_a_worker_that_is_killed_while_another_is_started_is_not_waited_for(
+    source, tmp_path, monkeypatch
+):
+    """The library ends all that it knows of, and then waits for one more."""
+    start, started = multiprocessing.process.BaseProcess.start, []
+
+    def late(process):
+        start(process)
+        started.append(process)
+        if len(started) == 2:
+            os.kill(started[0].pid, signal.SIGKILL)
+            time.sleep(1)
+
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", late)
+    monkeypatch.setattr(building, "PARALLEL", 0)
+    ended = threading.Event()
+
+    def help_out():  # or the test would never end
+        if not ended.wait(30):
+            for process in started:
+                process.kill()
+
+    threading.Thread(target=help_out).start()
+    began = time.monotonic()
+    with pytest.raises(UserError, match="a process that checks pictures was ended"):
+        build_with(2, source, tmp_path / "out")
+    assert time.monotonic() - began < 30
+    ended.set()
 
 
 def kill_a_worker(process) -> None:

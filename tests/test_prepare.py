@@ -6,6 +6,7 @@ from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 
+from jrm_jax.data import workers
 from jrm_jax.data.store import open_dataset
 from jrm_jax.data.world import prepare
 from jrm_jax.errors import UserError
@@ -45,7 +46,7 @@ class Pool:
 
 @pytest.fixture
 def pool(monkeypatch):
-    monkeypatch.setattr(prepare, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(workers, "ProcessPoolExecutor", Pool)
     monkeypatch.setattr(prepare, "_world_record", lambda task: {**RECORD, "id": f"x{task[2]}"})
     monkeypatch.setattr(Pool, "dies", 10**9)
     monkeypatch.setattr(prepare, "CHUNK", 2)

@@ -29,7 +29,7 @@ from jrm_jax.data.ingest.table import Table
 from jrm_jax.data.store import SHARD_EXAMPLES
 from jrm_jax.data.world.prepare import prepare_world
 from jrm_jax.errors import UserError
-from jrm_jax.shell import cores, disk
+from jrm_jax.shell import cores, disk, memory
 from jrm_jax.shell.arguments import Parser, check_least
 from jrm_jax.shell.stop import GRACE, Stopped, StopRequest
 from jrm_jax.shell.terminal import Bar, say
@@ -212,6 +212,8 @@ def make_world(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
+    if argv is None:  # a process of its own
+        memory.keep_freed()
     try:
         with StopRequest("stopping", grace=GRACE) as stop, stop.breaking():
             if args.command == "world":

@@ -1,18 +1,21 @@
-"""Worker processes that prepare batches, watched: if one is killed, the run must not wait for it.
+"""Worker processes, watched: if one is killed, nobody may wait for it.
 
-A killed process may die with half a batch in its pipe, or with a lock that the others wait for; a
-read from it then never returns. So batches are taken by a thread, and whoever waits for it looks
-after the processes meanwhile.
+A killed process that prepares batches may die with half a batch in its pipe, or with a lock that
+the others wait for; a read from it then never returns. So batches are taken by a thread, and
+whoever waits for it looks after the processes meanwhile. Other work has a `pool`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import queue
 import signal
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from jrm_jax.errors import UserError
@@ -37,6 +40,38 @@ def init_worker(index: int, count: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+@contextlib.contextmanager
+def pool(
+    count: int, start: str, begin: Callable, arguments: tuple, lost: str
+) -> Iterator[ProcessPoolExecutor]:
+    """A pool of processes, which end with the block.
+
+    Args:
+        start: how they start, see `multiprocessing.get_context`.
+        begin, arguments: what each calls first.
+        lost: what to say where one is ended from outside.
+
+    Raises:
+        UserError: one was; the pool gives up all that it has to do.
+    """
+    others = set(multiprocessing.active_children())
+    made = ProcessPoolExecutor(count, multiprocessing.get_context(start), begin, arguments)
+    try:
+        for _ in range(count):  # all at once: later the rest might wait for one that is gone
+            made.submit(int)
+        yield made
+    except BaseException as error:
+        # Where one is ended the library ends the others, but for one that is just being started,
+        # and then waits for all.
+        for process in set(multiprocessing.active_children()) - others:
+            process.kill()
+        if isinstance(error, BrokenProcessPool):
+            raise UserError(lost) from error
+        raise
+    finally:
+        made.shutdown(cancel_futures=True)
 
 
 class WatchedIterator:

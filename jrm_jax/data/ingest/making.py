@@ -21,26 +21,29 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Future
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jrm_jax.data import store
+from jrm_jax.data import store, workers
 from jrm_jax.data.images import has_deep_channels
 from jrm_jax.data.ingest import card
 from jrm_jax.data.ingest.layout import Found, Layout, Member, Options, Problems
 from jrm_jax.data.ingest.waiting import size_of
 from jrm_jax.data.labels import field_error
 from jrm_jax.data.schema import Image, PreferenceExample, in_dimensions, to_record
-from jrm_jax.data.workers import init_worker
 from jrm_jax.errors import RecordError, UserError
+from jrm_jax.shell import memory
 
 AHEAD = 4  # groups for each worker that are made or wait to be taken
 AHEAD_BYTES = 64 * 2**20  # of their rows, as they are sent to the workers
 LARGE = 2**18  # bytes that are no longer sent through a pipe
 BETWEEN = "between"  # folder of what is on its way between processes
+LOST = (
+    "a process that checks pictures was ended, perhaps because the memory is full: give the command"
+    " fewer --workers"
+)
 DEEP = "picture with more than 8 bits a channel (scaled to 8)"
 
 
@@ -124,26 +127,35 @@ class Item(NamedTuple):
 
 
 class Queue:
-    """Use it in a `with`, to end its processes. With one worker there are none.
+    """Use it in a `with`: inside it has its processes. With one worker there are none.
 
     Args:
         folder: where what is large may lie for a moment; what a killed build left there is removed.
+
+    Raises:
+        UserError: at the end of the `with`: a process was ended from outside.
     """
 
-    def __init__(self, maker: Maker, folder: Path, workers: int = 1):
-        self._maker, self._workers = maker, workers
+    def __init__(self, maker: Maker, folder: Path, count: int = 1):
+        self._maker, self._workers = maker, count
         self._between = folder / BETWEEN
         shutil.rmtree(self._between, ignore_errors=True)
         self._items: collections.deque[tuple[Item, Future | None, int]] = collections.deque()
         self._bytes, self._pool = 0, None
-        if workers > 1:
+        self._open = contextlib.ExitStack()
+
+    def __enter__(self) -> Queue:
+        if self._workers > 1:
             self._between.mkdir()
+            self._open.callback(shutil.rmtree, self._between, ignore_errors=True)
             start_server()
-            context = multiprocessing.get_context("forkserver")
-            self._pool = ProcessPoolExecutor(workers, context, init_worker, (0, workers))
-            # All at once: the library waits forever where one ends while it starts another.
-            for _ in range(workers):
-                self._pool.submit(int)
+            self._pool = self._open.enter_context(
+                workers.pool(self._workers, "forkserver", _begin, (self._workers,), LOST)
+            )
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._open.__exit__(*error)
 
     def put(
         self,
@@ -160,9 +172,8 @@ class Queue:
             item = item._replace(made=self._maker.make(members))
         elif members:
             size = sum(size_of(row) for _, row in members)
-            with self._watched():
-                sent = _send(_shared(members), size, self._between)
-                future = self._pool.submit(_make, self._maker, sent, self._between)
+            sent = _send(_shared(members), size, self._between)
+            future = self._pool.submit(_make, self._maker, sent, self._between)
         self._bytes += size
         self._items.append((item, future, size))
 
@@ -174,29 +185,17 @@ class Queue:
             if not (every or much or future is None or future.done()):
                 return
             if future is not None:
-                with self._watched():
-                    item = item._replace(made=_receive(future.result()))
+                item = item._replace(made=_receive(future.result()))
             self._items.popleft()
             self._bytes -= size
             yield item
 
-    @contextlib.contextmanager
-    def _watched(self) -> Iterator[None]:
-        try:
-            yield
-        except BrokenProcessPool as error:
-            raise UserError(
-                "a process that checks pictures was ended, perhaps because the memory is full: give"
-                " the command fewer --workers"
-            ) from error
 
-    def __enter__(self) -> Queue:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
-            shutil.rmtree(self._between, ignore_errors=True)
+def _begin(count: int) -> None:
+    """In each worker. Its decoded pictures are as large as the last ones: a tenth of its time was
+    the faults of their pages."""
+    memory.keep_freed()
+    workers.init_worker(0, count)
 
 
 def _make(maker: Maker, members: bytes | str, between: Path) -> bytes | str:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import collections
 import itertools
-import multiprocessing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from jrm_jax.data.schema import from_record, to_record
 from jrm_jax.data.store import disk_errors, open_dataset, write_dataset
-from jrm_jax.data.workers import init_worker
+from jrm_jax.data.workers import init_worker, pool
 from jrm_jax.data.world.life import LIKE_PACKAGED, Life, make_lifelike
 from jrm_jax.errors import UserError
 from jrm_jax.shell import cores
@@ -22,6 +20,10 @@ CHUNK = 32  # examples that a worker draws at a time
 AHEAD = 4  # chunks for each worker that are drawn or wait to be taken
 VERSION = 5  # raise it when the same seed gives other examples
 LIFE_VERSION = 1  # the same, of those that `life` changes
+LOST = (
+    "a process that draws the built-in world was ended, perhaps because the memory is full: give"
+    " the command fewer processors (taskset), each has a process"
+)
 
 
 def _world_record(task: tuple[str, str, int, int]) -> dict:
@@ -83,40 +85,28 @@ def _draw(cache: str | Path, counts: Mapping[str, int], seed: int, kind: str) ->
         return path
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    # A clean interpreter per worker: forking one that runs jax's threads can hang.
-    context = multiprocessing.get_context("spawn")
     bar, workers = Bar("drawing the built-in world", sum(counts.values())), cores.usable()
-    pool = ProcessPoolExecutor(workers, context, init_worker, (0, workers))
 
     def stream(split: str, count: int) -> Iterator[dict]:
         tasks = ((kind, split, index, seed) for index in range(count))
-        for record in _records(pool, tasks, AHEAD * workers):
+        for record in _records(drawers, tasks, AHEAD * workers):
             bar.advance()
             yield record
 
-    try:
-        for _ in range(workers):  # all at once: see `ingest.making.Queue`
-            pool.submit(int)
-        with bar:
-            splits = {split: stream(split, count) for split, count in counts.items() if count}
-            _write(path, splits, {"kind": kind, "seed": seed})
-    except BrokenProcessPool as error:
-        raise UserError(
-            "a process that draws the built-in world was ended, perhaps because the memory is full:"
-            " give the command fewer processors (taskset), each has a process"
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
+    # A clean interpreter per worker: forking one that runs jax's threads can hang.
+    with pool(workers, "spawn", init_worker, (0, workers), LOST) as drawers, bar:
+        splits = {split: stream(split, count) for split, count in counts.items() if count}
+        _write(path, splits, {"kind": kind, "seed": seed})
     return path
 
 
 def _records(
-    pool: ProcessPoolExecutor, tasks: Iterable[tuple], most: int
+    drawers: ProcessPoolExecutor, tasks: Iterable[tuple], most: int
 ) -> Iterator[dict]:
     """Of each task, in order; at most so many chunks are drawn ahead of what is taken."""
     tasks, waiting = iter(tasks), collections.deque[Future]()
     while chunk := list(itertools.islice(tasks, CHUNK)):
-        waiting.append(pool.submit(_draw_chunk, chunk))
+        waiting.append(drawers.submit(_draw_chunk, chunk))
         if len(waiting) > most:
             yield from waiting.popleft().result()
     while waiting:
