@@ -92,6 +92,8 @@ def get_config(arg: str | None = None):
         config.sizes = (16,)
         config.cells = ((HEADLINE, EVERY, 1.0, 1),)
         config.train.update({"total_steps": 2, "batch_size": 2, "backbone": {"scan_unroll": 1}})
+        config.train.data.candidate_cuts = ()  # one bucket, one program
+        config.train.optimizer = ConfigDict({"name": "adam"})  # quickly compiled
         config.train.eval_interval = config.train.save_interval = config.train.keep_interval = 2
         config.world.update({"valid": 4, "test": 4, "hard": 8})
         config.measure.update({"batch_size": 4, "max_tokens": 4, "critiques": 1, "contests": 1})
@@ -211,7 +213,8 @@ def regimes(variant: str) -> ConfigDict:
         config.trials, config.points = (), ((("joint_teacher", "staged"), (8,), (0.35,), 1),)
         config.rates = ()
         config.train.total_steps = config.train.eval_interval = config.train.save_interval = 2
-        config.train.backbone.scan_unroll, config.train.optimizer.learning_rate = 1, 1.5e-3
+        config.train.backbone.scan_unroll = 1
+        config.train.optimizer.update({"name": "adam", "learning_rate": 1.5e-3})
         config.world.update({"valid": 4, "test": 4, "hard": 8})
         config.measure.update({"batch_size": 4, "max_tokens": 4, "critiques": 1, "contests": 1})
         config.measure.update({"attempts": 8, "attack_groups": 4, "attack_steps": 1})

@@ -10,7 +10,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import pytest
 from shared_case import once
 
@@ -18,9 +17,6 @@ from jrm_jax.benchmarks import make_tiny_backbone
 from jrm_jax.benchmarks.kill_test import SMALL
 from jrm_jax.checkpoint import open_checkpoints
 from jrm_jax.checkpoint import read_arrays as parameters  # noqa: F401
-from jrm_jax.model.backbone import init_backbone
-from jrm_jax.model.config import load_config
-from jrm_jax.model.weights import save_params
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = ROOT.parent / "shared" / "data" / "editreward_example"
@@ -34,11 +30,8 @@ def make_small_backbone(folder: Path) -> Path:
     return shutil.copytree(once("small", _write_small_backbone), folder)
 
 
-def _write_small_backbone(folder: Path) -> None:
-    make_tiny_backbone.main([f"--out={folder}", "--no-weights", *SMALL])
-    config = load_config(folder)
-    params = jax.jit(lambda key: init_backbone(key, config))(jax.random.key(0))
-    save_params(folder, params, config, max_shard_bytes=1 << 30, dtype="float32")
+def _write_small_backbone(folder: Path, *options: str) -> None:
+    make_tiny_backbone.main([f"--out={folder}", *SMALL, *options])
 
 
 def make_small_hybrid(folder: Path) -> Path:
@@ -47,7 +40,7 @@ def make_small_hybrid(folder: Path) -> Path:
 
 
 def _write_small_hybrid(folder: Path) -> None:
-    make_tiny_backbone.main([f"--out={folder}", *SMALL, "--layers=6", "--interval=3"])
+    _write_small_backbone(folder, "--layers=6", "--interval=3")
 
 
 def free_port() -> int:
@@ -57,8 +50,14 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="session")
-def small_backbone() -> Path:
+def deepstack_backbone() -> Path:
     return once("small", _write_small_backbone)
+
+
+@pytest.fixture(scope="session")
+def small_backbone() -> Path:
+    """For whole runs: each stack of its layers is compiled once, there is no deepstack between."""
+    return once("plain", lambda folder: _write_small_backbone(folder, "--deepstack"))
 
 
 class Runner:

@@ -9,10 +9,10 @@ import numpy as np
 import PIL.Image
 from entry_point import EXAMPLE, make_small_backbone, make_small_hybrid
 from safetensors.numpy import load_file, save_file
-from shared_case import once
+from shared_case import once, run_on_one_device
 
 from configs import joint
-from jrm_jax import export, train
+from jrm_jax import export
 from jrm_jax.data.world import scenes
 from jrm_jax.model.backbone import init_backbone
 from jrm_jax.model.config import load_config
@@ -83,7 +83,7 @@ def start(parent, folder, name, config=joint, steps=0):
     config.batch_size, config.total_steps, config.optimizer.warmup_steps = 8, steps, 0
     config.backbone.scan_unroll = 1
     config.lock()
-    assert train.run(config, parent / name) == 0
+    assert run_on_one_device(config, parent / name) == 0
     return parent / name
 
 

@@ -7,9 +7,11 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import pytest
+from ml_collections import ConfigDict
 
-from jrm_jax import build
+from jrm_jax import build, sharding, train
 
 RUN = Path(os.environ["JRM_TEST_RUN"])  # made by conftest.py
 
@@ -27,6 +29,19 @@ def once(name: str, make: Callable[[Path], object]) -> Path:
             make(folder)
             done.touch()
     return folder
+
+
+def on_one_device(patch: pytest.MonkeyPatch) -> None:
+    """From now on all meshes are of one of the simulated devices; programs for several take twice
+    as long to compile."""
+    mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    patch.setattr(sharding, "make_mesh", lambda *_, **__: mesh)
+
+
+def run_on_one_device(config: ConfigDict, workdir: Path) -> int:
+    with pytest.MonkeyPatch.context() as patch:
+        on_one_device(patch)
+        return train.run(config, workdir)
 
 
 def share_steps(patch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from entry_point import small_backbone  # noqa: F401  a fixture
+from entry_point import deepstack_backbone  # noqa: F401  a fixture
 
 from jrm_jax import sharding
 from jrm_jax.data.buckets import Bucket
@@ -24,10 +24,10 @@ jit = functools.partial(jax.jit, compiler_options=OPTIONS)
 
 
 @pytest.fixture(scope="module")
-def world(small_backbone):
+def world(deepstack_backbone):
     """(encoder, backbone, params, groups)"""
-    config = load_config(small_backbone)
-    encoder = make_encoder(small_backbone, config)
+    config = load_config(deepstack_backbone)
+    encoder = make_encoder(deepstack_backbone, config)
     backbone = Backbone(config, attention="xla", reward_token_id=encoder.tokenizer.reward_id)
     params = init_params(config)
     groups = [scenes.make_example("train", index, 3) for index in range(8)]

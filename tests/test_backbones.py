@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from entry_point import small_backbone  # noqa: F401
 from safetensors.numpy import load_file, save_file
+from shared_case import run_on_one_device
 
 from configs import joint
-from jrm_jax import build, export, score, train
+from jrm_jax import build, export, score
 from jrm_jax.errors import UserError
 from jrm_jax.run import backbones, workdir
 from jrm_jax.run.backbones import (
@@ -244,7 +245,7 @@ def begin_frozen(folder: Path, backbone: Path, run: Path, **fields) -> Path:
         **{"data.cache": str(folder / "world"), "optimizer.warmup_steps": 0}, **fields,
         **{f"data.world.{split}": count for split, count in sizes.items()},
     )  # fmt: skip
-    assert train.run(config, run) == 0
+    assert run_on_one_device(config, run) == 0
     return run
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from entry_point import parameters, small_backbone  # noqa: F401  a fixture
-from shared_case import share_steps
+from shared_case import on_one_device, share_steps
 
 from configs import joint
 from jrm_jax import build, build_data, export, lora, sharding, train
@@ -33,11 +33,9 @@ def folder(tmp_path_factory):
 def one_device_compiled_quickly():
     """What is compared was compiled alike; optimising would take most of the time."""
     quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-    make, options = sharding.make_mesh, sharding.compiler_options
+    options = sharding.compiler_options
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            sharding, "make_mesh", lambda *_, **__: make(1, 1, 1, devices=jax.devices()[:1])
-        )
+        on_one_device(patch)
         patch.setattr(sharding, "compiler_options", lambda mesh: options(mesh) | quick)
         share_steps(patch)
         yield

@@ -11,9 +11,13 @@ from jrm_jax.optim import flatten
 
 STEPS = 5
 MESHES = {"one": (1, 1, 1), "fsdp": (1, 8, 1), "mixed": (2, 2, 2)}
-# what makes it, and its learning rate: at 1.5e-3 a random hybrid's gradients have a norm of 80, and
-# what sums in another order differ by is 100 times larger after each step (1e-6 after three)
-BACKBONES = {"qwen3_vl": (make_small_backbone, 1.5e-3), "qwen3_5": (make_small_hybrid, 1e-4)}
+# What makes it, its optimizer and learning rate. A random hybrid's gradients have a norm of 80:
+# what sums in another order differ by grows with each step, the more, the larger the rate. With
+# Adam its programs take half the time to compile.
+BACKBONES = {
+    "qwen3_vl": (make_small_backbone, "muon", 1.5e-3),
+    "qwen3_5": (make_small_hybrid, "adam", 3e-5),
+}
 # kernels that `tensor` does not split, by a part of their path
 WHOLE_BY_TENSOR = ("qkv", "patch_embed", "mixer/a/", "mixer/b/")
 
@@ -36,8 +40,7 @@ def bytes_per_device(tree) -> np.ndarray:
     return np.array([held[device] for device in jax.devices()])
 
 
-def train(folder, backbone, sizes, rate):
-    """(measured, placements before and after, final state, bytes held) of five steps on a mesh."""
+def make_config(folder, backbone, optimizer, rate, sizes):
     config = joint.get_config()
     config.backbone.path, config.backbone.scan_unroll = str(backbone), 1
     config.data.cache = str(folder / "world")
@@ -46,7 +49,14 @@ def train(folder, backbone, sizes, rate):
     config.data.world.valid = config.data.world.test = config.data.world.hard = 0
     config.batch_size, config.total_steps = 8, STEPS
     config.optimizer.warmup_steps, config.optimizer.learning_rate = 1, rate
+    config.optimizer.name = optimizer
     config.mesh.data, config.mesh.fsdp, config.mesh.tensor = sizes
+    return config
+
+
+def train(config):
+    """(measured, placements before and after, final state, bytes held) of five steps on a mesh."""
+    sizes = tuple(config.mesh.values())
     devices = jax.devices()[: int(np.prod(sizes))]
     make = sharding.make_mesh
     with pytest.MonkeyPatch.context() as patch:
@@ -74,9 +84,12 @@ def train(folder, backbone, sizes, rate):
 def runs(request, tmp_path_factory):
     assert len(jax.devices()) == 8
     folder = tmp_path_factory.mktemp(request.param)
-    make, rate = BACKBONES[request.param]
+    make, *settings = BACKBONES[request.param]
     backbone = make(folder / "backbone")
-    return {name: train(folder, backbone, sizes, rate) for name, sizes in MESHES.items()}
+    return {
+        name: train(make_config(folder, backbone, *settings, sizes))
+        for name, sizes in MESHES.items()
+    }
 
 
 @pytest.mark.parametrize("name", ["fsdp", "mixed"])
@@ -108,24 +121,35 @@ def test_final_parameters_equal_those_of_one_device(runs, name):
         assert np.mean(difference) < 2e-5, path
 
 
+def kernels_of(trainable: dict) -> list[str]:
+    return [path for path in trainable if path.endswith("kernel") and "head" not in path]
+
+
+def moments(state) -> list[dict]:
+    """Adam's first and second ones, then Muon's averages where there are any; by path."""
+    states = jax.tree.leaves(state.opt_state, is_leaf=lambda x: hasattr(x, "mu"))
+    states = {type(part).__name__: part for part in states if hasattr(part, "mu")}
+    adam = states.pop("ScaleByAdamState")
+    return [
+        {path: leaf for path, leaf in flatten(tree).items() if hasattr(leaf, "sharding")}
+        for tree in (adam.mu, adam.nu, *(part.mu for part in states.values()))
+    ]
+
+
 @pytest.mark.parametrize("name", ["fsdp", "mixed"])
 def test_parameters_and_moments_stay_sharded(runs, name):
     _, before, after, state, held = runs[name]
     assert before == after
     mesh = {"fsdp": 8, "mixed": 4}[name]
     trainable = flatten(state.trainable)
-    kernels = [path for path in trainable if path.endswith("kernel") and "head" not in path]
+    kernels = kernels_of(trainable)
     assert len(kernels) > 10
-    states = jax.tree.leaves(state.opt_state, is_leaf=lambda x: hasattr(x, "mu"))
-    states = {type(part).__name__: part for part in states if hasattr(part, "mu")}
-    adam, muon = states["ScaleByAdamState"], states["MuonState"]
-    first, second, averages = (
-        {path: leaf for path, leaf in flatten(tree).items() if hasattr(leaf, "sharding")}
-        for tree in (adam.mu, adam.nu, muon.mu)
-    )
-    assert set(first) == set(second) and set(averages) >= set(kernels)
-    assert not set(first) & set(averages) and set(first) | set(averages) == set(trainable)
-    for tree in (trainable, averages):
+    first, second, *averages = moments(state)
+    assert set(first) == set(second)
+    if averages:
+        assert set(averages[0]) >= set(kernels) and not set(first) & set(averages[0])
+    assert set(first).union(*averages) == set(trainable)
+    for tree in (trainable, *(averages or (first, second))):
         for path in kernels:
             leaf = tree[path]
             assert leaf.shape == trainable[path].shape
@@ -139,3 +163,19 @@ def test_parameters_and_moments_stay_sharded(runs, name):
     (everything,) = {int(h) for h in runs["one"][4][:1]}
     assert held.max() == held.min() < everything / mesh * 1.6
     assert held.max() == bytes_per_device((state.trainable, state.opt_state)).max()
+
+
+@pytest.mark.parametrize("name", ["fsdp", "mixed"])
+def test_a_hybrids_averages_of_muon_lie_as_its_kernels(tmp_path, name):
+    """By their shapes: above it is trained with Adam."""
+    backbone = make_small_hybrid(tmp_path / "backbone")
+    config = make_config(tmp_path, backbone, "muon", 1e-4, MESHES[name])
+    architecture = build.load_backbone_config(config)
+    mesh = build.make_mesh(config, architecture)
+    state, _ = build.abstract_state(config, architecture, mesh)
+    trainable, (_, _, averages) = flatten(state.trainable), moments(state)
+    kernels = kernels_of(trainable)
+    assert len(kernels) > 10
+    for path in kernels:
+        assert averages[path].sharding == trainable[path].sharding, path
+        assert not averages[path].sharding.is_fully_replicated, path

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from entry_point import QUICK
 
 from jrm_jax.data.world import scenes
 
@@ -79,8 +80,8 @@ class Installed:
 
     def run(self, *command: str) -> str:
         """What a program of the environment prints, called in its work folder."""
-        away = ("PYTHONPATH", "PYTHONHOME", "XLA_FLAGS")
-        env = {name: value for name, value in os.environ.items() if name not in away}
+        env = {n: v for n, v in os.environ.items() if n not in ("PYTHONPATH", "PYTHONHOME")}
+        env["XLA_FLAGS"] = QUICK
         done = subprocess.run(
             [str(self.bin / command[0]), *command[1:]],
             cwd=self.work, env=env, capture_output=True, text=True, timeout=300,

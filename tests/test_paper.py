@@ -11,10 +11,11 @@ import pytest
 import torch
 from export_case import FAMILIES, family_run, make_folder, make_groups, start, write
 from safetensors.numpy import load_file, save_file
+from shared_case import run_on_one_device, share_steps
 from test_export import classifier, picture
 
 from configs import paper
-from jrm_jax import build, export, heads, train
+from jrm_jax import build, export, heads
 from jrm_jax.errors import UserError
 from jrm_jax.model import stored_head
 from jrm_jax.model.config import load_config
@@ -39,6 +40,13 @@ class Recipe:
         config = paper.get_config("tiny")
         config.update_from_flattened_dict(self.fields)
         return config
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shared_steps():
+    with pytest.MonkeyPatch.context() as patch:
+        share_steps(patch)
+        yield
 
 
 @pytest.fixture(scope="module", params=HEADS)
@@ -285,7 +293,7 @@ def test_a_run_goes_on_bit_for_bit(case, tmp_path):
     shutil.rmtree(again / "checkpoints" / "3")
     (again / "results.json").unlink()
     config = read_config(again)
-    assert train.run(config.lock(), again) == 0
+    assert run_on_one_device(config.lock(), again) == 0
     mine, other = (flatten(load_trained(one).params) for one in (workdir, again))
     for path, leaf in mine.items():
         np.testing.assert_array_equal(leaf, other[path])

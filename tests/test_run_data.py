@@ -19,6 +19,7 @@ from entry_point import (  # noqa: F401  fixtures among them
     steps,
 )
 from PIL import Image as Pillow
+from shared_case import on_one_device
 
 from configs import joint
 from jrm_jax import build, build_data, train
@@ -214,10 +215,7 @@ def test_discriminative_feeds_no_critique(runner):
 def test_one_compilation_per_bucket(runner, tmp_path, monkeypatch, caplog):
     """Of both steps, over several epochs and evaluations, and after a restart; all before the first
     step."""
-    make = mesh_module.make_mesh
-    monkeypatch.setattr(
-        mesh_module, "make_mesh", lambda *sizes: make(*sizes, devices=jax.devices()[:1])
-    )
+    on_one_device(monkeypatch)
     config = in_process_config(
         runner, data__candidate_cuts=(2, 4), loss__language_weight=0.0, eval_interval=12,
         save_interval=12, optimizer__schedule="constant",  # more steps need no other program

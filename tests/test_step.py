@@ -13,10 +13,10 @@ from step_case import (  # noqa: F401  fixtures among them
     BUCKET,
     HALF,
     change,
+    deepstack_backbone,
     jit,
     lay,
     plain,
-    small_backbone,
     world,
 )
 

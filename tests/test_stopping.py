@@ -6,7 +6,6 @@ import signal
 import threading
 import time
 
-import jax
 import numpy as np
 import pytest
 from entry_point import (  # noqa: F401  fixtures among them
@@ -17,11 +16,11 @@ from entry_point import (  # noqa: F401  fixtures among them
     steps,
 )
 from save_case import gate  # noqa: F401
-from shared_case import share_steps
+from shared_case import on_one_device, share_steps
 from test_saving import FULL
 
 from configs import joint
-from jrm_jax import sharding, train
+from jrm_jax import train
 from jrm_jax.checkpoint import open_checkpoints
 from jrm_jax.errors import UserError
 from jrm_jax.run.saved import METRICS, complete_steps
@@ -44,9 +43,8 @@ class Asked(StopRequest):
 
 @pytest.fixture(scope="module", autouse=True)
 def one_device():
-    make = sharding.make_mesh
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharding, "make_mesh", lambda *sizes: make(*sizes, devices=jax.devices()[:1]))
+        on_one_device(patch)
         share_steps(patch)
         patch.setattr(train, "StopRequest", Asked)
         yield

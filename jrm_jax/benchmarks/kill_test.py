@@ -168,7 +168,8 @@ def run(
     from jrm_jax.checkpoint import read_arrays
 
     if not (folder / "backbone").exists():
-        make_tiny_backbone.main([f"--out={folder / 'backbone'}", "--no-weights", *SMALL])
+        plain = [f"--out={folder / 'backbone'}", "--no-weights", "--deepstack"]
+        make_tiny_backbone.main([*plain, *SMALL])
     rng = random.Random(seed)
     whole = Start(make_command(folder, folder / "whole", steps, fields), folder)
     if whole.end():

@@ -272,7 +272,7 @@ def save_random_weights(folder: pathlib.Path, seed: int) -> int:
     from jrm_jax.model.weights import save_params
 
     config = load_config(folder)
-    params = init_backbone(jax.random.key(seed), config)
+    params = jax.jit(lambda key: init_backbone(key, config))(jax.random.key(seed))
     save_params(folder, params, config, max_shard_bytes=1 << 30, dtype="float32")
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
