@@ -193,33 +193,60 @@ def test_a_picture_that_several_rows_hold_is_sent_once():
     assert shared == rows and len(pickle.dumps(shared, 5)) < 110_000
 
 
-def test_a_killed_worker_is_one_line_and_the_same_command_goes_on(source, whole, tmp_path):
-    """The worker is killed as the kernel does it where the memory is full."""
-    code = (
-        "import sys\n"
-        "from jrm_jax.data import builders\n"
-        "from jrm_jax.data.ingest import building\n"
-        "building.PARALLEL = 0\n"
-        "if __name__ == '__main__':\n"
-        "    sys.exit(builders.main(sys.argv[1:]))\n"
-    )
-    script = tmp_path / "command.py"
-    script.write_text(code)
+CODE = """
+import sys, time
+from jrm_jax.data import builders
+from jrm_jax.data.ingest import building
+building.PARALLEL = 0
+take = building._Work._take
+def slow_take(*row):
+    time.sleep({seconds})
+    take(*row)
+building._Work._take = slow_take
+if __name__ == '__main__':
+    sys.exit(builders.main(sys.argv[1:]))
+"""
+
+
+def start_command(source, folder, seconds=0.0) -> subprocess.Popen:
+    """The same build each time, with two workers; `seconds` a row."""
+    script = folder / "command.py"
+    script.write_text(CODE.format(seconds=seconds))
     command = [sys.executable, str(script), "editreward", f"--data={source}", "--skip_bad",
-               f"--out={tmp_path / 'out'}", "--shard_examples=2", "--valid_fraction=0.3",
+               f"--out={folder / 'out'}", "--shard_examples=2", "--valid_fraction=0.3",
                "--workers=2"]  # fmt: skip
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    for file in ("first", "second"):
-        process = subprocess.Popen(command, env=environment, cwd=ROOT, text=True,
-                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
-        if file == "first":
-            killer = threading.Thread(target=kill_a_worker, args=(process,))
-            killer.start()
-        out, error = process.communicate(timeout=120)
-        if file == "first":
-            killer.join()
-            assert process.returncode == 1 and error.strip().count("\n") == 0, error
-            assert "a process that checks pictures was ended" in error and "--workers" in error
+    return subprocess.Popen(command, env=environment, cwd=ROOT, text=True, start_new_session=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+
+
+def test_a_killed_worker_is_one_line_and_the_same_command_goes_on(source, whole, tmp_path):
+    """The worker is killed as the kernel does it where the memory is full."""
+    process = start_command(source, tmp_path, seconds=0.1)
+    os.kill(workers_of(process)[0], signal.SIGKILL)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 1 and error.strip().count("\n") == 0, error
+    assert "a process that checks pictures was ended" in error and "--workers" in error
+    process = start_command(source, tmp_path)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 0, error
+    assert contents(tmp_path / "out") == whole
+
+
+def test_ctrl_c_ends_the_workers_and_the_same_command_goes_on(source, whole, tmp_path):
+    """A terminal gives it to all processes of the command."""
+    process = start_command(source, tmp_path, seconds=0.1)
+    found = workers_of(process)
+    os.killpg(process.pid, signal.SIGINT)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 130 and "stopped; the same command goes on" in error, error
+    assert "Traceback" not in error
+    deadline = time.monotonic() + 20
+    while any(map(is_there, found)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(is_there, found))
+    process = start_command(source, tmp_path)
+    _, error = process.communicate(timeout=120)
     assert process.returncode == 0, error
     assert contents(tmp_path / "out") == whole
 
@@ -254,15 +281,23 @@ def test_a_worker_that_is_killed_while_another_is_started_is_not_waited_for(
     ended.set()
 
 
-def kill_a_worker(process) -> None:
-    """One of the fork server's, when all are there."""
+def workers_of(process) -> list[int]:
+    """The fork server's two, when both are there."""
     deadline = time.monotonic() + 100
     while time.monotonic() < deadline and process.poll() is None:
         for child in children(process.pid):
-            if len(workers := children(child)) == 2:
-                os.kill(workers[0], signal.SIGKILL)
-                return
+            if len(found := children(child)) == 2:
+                return found
         time.sleep(0.005)
+    raise AssertionError("there are no two workers")
+
+
+def is_there(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def children(pid: int) -> list[int]:

@@ -58,11 +58,25 @@ def pool(
     """
     others = set(multiprocessing.active_children())
     made = ProcessPoolExecutor(count, multiprocessing.get_context(start), begin, arguments)
+
+    there = threading.Event()  # a `join` that a signal ends takes the thread for ended, too
+
+    def start_all() -> None:  # at once: later the rest might wait for one that is gone
+        try:
+            for _ in range(count):
+                made.submit(int)
+        except BrokenProcessPool:  # whoever uses the pool is told
+            pass
+        finally:
+            there.set()
+
+    # In a thread, which no signal interrupts: a process that is half started belongs to nobody.
+    threading.Thread(target=start_all, daemon=True).start()
     try:
-        for _ in range(count):  # all at once: later the rest might wait for one that is gone
-            made.submit(int)
+        there.wait()
         yield made
     except BaseException as error:
+        there.wait()
         # Where one is ended the library ends the others, but for one that is just being started,
         # and then waits for all.
         for process in set(multiprocessing.active_children()) - others:
