@@ -319,16 +319,17 @@ def make_steps(config: ConfigDict, backbone: Backbone, data: Data, optimizer, st
     forward, loss = make_run_forward(config, backbone, data), loss_config(config)
     train_step = make_train_step(forward, optimizer, loss, config.accumulation, config.total_steps)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-    options = sharding.compiler_options(shardings.step.mesh)
+    options = functools.partial(sharding.compiler_options, shardings.step.mesh)
+    search = DTYPES[config.backbone.compute_dtype] != jnp.float32
     return (
         # The state comes out as it went in, so that the second step finds the first's program.
         jax.jit(
             train_step,
             donate_argnums=0,
             out_shardings=(shardings, None),
-            compiler_options=options,
+            compiler_options=options(search=search),
         ),
-        jax.jit(make_eval_step(forward, config.accumulation), compiler_options=options),
+        jax.jit(make_eval_step(forward, config.accumulation), compiler_options=options()),
     )
 
 

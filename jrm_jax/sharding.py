@@ -77,8 +77,20 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 )
 
 
-def compiler_options(mesh: Mesh) -> dict[str, str] | None:
+COMPILER_OPTIONS: dict[str, dict[str, Any]] = {
+    "cpu": {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"},
+    "gpu": {"xla_gpu_enable_triton_gemm": False},
+}
+
+
+def compiler_options(mesh: Mesh, search: bool = False) -> dict[str, Any] | None:
     """What `jax.jit` must be told for the devices of `mesh`.
+
+    On NVIDIA's cards XLA writes kernels for matrix products with Triton, too: it compiles and times
+    dozens for every product. That made a bfloat16 train step 5 % faster (0.519 s, 0.545 without)
+    and the first program of the default run, in float32, take over 80 s to compile instead of 22 s
+    (H100, 16 cores; docs/accelerator.md). So it may `search` only where that pays; otherwise all
+    products are left to NVIDIA's library.
 
     XLA's CPU compiler (jaxlib 0.10.2) hands sums to a library whose threads race where the summed
     value is broadcast: `jnp.sum(jnp.square(jnp.broadcast_to(x, (2, *x.shape))))` now and then
@@ -87,9 +99,8 @@ def compiler_options(mesh: Mesh) -> dict[str, str] | None:
     products with what lies between them (Muon's, attention's), they take up to 2.4 times as long,
     and the default step 9 % longer.
     """
-    if mesh.devices.flat[0].platform != "cpu":
-        return None
-    return {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
+    platform = mesh.devices.flat[0].platform
+    return None if platform == "gpu" and search else COMPILER_OPTIONS.get(platform)
 
 
 def make_mesh(

@@ -16,6 +16,7 @@ import pytest
 
 from jrm_jax.model.backbone import Backbone
 from jrm_jax.model.config import load_config
+from jrm_jax.model.layers import matmul
 from jrm_jax.model.rope import image_tables, mrope_positions
 from jrm_jax.model.weights import load_params
 
@@ -287,7 +288,7 @@ def run_torch(case) -> SimpleNamespace:
 def logits_of(case, params, hidden):
     head = params["language_head"]
     kernel = head["kernel"] if head else params["backbone"]["embed"]["embedding"].T
-    return hidden @ kernel
+    return matmul(hidden, kernel)  # which knows that float32 means float32
 
 
 def backbone_of(case, **fields) -> Backbone:

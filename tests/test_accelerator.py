@@ -125,6 +125,7 @@ def test_the_page_compares_the_sides():
     numbers = {"seconds": 0.5, "tflop_per_second": 400.0, "pairs_per_second": 8.0}
     kernels = [{"name": "gemm|a", "calls": 3.0, "ms": 2.0, "share": 1.0}]
     numbers |= {"peak_gib": 60.0, "compile_seconds": 41.0}
+    scored = {"model": MODEL, "candidates": 2}
     both = {"loss": 2.0, "grad_norm": 1.0}
     rows = {
         "rate": [{"side": 8192, "tflop_per_second": 800.0}],
@@ -135,8 +136,8 @@ def test_the_page_compares_the_sides():
         ],
         "step_2b_torch": [step | {"seconds": 2.0, "pairs_per_second": 2.0}],
         "start": [{"start": "first", "seconds_to_step": 33.0}],
-        "score_2b": [{"model": MODEL, "seconds": 0.1, "edits_per_second": 300.0}],
-        "score_2b_torch": [{"model": MODEL, "seconds": 0.2, "edits_per_second": 150.0}],
+        "score_2b": [scored | {"seconds": 0.1, "edits_per_second": 300.0}],
+        "score_2b_torch": [scored | {"seconds": 0.2, "edits_per_second": 150.0}],
         "losses": [{"dtype": "float32", "jrm_jax": both, "torch": both}],
         "parity": [{"platform": "gpu", "passed": 20, "skipped": 0, "failed_tests": {"a": "b"}}],
     }

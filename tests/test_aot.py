@@ -198,7 +198,7 @@ def test_the_lowered_step_calls_splash_in_tower_and_decoder(monkeypatch):
     vision = dataclasses.replace(backbone.vision, deepstack=(5,))  # fewer stacks to trace
     backbone = dataclasses.replace(backbone, vision=vision)
     bucket = compiling.make_bucket(backbone, 64, 100, 64, 2, 3, 128)
-    monkeypatch.setattr(sharding, "compiler_options", lambda mesh: None)
+    monkeypatch.setattr(sharding, "compiler_options", lambda *_, **__: None)
     texts = {}
     for backend, platform in (("tpu", "tpu"), ("gpu", "cuda")):
         step, _, state, batch = traced(config, backbone, bucket)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import jax
@@ -361,6 +362,14 @@ def test_two_hosts_supply_their_own_rows(tmp_path):
     assert "ready 0 1 2 3\n" in outputs[0] and "ready 4 5 6 7\n" in outputs[1]
     assert "crossed 0 1 4 5\n" in outputs[0] and "crossed 2 3 6 7\n" in outputs[1]
     assert all("shared 0 1 2 3 4 5 6 7\n" in output for output in outputs)
+
+
+def test_only_a_long_run_lets_a_gpus_compiler_search_for_kernels():
+    card = SimpleNamespace(devices=np.array([[[SimpleNamespace(platform="gpu")]]]))
+    assert compiler_options(card) == {"xla_gpu_enable_triton_gemm": False}
+    assert compiler_options(card, search=True) is None
+    here = make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    assert compiler_options(here) == compiler_options(here, search=True) is not None
 
 
 def test_sums_of_broadcasts_are_the_same_every_time():

@@ -20,7 +20,6 @@ from jrm_jax.model.published import PUBLISHED
 from jrm_jax.model.rope import image_tables, mrope_positions
 from jrm_jax.planning.compiling import stand_in_encoder
 
-CANDIDATES = 2
 RANK = 16  # of adapters
 
 
@@ -28,7 +27,7 @@ RANK = 16  # of adapters
 class Sizes:
     """grid: merged tokens of a picture (rows, columns). words: text tokens of the prompt, and of a
     candidate before its reward token. slots: of a picture's patches, a prompt, a candidate, and of
-    a candidate that is only scored."""
+    a candidate that is only scored. candidates: of a group."""
 
     groups: int
     scored: int  # groups of a scoring batch
@@ -38,11 +37,17 @@ class Sizes:
     slots: tuple[int, int, int, int]
     rounds: int  # timed steps
     product: int  # side of the square matrices whose product gives the device's own rate
+    candidates: int = 2
+
+    def scored_with(self, candidates: int) -> Sizes:
+        """As many edits, scored in groups of so many."""
+        groups = max(1, self.scored * self.candidates // candidates)
+        return dataclasses.replace(self, scored=groups, candidates=candidates)
 
     def bucket(self, critique: bool) -> Bucket:
         patches, prompt, candidate, short = self.slots
         return Bucket(
-            candidates=CANDIDATES, images=1 + CANDIDATES, patches=patches, prompt=prompt,
+            candidates=self.candidates, images=1 + self.candidates, patches=patches, prompt=prompt,
             candidate=candidate if critique else short, critique=self.critique * critique,
         )  # fmt: skip
 
@@ -95,6 +100,7 @@ def make_batch(
     grid = rows * backbone.vision.merge, columns * backbone.vision.merge
     tables = image_tables(grid, backbone.vision)
     special = (backbone.image_token_id, backbone.vision_start_id, backbone.vision_end_id)
+    count = sizes.candidates
     plain = min(*special, encoder.tokenizer.reward_id)  # ids below it are words
 
     def text(length: int) -> list[int]:
@@ -114,14 +120,14 @@ def make_batch(
         prompt, end = row(0, sizes.words[0], 0, None)
         candidates = [
             row(k + 1, sizes.words[1], end, tuple(text(sizes.critique * critique)))[0]
-            for k in range(CANDIDATES)
+            for k in range(count)
         ]
         shape = (grid[0] * grid[1], backbone.vision.features)
-        images = [(rng.integers(0, 256, shape, np.uint8), tables) for _ in range(1 + CANDIDATES)]
-        preference = np.full((CANDIDATES, CANDIDATES, 1), 0.5, np.float32)
+        images = [(rng.integers(0, 256, shape, np.uint8), tables) for _ in range(1 + count)]
+        preference = np.full((count, count, 1), 0.5, np.float32)
         preference[0, 1], preference[1, 0] = 1.0, 0.0
-        weight = 1 - np.eye(CANDIDATES, dtype=np.float32)[..., None]
+        weight = 1 - np.eye(count, dtype=np.float32)[..., None]
         return EncodedExample(prompt, candidates, images, preference, weight)
 
-    count = sizes.groups if critique else sizes.scored
-    return assemble_batch([group() for _ in range(count)], sizes.bucket(critique), encoder)
+    groups = sizes.groups if critique else sizes.scored
+    return assemble_batch([group() for _ in range(groups)], sizes.bucket(critique), encoder)

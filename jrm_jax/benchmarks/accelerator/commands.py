@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[3]
 GROUPS = 800  # as many as give the buckets of the default data
 STEPS = 120  # of the second start
 PARITY = ("tests/test_parity.py",)
+PROCESSES = 4  # of the parity tests
 PLATFORMS = ("gpu", "tpu")  # that the tests know besides the CPU
 
 
@@ -90,6 +91,8 @@ def parity(tiny: bool) -> Iterator[Row]:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", f"--junitxml={report}"]
         command += [*PARITY, *(["-k", "padding"] if tiny else [])]
+        if importlib.util.find_spec("xdist"):  # most of their time is compiling, one core each
+            command += ["-n", str(min(PROCESSES, os.cpu_count() or 1))]
         subprocess.run(command, cwd=ROOT, env={**os.environ, "JRM_PLATFORM": platform})
         cases = list(xml.etree.ElementTree.parse(report).iter("testcase"))
     failed = {

@@ -110,7 +110,7 @@ def _train(
         backbone, sizes.bucket(True), abstract.trainable, abstract.frozen, config.remat,
         flash,
     )  # fmt: skip
-    pairs = sizes.groups * math.comb(case.CANDIDATES, 2)
+    pairs = sizes.groups * math.comb(sizes.candidates, 2)
     numbers = {
         **seconds,
         **compiling,
@@ -125,8 +125,9 @@ def _train(
     return numbers, run
 
 
-def score(sizes: case.Sizes, tiny: bool, model: str) -> Iterator[Row]:
+def score(sizes: case.Sizes, tiny: bool, model: str, candidates: int = 2) -> Iterator[Row]:
     """The score step, parameters in bfloat16: edits (a candidate with its source) a second."""
+    sizes = sizes.scored_with(candidates)
     backbone = case.architecture(model, tiny)
     config = case.make_config(model, sizes)
     config.batch_size = sizes.scored
@@ -147,10 +148,11 @@ def score(sizes: case.Sizes, tiny: bool, model: str) -> Iterator[Row]:
     tflop = sizes.scored * score_flops(backbone, sizes.bucket(False)).model / 1e12
     yield {
         "model": model,
+        "candidates": candidates,
         **seconds,
         **compiling,
         "tflop_per_second": tflop / seconds["seconds"],
-        "edits_per_second": sizes.scored * case.CANDIDATES / seconds["seconds"],
+        "edits_per_second": sizes.scored * sizes.candidates / seconds["seconds"],
         **_memory(compiled),
     }
 

@@ -20,8 +20,9 @@ weights, fused AdamW, the same groups as 8 sequences of 1920 tokens, the same lo
 - **TFLOP/s**: the matrix products that the step is for (`jrm_jax/run/flops.py`), without \
 what is computed again. **Of the card**: divided by the rate of a bfloat16 product of 8192 x 8192 \
 matrices on the same card.
-- **Pairs**: a group of two candidates is one. **Edits**: a candidate, scored with its source. \
-Weights are bfloat16 on both sides where edits are scored.
+- **Pairs**: a group of two candidates is one. **Edits**: a candidate, scored with its source; \
+`candidates` is how many share one, which is encoded once here. Weights are bfloat16 on \
+both sides where edits are scored.
 - Times are medians. Steps of training are timed four at a time: neither side waits in between."""
 
 
@@ -112,13 +113,14 @@ def _scores(parts: Row) -> list[str]:
         theirs = name.endswith("_torch")
         torch = None if theirs else _best(parts, f"{name}_torch", "edits_per_second")
         rows.append((
-            row["model"], "PyTorch" if theirs else "jrm_jax", row.get("attention", "auto"),
+            row["model"], row["candidates"], "PyTorch" if theirs else "jrm_jax",
+            row.get("attention", "auto"),
             row["seconds"], row["edits_per_second"], _over(row["edits_per_second"], torch),
             row.get("tflop_per_second"), _over(row.get("tflop_per_second"), _card(parts)),
             row.get("peak_gib"), row.get("compile_seconds"),
         ))  # fmt: skip
-    heads = ("model", "side", "attention", "seconds", "edits/s", "times PyTorch", "TFLOP/s",
-             "of the card", "peak GiB", "compile s")  # fmt: skip
+    heads = ("model", "candidates", "side", "attention", "seconds", "edits/s", "times PyTorch",
+             "TFLOP/s", "of the card", "peak GiB", "compile s")  # fmt: skip
     return ["## Scoring", "", *_table(heads, rows)] if rows else []
 
 

@@ -28,6 +28,7 @@ class Part(NamedTuple):
 def _table() -> dict[str, Part]:
     big, large = {"model": "qwen3_vl_2b"}, {"model": "qwen3_vl_8b"}
     hybrid = {"model": "qwen3_5_2b", "remats": REMAT, "profile": True}
+    many = {**big, "candidates": 8}  # of one prompt, as in online reinforcement learning
     adapters = {**large, "adapters": True, "remats": REMAT}
     parts = {
         "rate": Part("a matrix product", "ours", "product", {}, 60),
@@ -40,6 +41,8 @@ def _table() -> dict[str, Part]:
         "start": Part("start of the default run", "commands", "start", {}, 200),
         "score_2b": Part("scoring, 2B", "ours", "score", big, 90),
         "score_2b_torch": Part("the same in PyTorch", "theirs", "score", big, 60),
+        "score_2b_of8": Part("scoring, 2B, groups of 8", "ours", "score", many, 90),
+        "score_2b_of8_torch": Part("the same in PyTorch", "theirs", "score", many, 60),
         "losses": Part("equal first losses", "theirs", "losses", big, 150),
         "parity": Part("parity tests", "commands", "parity", {}, 150),
         "step_qwen3_5": Part("joint step, Qwen3.5 2B", "ours", "train", hybrid, 200),
@@ -104,7 +107,7 @@ def environment(name: str, cache: str) -> dict[str, str]:
         "JAX_COMPILATION_CACHE_DIR": cache,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    if name == "losses":  # two programs in one process
+    if name in ("losses", "parity"):  # several programs on one device
         given["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     elif PARTS[name].side == "ours":
         given["XLA_PYTHON_CLIENT_MEM_FRACTION"] = "0.93"

@@ -105,7 +105,7 @@ def train(sizes: case.Sizes, tiny: bool, model: str) -> Iterator[Row]:
     batch = case.make_batch(config, backbone, sizes)
     scale = encoder.processor.mean, encoder.processor.std
     inputs = to_device(torch_reference.unpack_sequences(batch, *scale))
-    reward_id, pairs = encoder.tokenizer.reward_id, sizes.groups * math.comb(case.CANDIDATES, 2)
+    reward_id, pairs = encoder.tokenizer.reward_id, sizes.groups * math.comb(sizes.candidates, 2)
     for attention in attentions():
         for checkpointing in (False, True):
             row: Row = {"model": model, "trains": "everything", "attention": attention,
@@ -159,8 +159,9 @@ def _make_steps(
     return steps
 
 
-def score(sizes: case.Sizes, tiny: bool, model: str) -> Iterator[Row]:
+def score(sizes: case.Sizes, tiny: bool, model: str, candidates: int = 2) -> Iterator[Row]:
     """Without gradients, weights in bfloat16: edits (a candidate with its source) a second."""
+    sizes = sizes.scored_with(candidates)
     backbone = case.architecture(model, tiny)
     config = case.make_config(model, sizes)
     encoder = stand_in_encoder(config, backbone)
@@ -179,8 +180,9 @@ def score(sizes: case.Sizes, tiny: bool, model: str) -> Iterator[Row]:
                 )
 
         times = timing.spread(_finished(run), sizes.rounds)
-        row = {"model": model, "attention": attention, **times, **_memory()}
-        edits = sizes.scored * case.CANDIDATES
+        row = {"model": model, "candidates": candidates, "attention": attention}
+        row |= times | _memory()
+        edits = sizes.scored * sizes.candidates
         yield row | {"edits_per_second": edits / row["seconds"]}
 
 
