@@ -78,8 +78,8 @@ def get_config(arg: str | None = None):
         # A budget of about five minutes of one core a run, so that all models fit into an evening.
         config.eval_problems, config.best_of.problems = 16, 16
         config.arms = (
-            ("joint", ("runs/joint",)),
-            ("discriminative", ("runs/discriminative",)),
+            ("joint", ("runs/joint", "runs/joint-s?")),
+            ("discriminative", ("runs/discriminative", "runs/discriminative-s?")),
             *((f"{arm}, clean", (f"runs/study/{arm}-n6400-w1-s?-{PRINT}",)) for arm in CLEAN),
             *((f"{arm}, noisy", (f"runs/regimes/{arm}-n1600-f0.35-s?-{PRINT}",)) for arm in NOISY),
         )
