@@ -195,6 +195,42 @@ def test_numbers_by_hand(config):
     assert half.splitlines()[2].endswith("is open.")
 
 
+def best_of(arm, number, accuracy):
+    """A file of best-of-n for the model of `curve`."""
+    own = {"gold": [[0.5, 0.6, 0.62]] * 2, "proxy": [[0.0, 1.0, 2.0]] * 2}
+    own |= {"spearman": [0.1 * number], "pairs": [0.5]}
+    return curve(arm, number, None, (0.5,), (0.0,)) | {
+        "test": own, "hard": own, "pair_accuracy": [accuracy],
+    }  # fmt: skip
+
+
+def test_what_is_seen_before_rl_is_ranked_over_all_models_and_by_regime():
+    """Better models end higher among those with noisy labels. Their peaks are all at the base."""
+    own = rl.get_config("tiny")
+    runs = []
+    for number in range(4):
+        last = 0.2 + 0.05 * number
+        runs += [
+            curve("joint, noisy", number, 0, (0.5, 0.4, last)),
+            best_of("joint, noisy", number, 0.5 + 0.01 * number),
+        ]
+    few = numbers.collect(own, [curve("joint", 0, 0, (0.5, 0.6, 0.6)), best_of("joint", 0, 0.8)])
+    assert few["predictors"]["correlations"] == []
+    assert "Too few models" in report.markdown(own, few, Path("x"), [])
+    runs += [curve("joint", 0, 0, (0.5, 0.6, 0.6)), best_of("joint", 0, 0.8)]
+    found = numbers.collect(own, runs)
+    whole, noisy = found["predictors"]["correlations"]
+    assert (whole["regime"], whole["models"]) == (None, 5)
+    assert (noisy["regime"], noisy["models"]) == ("noisy", 4)
+    assert whole["of"]["pair_accuracy"]["last"] == pytest.approx(1.0)
+    assert whole["of"]["pair_accuracy"]["peak"] == pytest.approx(0.707, abs=1e-3)
+    assert noisy["of"]["pair_accuracy"] == {"peak": None, "last": pytest.approx(1.0)}
+    assert noisy["of"]["pairs"] == {"peak": None, "last": None}  # the same for all
+    text = report.markdown(own, found, Path("x"), [])
+    assert "| noisy labels, 4 models | missing / +1.00 |" in text
+    assert "| all, 5 models | +0.71 / +1.00 |" in text
+
+
 def test_what_the_optimiser_can_do_is_said_by_split(config):
     run = curve("gold", 0, 0, (0.5, 0.9, 0.875))
     for row in run["evaluations"]:

@@ -264,6 +264,11 @@ def baseline_of(arm: str) -> str:
     return "".join((BASELINE, *arm.partition(",")[1:]))
 
 
+def regime_of(arm: str) -> str:
+    """'joint, noisy' -> 'noisy'; '' where the arm names none."""
+    return arm.partition(", ")[2]
+
+
 def _gains(config: ConfigDict, runs: Runs, arm: str, steps: Sequence[int]) -> dict[str, Any]:
     """An arm less the discriminative one of its regime, paired by model, seed and problem: gold of
     the best of all n, at the peak of RL, at its end, and at equal divergences ('at'; 'equal': the
@@ -302,8 +307,8 @@ def _verdicts(config: ConfigDict, gains: Mapping[str, Any]) -> list[dict[str, An
     a comparison without equal divergences."""
     found = []
     for arm, own in gains.items():
-        name, _, regime = arm.partition(", ")
-        if name != TREATED or not own["last"]:
+        regime = regime_of(arm)
+        if arm.partition(", ")[0] != TREATED or not own["last"]:
             continue
         rows = [own["peak"], own["last"], own["equal"]]
         holds = None
@@ -320,7 +325,7 @@ def _key(run: Mapping[str, Any]) -> tuple[int, int | None]:
 
 def _predictors(runs: Runs, steps: Sequence[int]) -> dict[str, Any]:
     """What can be measured of a model before RL, beside what RL made of it; rank correlations over
-    the models where there are enough."""
+    all models and over those of each regime, where there are enough."""
     rows = []
     for best in (run for run in runs if run["seed"] is None and run["arm"] not in CONTROLS):
         key = (best["arm"], best["number"])
@@ -331,6 +336,7 @@ def _predictors(runs: Runs, steps: Sequence[int]) -> dict[str, Any]:
         rows.append(
             {
                 "model": f"{best['arm']} {best['number']}",
+                "regime": regime_of(best["arm"]),
                 **{name: _mean(best.get(name, [])) for name in KNOWN},
                 "spearman": _mean([v for s in SPLITS for v in best[s]["spearman"]]),
                 "pairs": _mean([v for s in SPLITS for v in best[s]["pairs"]]),
@@ -340,15 +346,28 @@ def _predictors(runs: Runs, steps: Sequence[int]) -> dict[str, Any]:
             }
         )
     whole = [row for row in rows if row["last"] is not None]
-
-    def correlation(name: str, outcome: str) -> float | None:
-        pairs = [(r[name], r[outcome]) for r in whole if r[name] is not None]
-        return spearman(*zip(*pairs, strict=True)) if len(pairs) >= ENOUGH else None
-
+    regimes = {regime: [row for row in whole if row["regime"] == regime]
+               for regime in sorted({row["regime"] for row in whole})}  # fmt: skip
+    parts = [(None, whole), *(regimes.items() if len(regimes) > 1 else ())]
     return {
         "models": rows,
-        "correlations": {
-            name: {outcome: correlation(name, outcome) for outcome in ("peak", "last")}
-            for name in PREDICTORS
-        },
+        "correlations": [
+            {
+                "regime": regime,
+                "models": len(own),
+                "of": {
+                    name: {outcome: _rank(own, name, outcome) for outcome in ("peak", "last")}
+                    for name in PREDICTORS
+                },
+            }
+            for regime, own in parts
+            if len(own) >= ENOUGH
+        ],
     }
+
+
+def _rank(rows: Sequence[Mapping[str, Any]], name: str, outcome: str) -> float | None:
+    """None for too few models, or where one of the two is the same for all."""
+    pairs = [(row[name], row[outcome]) for row in rows if row[name] is not None]
+    found = spearman(*zip(*pairs, strict=True)) if len(pairs) >= ENOUGH else math.nan
+    return found if math.isfinite(found) else None

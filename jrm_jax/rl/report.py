@@ -271,20 +271,30 @@ def _flaws(numbers: Numbers) -> list[str]:
 
 def _predictors(numbers: Numbers) -> list[str]:
     found = numbers["predictors"]
-    head = ("model", "pair accuracy, test", "Spearman on base edits", "pairs of base edits",
+    head = ("model", "pair accuracy, valid", "Spearman on base edits", "pairs of base edits",
             "best of 16", "attack gain", "effective rank", "peak of RL", "end of RL")  # fmt: skip
     names = (*PREDICTORS, "peak", "last")
     rows = [(row["model"], *(number(row[name]) for name in names)) for row in found["models"]]
     if not rows:
         return []
-    known = {name: own for name, own in found["correlations"].items() if own["last"] is not None}
-    words = "; ".join(
-        f"{name.replace('_', ' ')} {own['peak']:+.2f} / {own['last']:+.2f}"
-        for name, own in known.items()
-    )
-    said = f"Rank correlation with the peak / the end of RL over the models: {words}." if words \
-        else "Too few models for rank correlations."  # fmt: skip
-    return ["## What can be seen before RL", "", *table(head, rows), said, ""]
+    ranks = [
+        (_whose(part), *(_ranks(part["of"][name]) for name in PREDICTORS))
+        for part in found["correlations"]
+    ]
+    over = ("rank correlation with the peak / the end of RL, over", *head[1 : 1 + len(PREDICTORS)])
+    said = table(over, ranks) if ranks else ["Too few models for rank correlations.", ""]
+    return ["## What can be seen before RL", "", *table(head, rows), *said]
+
+
+def _whose(part: Mapping[str, Any]) -> str:
+    own = {None: "all", "": "full labels"}.get(part["regime"], f"{part['regime']} labels")
+    return f"{own}, {part['models']} models"
+
+
+def _ranks(row: Mapping[str, float | None]) -> str:
+    if row["peak"] is None and row["last"] is None:
+        return MISSING
+    return f"{number(row['peak'], '+.2f')} / {number(row['last'], '+.2f')}"
 
 
 def _protocol(config: ConfigDict, numbers: Numbers) -> list[str]:

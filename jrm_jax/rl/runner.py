@@ -157,9 +157,10 @@ def _reward(
 
 
 def _known(models: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What is known of models without a policy, for each, None where it is not: accuracy on `test`;
-    of runs that the study has measured and kept, the effective rank of the reward token's state,
-    and what an attack on the pixels gains, in deviations of the scores.
+    """What is known of models without a policy, for each, None where it is not: accuracy on
+    `valid`, which every run measures; of runs that the study has measured and kept, the effective
+    rank of the reward token's state, and what an attack on the pixels gains, in deviations of the
+    scores.
 
     Args:
         models: as `settings_of` says them.
@@ -173,7 +174,7 @@ def _known(models: Sequence[dict[str, Any]]) -> dict[str, Any]:
         ranks, attack = measured.get("ranks") or {}, measured.get("attack")
         last = ranks[max(ranks, key=int)]["effective_rank"] if ranks else None
         own = results.get("step") == step  # not of other weights
-        known["pair_accuracy"].append(results.get("test/pair_accuracy") if own else None)
+        known["pair_accuracy"].append(results.get("valid/pair_accuracy") if own else None)
         known["effective_rank"].append(last)
         known["attack_gain"].append(attack_gain(attack)["gain_in_spreads"] if attack else None)
     return json_safe(known)
