@@ -10,7 +10,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from jrm_jax import build  # noqa: E402
+from jrm_jax import build, sharding  # noqa: E402
 from jrm_jax.benchmarks.accelerator import __main__ as command  # noqa: E402
 from jrm_jax.benchmarks.accelerator import case, theirs, trace  # noqa: E402
 from jrm_jax.benchmarks.accelerator.page import make_page  # noqa: E402
@@ -18,6 +18,7 @@ from jrm_jax.benchmarks.accelerator.parts import PARTS  # noqa: E402
 from jrm_jax.model.config import load_config  # noqa: E402
 from jrm_jax.model.published import PUBLISHED  # noqa: E402
 from jrm_jax.optim import flatten  # noqa: E402
+from jrm_jax.planning import compiling  # noqa: E402
 from jrm_jax.run.flops import train_flops  # noqa: E402
 
 MODEL = "qwen3_vl_2b"
@@ -68,6 +69,28 @@ def test_the_small_case_is_of_the_same_kind(name):
     assert names(state) == names(whole_state)
     batch = case.make_batch(config, backbone, case.TINY)
     assert batch["candidate_tokens"].max() < backbone.text.vocab
+
+
+@pytest.mark.parametrize(("dtype", "search"), [("float32", False), ("bfloat16", True)])
+def test_only_train_steps_in_bfloat16_let_a_compiler_search(dtype, search, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        sharding, "compiler_options", lambda mesh, search=False: asked.append(search)
+    )
+    config, backbone = case.make_config(MODEL, case.TINY), case.architecture(MODEL, True)
+    config.backbone.compute_dtype = dtype
+    compiling.train_parts(config, backbone, build.make_mesh(config, backbone, jax.devices()[:1]))
+    assert asked == [search, False]  # the train step, the evaluation
+
+
+def test_edits_are_the_same_number_in_larger_groups():
+    many = case.REAL.scored_with(8)
+    assert many.scored * many.candidates == case.REAL.scored * case.REAL.candidates == 32
+    config = case.make_config(MODEL, case.TINY)
+    small = case.TINY.scored_with(4)
+    batch = case.make_batch(config, case.architecture(MODEL, True), small, critique=False)
+    assert batch["candidate_mask"].shape == (1, 4) and batch["candidate_mask"].all()
+    assert batch["patches"].shape[1] == 5  # the source once
 
 
 def test_both_sides_begin_with_the_same_loss_and_gradient(tmp_path):

@@ -287,7 +287,7 @@ def _predictors(numbers: Numbers) -> list[str]:
 
 
 def _whose(part: Mapping[str, Any]) -> str:
-    own = {None: "all", "": "full labels"}.get(part["regime"], f"{part['regime']} labels")
+    own = {None: "all", "": "the others"}.get(part["regime"], f"{part['regime']} labels")
     return f"{own}, {part['models']} models"
 
 

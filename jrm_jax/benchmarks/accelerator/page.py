@@ -113,7 +113,7 @@ def _scores(parts: Row) -> list[str]:
         theirs = name.endswith("_torch")
         torch = None if theirs else _best(parts, f"{name}_torch", "edits_per_second")
         rows.append((
-            row["model"], row["candidates"], "PyTorch" if theirs else "jrm_jax",
+            row["model"], row.get("candidates", 2), "PyTorch" if theirs else "jrm_jax",
             row.get("attention", "auto"),
             row["seconds"], row["edits_per_second"], _over(row["edits_per_second"], torch),
             row.get("tflop_per_second"), _over(row.get("tflop_per_second"), _card(parts)),
