@@ -87,10 +87,10 @@ def compiler_options(mesh: Mesh, search: bool = False) -> dict[str, Any] | None:
     """What `jax.jit` must be told for the devices of `mesh`.
 
     On NVIDIA's cards XLA writes kernels for matrix products with Triton, too: it compiles and times
-    dozens for every product. That made a bfloat16 train step 5 % faster (0.519 s, 0.545 without)
-    and the first program of the default run, in float32, take over 80 s to compile instead of 22 s
-    (H100, 16 cores; docs/accelerator.md). So it may `search` only where that pays; otherwise all
-    products are left to NVIDIA's library.
+    dozens for every product. The first program of the default run, in float32, then takes over 80 s
+    to compile instead of 22 s (H100, 16 cores; docs/accelerator.md). A long run in bfloat16 gains 1
+    to 5 % a step for 6 s. So it may `search` only there; otherwise all products are left to
+    NVIDIA's library.
 
     XLA's CPU compiler (jaxlib 0.10.2) hands sums to a library whose threads race where the summed
     value is broadcast: `jnp.sum(jnp.square(jnp.broadcast_to(x, (2, *x.shape))))` now and then

@@ -30,10 +30,10 @@ FLAGS = [
 ]
 if version("jaxlib").startswith("0.10."):  # the older emitters, left out of 0.11, are quicker
     FLAGS.append("--xla_cpu_use_fusion_emitters=false")
-if os.environ.get("JRM_PLATFORM") == "gpu":  # as `sharding.compiler_options`
-    FLAGS.append("--xla_gpu_enable_triton_gemm=false")
 if os.environ.get("JRM_OPTIMISED"):  # as users compile: three times as long
     FLAGS = FLAGS[:1]
+if os.environ.get("JRM_PLATFORM") == "gpu":  # as `sharding.compiler_options`
+    FLAGS.append("--xla_gpu_enable_triton_gemm=false")
 _ASKED = os.environ.get("XLA_FLAGS", "").split()
 os.environ["XLA_FLAGS"] = " ".join([*(flag for flag in FLAGS if flag not in _ASKED), *_ASKED])
 
