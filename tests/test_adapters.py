@@ -141,21 +141,21 @@ def test_a_failed_item_raises_unless_the_caller_says_otherwise(url):
 
 
 def test_groups_are_cut_and_put_back_in_order(url):
-    client = RewardClient(url)
-    values = list(range(37))
-    texts = ["Red."] * 35 + ["Blue.", "Red."]
-    rewards, errors = score_edits(client, texts, [None] * 37, [png(v) for v in values])
-    np.testing.assert_array_equal(rewards, wanted(texts, [None] * 37, values))
-    assert errors == [None] * 37
-    assert score_edits(client, [], [], [])[0].shape == (0,)
-    # sources that are equal, in whatever form, are one group; others are not
-    for same in (nhwc(10, 10), [png(10)] * 2, list(map(PIL.Image.fromarray, nhwc(10, 10)))):
+    with RewardClient(url) as client:
+        values = list(range(37))
+        texts = ["Red."] * 35 + ["Blue.", "Red."]
+        rewards, errors = score_edits(client, texts, [None] * 37, [png(v) for v in values])
+        np.testing.assert_array_equal(rewards, wanted(texts, [None] * 37, values))
+        assert errors == [None] * 37
+        assert score_edits(client, [], [], [])[0].shape == (0,)
+        # sources that are equal, in whatever form, are one group; others are not
+        for same in (nhwc(10, 10), [png(10)] * 2, list(map(PIL.Image.fromarray, nhwc(10, 10)))):
+            before = len(MODEL.batches)
+            score_edits(client, TEXTS[:2], list(same), [png(1), png(2)])
+            assert MODEL.batches[before:] == [[2]]
         before = len(MODEL.batches)
-        score_edits(client, TEXTS[:2], list(same), [png(1), png(2)])
-        assert MODEL.batches[before:] == [[2]]
-    before = len(MODEL.batches)
-    score_edits(client, TEXTS[:2], list(nhwc(10, 11)), [png(1), png(2)])
-    assert sum(MODEL.batches[before:], []) == [1, 1]
+        score_edits(client, TEXTS[:2], list(nhwc(10, 11)), [png(1), png(2)])
+        assert sum(MODEL.batches[before:], []) == [1, 1]
 
 
 LARGE = encode(PIL.Image.new("1", (8192, 8192)))  # few bytes, many pixels

@@ -76,8 +76,11 @@ def test_each_mention_of_a_picture_counts_and_nothing_is_decoded():
 def test_pictures_of_all_requests_fit_and_the_room_comes_back():
     model = Counting(0.02)
     service = make_service(model, max_pixels=64, max_decoded_bytes=6 * ONE, deadline_s=5)
-    with serving(service) as url, ThreadPoolExecutor(6) as pool:
-        http = httpx.Client(base_url=url, trust_env=False)
+    with (
+        serving(service) as url,
+        httpx.Client(base_url=url, trust_env=False) as http,
+        ThreadPoolExecutor(6) as pool,
+    ):
         sent = [parts(2, 2), parts(1, 6), parts(3, 1), parts(1, 5, BROKEN), parts(1, 1)] * 3
         asked = [pool.submit(http.post, "/v1/score", files=one) for one in sent]
         assert {one.result().status_code for one in asked} == {200}

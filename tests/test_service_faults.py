@@ -105,8 +105,11 @@ def test_token_files(tmp_path):
 def test_a_full_queue_says_so_at_once_and_one_caller_cannot_fill_the_batches_of_others():
     model = FakeModel(held=threading.Event())
     service = make_service(model, max_queue=4, max_groups=4)
-    with serving(service) as url, ThreadPoolExecutor(8) as pool:
-        http = httpx.Client(base_url=url, trust_env=False)
+    with (
+        serving(service) as url,
+        httpx.Client(base_url=url, trust_env=False) as http,
+        ThreadPoolExecutor(8) as pool,
+    ):
         http.get("/health")
         waiting = [pool.submit(http.post, "/v1/score", **form(v)) for v in (1, 2, 3, 4)]
         wait_for(lambda: service.scorer.batcher.pending == 4)
@@ -282,9 +285,11 @@ def process():
 
 def test_sigterm_under_load_answers_what_was_accepted(process):
     server, url = process(0.25, 20)
-    http = httpx.Client(base_url=url, trust_env=False, timeout=20)
-    http.get("/health")
-    with ThreadPoolExecutor(16) as pool:
+    with (
+        httpx.Client(base_url=url, trust_env=False, timeout=20) as http,
+        ThreadPoolExecutor(16) as pool,
+    ):
+        http.get("/health")
         accepted = [pool.submit(http.post, "/v1/score", **form(v)) for v in range(12)]
         wait_for(lambda: "jrm_pending_groups 12.0" in http.get("/metrics").text)
         server.send_signal(signal.SIGTERM)

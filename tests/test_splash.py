@@ -16,6 +16,9 @@ from test_attention import make_inputs
 
 from jrm_jax.model.attention import Prefix, attention
 
+# a fallback to XLA would warn, and compare XLA with itself
+no_fallback = pytest.mark.filterwarnings("error:attention .* replaced")
+
 
 def compare_with_xla(arrays, offset, prefix=None, **options):
     """Values and gradients of splash (interpreted on CPU) and XLA."""
@@ -45,19 +48,19 @@ def compare_with_xla(arrays, offset, prefix=None, **options):
         np.testing.assert_allclose(ours, theirs, atol=2e-5)
 
 
-@pytest.mark.filterwarnings("error")  # a fallback to XLA would warn and compare XLA with itself
+@no_fallback
 @pytest.mark.parametrize("offset", [128, None])
 def test_splash_equals_xla(offset):
     compare_with_xla(make_inputs(rows=2, queries=128, keys=256), offset)
 
 
-@pytest.mark.filterwarnings("error")
+@no_fallback
 def test_splash_of_several_blocks_equals_xla():
     """5 blocks of queries and 2 of keys, one of them skipped by some; heads of width 72."""
     compare_with_xla(make_inputs(rows=1, queries=640, keys=768, width=72), 128)
 
 
-@pytest.mark.filterwarnings("error")
+@no_fallback
 def test_splash_with_a_prefix_on_a_mesh_equals_xla():
     q, k, v, q_segments, kv_segments = make_inputs(rows=4, queries=128, keys=256)
     axes = ("data", "fsdp", "tensor")
@@ -68,7 +71,7 @@ def test_splash_with_a_prefix_on_a_mesh_equals_xla():
     compare_with_xla((*own, q_segments, kv_segments[:, 128:]), 128, prefix, mesh=mesh)
 
 
-@pytest.mark.filterwarnings("error")
+@no_fallback
 def test_splash_with_a_prefix_of_several_blocks_equals_xla():
     """3 rows share 256 keys; blocks of 384 queries and of 128 keys, some skipped."""
     q, k, v, q_segments, kv_segments = make_inputs(rows=6, queries=384, keys=640, width=64)

@@ -99,8 +99,9 @@ def _letters(path: str) -> frozenset[int]:
 
     try:
         collection = Path(path).suffix.lower() in (".ttc", ".otc")
-        font = TTCollection(path).fonts[0] if collection else TTFont(path, lazy=True)
-        return frozenset(font.getBestCmap() or ())
+        with TTCollection(path) if collection else TTFont(path, lazy=True) as read:
+            font = read.fonts[0] if collection else read
+            return frozenset(font.getBestCmap() or ())
     except Exception:  # fontTools raises many kinds for broken files
         return frozenset()
 
