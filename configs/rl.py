@@ -11,11 +11,12 @@ puts your own models under pressure and writes WORKDIR/report.md. docs/rl.md has
 
 from ml_collections import ConfigDict
 
+from configs import study
 from configs.common import parse_arg
 
-# Of the study's two parts, whose runs are kept with `python -m jrm_jax.study ... --keep`.
-CLEAN = ("discriminative", "joint", "joint_words", "regression", "joint_shuffled")
-NOISY = ("discriminative", "joint", "joint_words", "regression", "teacher", "joint_shuffled")
+# With full labels each is the README's run with what docs/rl.md lists for it; with noisy ones it is
+# a cell of the study's second part, kept with `python -m jrm_jax.study ... --keep`.
+ARMS = ("joint", "discriminative", "joint_words", "regression", "teacher", "joint_shuffled")
 PRINT = 16 * "?"  # a run's fingerprint, at the end of its folder's name
 
 
@@ -60,6 +61,11 @@ def get_config(arg: str | None = None):
     config.best_of.attempts = 256  # edits of each instruction
     config.best_of.problems = 32  # of `test` and of `hard`
 
+    # What is measured of a model without a policy, as the study does it.
+    part = study.get_config("regimes")
+    config.known = ConfigDict({**part.measure, "world": {**part.world}})
+    del config.known.world.seed
+
     # (arm, (folder, ...)): models by name, beside those of --model; a folder may hold wildcards.
     config.arms = ()
 
@@ -78,14 +84,14 @@ def get_config(arg: str | None = None):
         # A budget of about five minutes of one core a run, so that all models fit into an evening.
         config.eval_problems, config.best_of.problems = 16, 16
         config.arms = (
-            ("joint", ("runs/joint", "runs/joint-s?")),
-            ("discriminative", ("runs/discriminative", "runs/discriminative-s?")),
-            *((f"{arm}, clean", (f"runs/study/{arm}-n6400-w1-s?-{PRINT}",)) for arm in CLEAN),
-            *((f"{arm}, noisy", (f"runs/regimes/{arm}-n1600-f0.35-s?-{PRINT}",)) for arm in NOISY),
+            *((arm, (f"runs/{arm}", f"runs/{arm}-s?")) for arm in ARMS),
+            *((f"{arm}, noisy", (f"runs/regimes/{arm}-n1600-f0.35-s?-{PRINT}",)) for arm in ARMS),
         )
     if config.variant == "tiny":
         config.iterations, config.eval_interval, config.save_interval = 4, 2, 2
         config.groups, config.edits, config.problems, config.eval_problems = 2, 2, 8, 2
         config.best_of.update({"attempts": 4, "problems": 2})
         config.log_interval, config.verdict.draws = 1, 50
+        config.known.update({"batch_size": 4, "attack_groups": 4, "attack_steps": 1})
+        config.known.world.update({"valid": 4, "test": 4, "hard": 4})
     return config

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from jrm_jax import RewardModel
 from jrm_jax.checkpoint import read_arrays
 from jrm_jax.errors import UserError
 from jrm_jax.rl import training
+from jrm_jax.rl.known import known, lacks
 from jrm_jax.rl.reward import Reward
 from jrm_jax.rl.rollout import SPLITS
 from jrm_jax.rl.settings import protocol
@@ -201,6 +203,9 @@ def test_the_command_makes_a_page_and_makes_it_again_from_files(tmp_path):
         "chance-0-s0.json", "gold-0-best.json", "gold-0-s0.json", f"{model.name}-0-best.json",
         f"{model.name}-0-s0.json",
     ]  # fmt: skip
+    best = workdir / "report" / "results" / f"{model.name}-0-best.json"
+    whole = best.read_bytes()
+    assert json.loads(whole)["attack_gain"][0] > 0
     first = {p.name: p.read_bytes() for p in (workdir / "report").iterdir() if p.is_file()}
     for path in (workdir / "report").iterdir():
         if path.is_file():
@@ -209,8 +214,31 @@ def test_the_command_makes_a_page_and_makes_it_again_from_files(tmp_path):
     assert again.returncode == 0, again.stdout + again.stderr
     assert (workdir / "report.md").read_text() == page
     assert {p.name: p.read_bytes() for p in (workdir / "report").iterdir() if p.is_file()} == first
+    best.write_text(json.dumps(json.loads(whole) | {"attack_gain": [None]}))  # as it once was
     done = command(f"--model={model}", f"--workdir={workdir}")
     assert done.returncode == 0 and "5 runs are made, 0 to go" in done.stdout
+    assert best.read_bytes() == whole and (workdir / "report.md").read_text() == page
+
+
+def test_what_is_known_of_a_model_without_a_policy_is_filled_in(config, tmp_path):
+    run, said = shutil.copytree(family_run("qwen3_vl"), tmp_path / "run"), []
+    (row,) = [{"path": str(run), "step": 0}]
+    found = known([row, {**row, "path": str(tmp_path)}], config.known, said.append)
+    assert found["pair_accuracy"] == [None, None]  # nothing was measured on `valid`
+    assert found["attack_gain"][0] > 0 and found["attack_gain"][1] is None
+    assert 1 <= found["effective_rank"][0] <= 64 and len(said) == 1
+    assert lacks({"model": [row], **found}) and not lacks({"model": [], **found})
+    # the study's own file is not measured again, but one of another step is
+    attack = {"before": [[0, 2]], "after": [[1, 3]]}
+    kept = {"ranks": {"0": {"effective_rank": 2.5}}, "attack": attack}
+    (run / "measured.json").write_text(json.dumps({"step": 0, **kept}))
+    (run / "results.json").write_text(json.dumps({"step": 0, "valid/pair_accuracy": 0.75}))
+    assert known([row], config.known, said.append) == {
+        "pair_accuracy": [0.75], "attack_gain": [1.0], "effective_rank": [2.5],
+    }  # fmt: skip
+    assert len(said) == 1
+    (run / "measured.json").write_text(json.dumps({"step": 7, **kept}))
+    assert known([row], config.known, said.append)["attack_gain"][0] == found["attack_gain"][0]
 
 
 def test_the_command_says_what_is_wrong_in_a_line(tmp_path):

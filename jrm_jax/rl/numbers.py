@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from jrm_jax.errors import UserError
 from jrm_jax.evaluation.statistics import spearman
 from jrm_jax.rl import best_of_n, fits
+from jrm_jax.rl.known import KNOWN
 from jrm_jax.rl.models import CONTROLS
 from jrm_jax.rl.rollout import SPLITS
 from jrm_jax.rl.runner import RUNS
@@ -28,7 +29,6 @@ TREATED, BASELINE = "joint", "discriminative"
 CURVES = ("kl", "proxy", "gold", "following", "preservation", "spearman", "spread", "flat", "gap",
           "entropy_choices", "entropy_knobs")  # fmt: skip
 PREDICTORS = ("pair_accuracy", "spearman", "pairs", "best_of_16", "attack_gain", "effective_rank")
-KNOWN = ("pair_accuracy", "attack_gain", "effective_rank")  # of a model, without a policy
 ENOUGH = 4  # models, before a rank correlation over them is a number
 Runs = Sequence[Mapping[str, Any]]
 

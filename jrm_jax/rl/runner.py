@@ -17,20 +17,17 @@ from ml_collections import ConfigDict
 from jrm_jax.errors import UserError
 from jrm_jax.rl import best_of_n, training
 from jrm_jax.rl.editing import Problem
+from jrm_jax.rl.known import known, lacks
 from jrm_jax.rl.models import CHANCE, Model, models
 from jrm_jax.rl.reward import Chance, Reward
 from jrm_jax.rl.rollout import SPLITS
 from jrm_jax.rl.settings import check_same, protocol
-from jrm_jax.run.workdir import RESULTS
 from jrm_jax.serving.reward_model import RewardModel
 from jrm_jax.serving.trained import Identity, identify
 from jrm_jax.shell import disk
-from jrm_jax.shell.report import json_safe
 from jrm_jax.shell.stop import StopRequest
 from jrm_jax.shell.terminal import duration
-from jrm_jax.study.analysis import attack_gain
 
-MEASURED = "measured.json"  # what the study writes into a run's folder
 RUNS = "results"
 
 
@@ -90,6 +87,9 @@ def run(
         path, settings = out / f"{job.name}.json", settings_of(config, job, of)
         if not is_made(path, settings):
             todo.append((job, path, settings))
+        elif job.seed is None and lacks(kept := disk.read_json(path)):
+            more = known(settings["model"], config.known, say)
+            disk.write_whole(path, json.dumps(kept | more, indent=1) + "\n")
     say(f"{len(every) - len(todo)} runs are made, {len(todo)} to go")
     if missing:
         say(f"no folder yet of {', '.join(missing)}: left out until there is one")
@@ -156,42 +156,18 @@ def _reward(
     return Reward(loaded, model.folders, problems, config.edits, own.penalty, own.unsure)
 
 
-def _known(models: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What is known of models without a policy, for each, None where it is not: accuracy on
-    `valid`, which every run measures; of runs that the study has measured and kept, the effective
-    rank of the reward token's state, and what an attack on the pixels gains, in deviations of the
-    scores.
-
-    Args:
-        models: as `settings_of` says them.
-    """
-    known: dict[str, list] = {"pair_accuracy": [], "effective_rank": [], "attack_gain": []}
-    for folder, step in ((Path(row["path"]), row["step"]) for row in models):
-        results, measured = (
-            disk.read_json(path) if (path := folder / name).is_file() else {}
-            for name in (RESULTS, MEASURED)
-        )
-        ranks, attack = measured.get("ranks") or {}, measured.get("attack")
-        last = ranks[max(ranks, key=int)]["effective_rank"] if ranks else None
-        own = results.get("step") == step  # not of other weights
-        known["pair_accuracy"].append(results.get("valid/pair_accuracy") if own else None)
-        known["effective_rank"].append(last)
-        known["attack_gain"].append(attack_gain(attack)["gain_in_spreads"] if attack else None)
-    return json_safe(known)
-
-
 def _make(
     config: ConfigDict, name: str, settings: dict[str, Any], reward: Reward | Chance | None,
     pools: dict, workdir: Path, path: Path, stop: StopRequest, say: Callable[[str], None],
 ) -> int:  # fmt: skip
-    folder, known = workdir / name, _known(settings["model"])
+    folder = workdir / name
     if settings["seed"] is None:
+        own = known(settings["model"], config.known, say)
         return best_of_n.measure(
-            config, name, folder, settings, reward, pools, known, path, stop, say
+            config, name, folder, settings, reward, pools, own, path, stop, say
         )
     run = training.Run(config, name, folder, settings["seed"], settings, reward, pools)
     status = run.train(stop, say)
     if not status:
-        made = disk.read_json(folder / training.RUN)
-        disk.write_whole(path, json.dumps(made | known, indent=1) + "\n")
+        disk.write_whole(path, json.dumps(disk.read_json(folder / training.RUN), indent=1) + "\n")
     return status

@@ -15,7 +15,7 @@ from jrm_jax.shell.report import difference
 # Of a config, what a run's numbers do not depend on.
 APART = (
     "arms", "iterations", "seeds", "seed", "name", "variant", "controls", "verdict", "out",
-    "log_interval", "save_interval",
+    "log_interval", "save_interval", "known",
 )  # fmt: skip
 # Of a run's settings; it may become longer than it was to be at first.
 COMPARED = ("arm", "number", "seed", "protocol")

@@ -1,0 +1,63 @@
+"""What can be known of a model without a policy, in seconds: what a user may look at before RL."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from jrm_jax.run.workdir import CHECKPOINTS, RESULTS
+from jrm_jax.shell import disk
+from jrm_jax.shell.report import json_safe
+from jrm_jax.study.analysis import attack_gain
+from jrm_jax.study.measure import Model, measure_attack, measure_states
+
+MEASURED = "measured.json"  # what the study writes into a run's folder
+# accuracy on `valid`, which every run measures; what an attack on the pixels gains, in deviations
+# of the scores; effective rank of the reward token's state
+KNOWN = ("pair_accuracy", "attack_gain", "effective_rank")
+
+
+def known(
+    models: Sequence[Mapping[str, Any]], settings: ConfigDict, say: Callable[[str], None]
+) -> dict[str, list[float | None]]:
+    """KNOWN of each model, None where it cannot be told (an export holds no world to attack).
+
+    Args:
+        models: 'path' and 'step' of each. settings: of `study.measure`, with a 'world'.
+    """
+    rows = [_of(Path(row["path"]), row["step"], settings, say) for row in models]
+    return json_safe({name: [row[name] for row in rows] for name in KNOWN})
+
+
+def lacks(kept: Mapping[str, Any]) -> bool:
+    """Whether a file of best-of-n has not all of KNOWN of its models."""
+    return any(None in kept.get(name, [None]) for name in KNOWN) and bool(kept["model"])
+
+
+def _of(
+    folder: Path, step: int, settings: ConfigDict, say: Callable[[str], None]
+) -> dict[str, float | None]:
+    results, measured = (
+        disk.read_json(path) if (path := folder / name).is_file() else {}
+        for name in (RESULTS, MEASURED)
+    )
+    if measured.get("step") != step or not (measured.get("ranks") and measured.get("attack")):
+        measured = _measure(folder, step, settings, say) if (folder / CHECKPOINTS).is_dir() else {}
+    ranks, attack = measured.get("ranks"), measured.get("attack")
+    own = results if results.get("step") == step else {}  # else of other weights
+    return {
+        "pair_accuracy": own.get("valid/pair_accuracy"),
+        "attack_gain": attack_gain(attack)["gain_in_spreads"] if attack else None,
+        "effective_rank": ranks[max(ranks, key=int)]["effective_rank"] if ranks else None,
+    }
+
+
+def _measure(
+    folder: Path, step: int, settings: ConfigDict, say: Callable[[str], None]
+) -> dict[str, Any]:
+    say(f"{folder}: attack on the pixels, and states of the reward token")
+    model = Model(folder, settings, judge=False)
+    return {"attack": measure_attack(model), **measure_states(model, [step], pulls=False)}
