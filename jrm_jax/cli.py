@@ -2,6 +2,7 @@
 
 import io
 import sys
+from types import TracebackType
 
 from absl import flags
 from ml_collections import ConfigDict
@@ -33,8 +34,17 @@ def free_quietly() -> None:
     sys.warnoptions.append("ignore:resource_tracker")
 
 
+def _end_quietly(kind: type[BaseException], error: BaseException, trace: TracebackType | None):
+    """Ctrl-C while a command still imports, where nobody listens yet (`stop.StopRequest`)."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("stopped", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
 def prepare() -> None:
     """For a process that is one of the commands, before it imports jax or transformers."""
+    sys.excepthook = _end_quietly
     keep_memory()
     free_quietly()
     user_cache.keep_programs()

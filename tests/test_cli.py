@@ -83,3 +83,13 @@ def test_a_fault_of_the_program_is_none_of_the_memory():
     assert not cli.is_expected(RuntimeError("INTERNAL: a fault"))
     with pytest.raises(RuntimeError), stop.ending():
         raise RuntimeError("INTERNAL: a fault")
+
+
+@pytest.mark.parametrize(("error", "said"), [
+    ("KeyboardInterrupt", "stopped\n"), ("ValueError('why')", "ValueError: why\n"),
+])  # fmt: skip
+def test_ctrl_c_before_anybody_listens_is_one_word(error, said):
+    command = [sys.executable, "-c", f"from jrm_jax import cli; cli.prepare(); raise {error}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == (-2 if said == "stopped\n" else 1)
+    assert done.stderr.endswith(said) and ("Traceback" in done.stderr) == (said != "stopped\n")
