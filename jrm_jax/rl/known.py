@@ -44,15 +44,22 @@ def _of(
         disk.read_json(path) if (path := folder / name).is_file() else {}
         for name in (RESULTS, MEASURED)
     )
-    if measured.get("step") != step or not (measured.get("ranks") and measured.get("attack")):
-        measured = _measure(folder, step, settings, say) if (folder / CHECKPOINTS).is_dir() else {}
-    ranks, attack = measured.get("ranks"), measured.get("attack")
+    rank, attack = _parts(measured, step)
+    if not (rank and attack) and (folder / CHECKPOINTS).is_dir():
+        rank, attack = _parts(_measure(folder, step, settings, say), step)
     own = results if results.get("step") == step else {}  # else of other weights
     return {
         "pair_accuracy": own.get("valid/pair_accuracy"),
         "attack_gain": attack_gain(attack)["gain_in_spreads"] if attack else None,
-        "effective_rank": ranks[max(ranks, key=int)]["effective_rank"] if ranks else None,
+        "effective_rank": rank,
     }
+
+
+def _parts(measured: Mapping[str, Any], step: int) -> tuple[float | None, dict[str, Any] | None]:
+    """(effective rank, scores before and after an attack), None where they are of another step."""
+    ranks = measured.get("ranks") or {}
+    attack = measured.get("attack") if measured.get("step") == step else None
+    return ranks.get(str(step), {}).get("effective_rank"), attack
 
 
 def _measure(
@@ -60,4 +67,5 @@ def _measure(
 ) -> dict[str, Any]:
     say(f"{folder}: attack on the pixels, and states of the reward token")
     model = Model(folder, settings, judge=False)
-    return {"attack": measure_attack(model), **measure_states(model, [step], pulls=False)}
+    attack, states = measure_attack(model), measure_states(model, [step], pulls=False)
+    return {"step": step, "attack": attack, **states}
