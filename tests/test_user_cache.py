@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from conftest import drop_halves
 from entry_point import ROOT
 
 from jrm_jax.shell import user_cache
@@ -169,6 +170,17 @@ def test_nothing_but_programs_is_ever_removed(monkeypatch, tmp_path):
     words = "persistent compilation cache entry for 'jit_damaged': it is cut short"
     user_cache._mend(place, None, f"Error reading {words}")
     assert not damaged.exists() and other.exists()
+
+
+def test_what_a_killed_test_has_half_written_goes_before_the_next_run(first):
+    cache, (_, _, place, _) = first
+    whole = kept(cache)
+    half, other = Path(place) / program("half"), Path(place) / "jit_notes.txt"
+    for path in (half, other):
+        path.write_bytes(whole[0].read_bytes()[:-9])
+    drop_halves(Path(place))
+    assert kept(cache) == sorted([*whole, other])
+    other.unlink()
 
 
 def test_machines_that_differ_do_not_share(monkeypatch):

@@ -54,17 +54,25 @@ def keep_programs() -> None:
 
     A folder that cannot be used is no obstacle; it is named if the user chose it.
     """
-    place = _place()
+    place = for_programs()
     if place is None:
         return
-    with contextlib.suppress(OSError):
-        _trim(place.parent)
     if not may_use_an_accelerator():
         # Of a kept program XLA's loader says that some features of the machine are missing which
         # are none (prefer-no-gather): a long line for each, on many Intel processors.
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     _use(_settings(place))
     warnings.showwarning = functools.partial(_mend, place, warnings.showwarning)
+
+
+def for_programs(name: str = "programs") -> Path | None:
+    """The folder of this kind of machine in the cache's folder `name`, made, tried and trimmed;
+    None where nothing is to be kept."""
+    place = _place(name)
+    if place is not None:
+        with contextlib.suppress(OSError):
+            _trim(place.parent)
+    return place
 
 
 @contextlib.contextmanager
@@ -85,12 +93,11 @@ def programs_kept() -> Iterator[None]:
         _use(before)
 
 
-def _place() -> Path | None:
-    """The folder of this kind of machine, made and tried; None where nothing is to be kept."""
+def _place(name: str = "programs") -> Path | None:
     chosen = os.environ.get(SWITCH, "")
     if chosen.lower() in ("off", "0", "no", "false") or os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return None
-    root = Path(chosen).expanduser().absolute() / BELOW if chosen else folder("programs")
+    root = Path(chosen).expanduser().absolute() / BELOW if chosen else folder(name)
     return None if root is None else _try(root, say if chosen else None)
 
 
