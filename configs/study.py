@@ -152,8 +152,8 @@ def regimes(variant: str) -> ConfigDict:
         (CURVES, SIZES, FLIPS, 3),
         (OTHER_CONTROLS, (1600,), (0.35,), 2),
         (OTHERS, (1600,), (0.35,), 2),
-        # After teacher's first three seeds, which gained: is it so with a judge's scores, too? After
-        # three of those, which all gained, but within a wide interval: five.
+        # After teacher's first three seeds, which gained: is it so with a judge's scores, too?
+        # After three of those, which all gained, but within a wide interval: five.
         (("teacher_noisy",), (1600,), (0.35,), 5),
         (("joint_teacher", *OTHERS), SIZES, FLIPS, 2),
     )
