@@ -17,6 +17,7 @@ from configs import rl
 from jrm_jax import RewardModel
 from jrm_jax.checkpoint import read_arrays
 from jrm_jax.errors import UserError
+from jrm_jax.rl import known as of_model
 from jrm_jax.rl import training
 from jrm_jax.rl.known import known, lacks
 from jrm_jax.rl.reward import Reward
@@ -220,6 +221,10 @@ def test_the_command_makes_a_page_and_makes_it_again_from_files(tmp_path):
     assert best.read_bytes() == whole and (workdir / "report.md").read_text() == page
 
 
+def no_room(model):
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no room")
+
+
 def test_what_is_known_of_a_model_without_a_policy_is_filled_in(config, tmp_path):
     run, said = shutil.copytree(family_run("qwen3_vl"), tmp_path / "run"), []
     (row,) = [{"path": str(run), "step": 0}]
@@ -228,6 +233,10 @@ def test_what_is_known_of_a_model_without_a_policy_is_filled_in(config, tmp_path
     assert found["attack_gain"][0] > 0 and found["attack_gain"][1] is None
     assert 1 <= found["effective_rank"][0] <= 64 and len(said) == 1
     assert lacks({"model": [row], **found}) and not lacks({"model": [], **found})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(of_model, "measure_attack", no_room)
+        assert known([row], config.known, said.append)["attack_gain"] == [None]
+    assert said.pop() == f"{run}: not measured: RESOURCE_EXHAUSTED: no room" and said.pop()
     # the study's own file is not measured again, but one of another step is
     attack = {"before": [[0, 2]], "after": [[1, 3]]}
     kept = {"ranks": {"0": {"effective_rank": 2.5}}, "attack": attack}

@@ -6,8 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
+from jrm_jax.errors import one_line
 from jrm_jax.run.workdir import CHECKPOINTS, RESULTS
 from jrm_jax.shell import disk
 from jrm_jax.shell.report import json_safe
@@ -65,7 +67,12 @@ def _parts(measured: Mapping[str, Any], step: int) -> tuple[float | None, dict[s
 def _measure(
     folder: Path, step: int, settings: ConfigDict, say: Callable[[str], None]
 ) -> dict[str, Any]:
+    """Nothing where the device has no room for gradients: that is no reason to end a run."""
     say(f"{folder}: attack on the pixels, and states of the reward token")
-    model = Model(folder, settings, judge=False)
-    attack, states = measure_attack(model), measure_states(model, [step], pulls=False)
+    try:
+        model = Model(folder, settings, judge=False)
+        attack, states = measure_attack(model), measure_states(model, [step], pulls=False)
+    except jax.errors.JaxRuntimeError as error:
+        say(f"{folder}: not measured: {one_line(error)}")
+        return {}
     return {"step": step, "attack": attack, **states}

@@ -102,11 +102,13 @@ def run(
         left = _left(spent, [later.seed is None for later, *_ in todo[place:]])
         say(f"{job.name}: run {place + 1} of {len(todo)}, time left {left}")
         began = time.monotonic()
+        # first: it loads the model, too
+        own = known(settings["model"], config.known, say) if job.seed is None else {}
         if job.model not in loaded:
             loaded.clear()  # one at a time in memory
             loaded[job.model] = _reward(config, job.model, settings["model"], problems, say)
         args = (config, job.name, settings, loaded[job.model], pools)
-        status = _make(*args, workdir, path, stop, say)
+        status = _make(*args, own, workdir, path, stop, say)
         if status:
             return status
         spent[job.seed is None].append(time.monotonic() - began)
@@ -158,11 +160,15 @@ def _reward(
 
 def _make(
     config: ConfigDict, name: str, settings: dict[str, Any], reward: Reward | Chance | None,
-    pools: dict, workdir: Path, path: Path, stop: StopRequest, say: Callable[[str], None],
+    pools: dict, own: dict[str, Any], workdir: Path, path: Path, stop: StopRequest,
+    say: Callable[[str], None],
 ) -> int:  # fmt: skip
+    """
+    Args:
+        own: what is known of the model, for the file of best-of-n.
+    """
     folder = workdir / name
     if settings["seed"] is None:
-        own = known(settings["model"], config.known, say)
         return best_of_n.measure(
             config, name, folder, settings, reward, pools, own, path, stop, say
         )
