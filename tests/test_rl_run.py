@@ -232,7 +232,10 @@ def test_what_is_known_of_a_model_without_a_policy_is_filled_in(config, tmp_path
     assert found["pair_accuracy"] == [None, None]  # nothing was measured on `valid`
     assert found["attack_gain"][0] > 0 and found["attack_gain"][1] is None
     assert 1 <= found["effective_rank"][0] <= 64 and len(said) == 1
-    assert lacks({"model": [row], **found}) and not lacks({"model": [], **found})
+    kept = {"model": [row], **{name: values[:1] for name, values in found.items()}}
+    assert not lacks(kept)  # nor is it measured at every start
+    assert lacks(kept | {"attack_gain": [None]}) and lacks({"model": [row]})
+    assert not lacks({"model": []})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(of_model, "measure_attack", no_room)
         assert known([row], config.known, said.append)["attack_gain"] == [None]

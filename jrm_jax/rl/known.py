@@ -35,8 +35,9 @@ def known(
 
 
 def lacks(kept: Mapping[str, Any]) -> bool:
-    """Whether a file of best-of-n has not all of KNOWN of its models."""
-    return any(None in kept.get(name, [None]) for name in KNOWN) and bool(kept["model"])
+    """Whether a file of best-of-n lacks what is measured for it; a run without `valid` never has
+    its accuracy."""
+    return any(None in kept.get(name, [None]) for name in KNOWN[1:]) and bool(kept["model"])
 
 
 def _of(
