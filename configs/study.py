@@ -207,6 +207,9 @@ def regimes(variant: str) -> ConfigDict:
     config.verdict.draws = 2000  # of the bootstrap
     # accuracies on `hard` at which labels are counted; a rule without a model has 0.592 (to 0.601)
     config.verdict.efficiency = (0.62, 0.66)
+    # at the headline, besides those over discriminative: what scores add to joint training, and
+    # writing to scores; asked after teacher had gained
+    config.verdict.beside = (("joint_teacher", "joint"), ("joint_teacher", "teacher"))
     config.verdict.advice_seeds = 3  # from which an arm is recommended
 
     if variant == "regimes_tiny":

@@ -128,7 +128,10 @@ def build_data(
             if split == "train" and config.data.labelled:
                 lessons.append(contents.find_lessons(folder, split, records, dimensions))
             if split == "train" and config.loss.teacher_weight and weight:
-                stated.update(contents.count_stated(folder, split, records, dimensions, mix))
+                said = contents.find_stated(folder, split, records, dimensions, mix)
+                for words in check_data.check_scale(config, name, said.span):
+                    say(words)
+                stated.update(said.groups)
     _check_splits(config, folders, held, stated, say)
 
     cost = group_cost(backbone, config.data.share_prompt)

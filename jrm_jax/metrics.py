@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from jrm_jax.shell import disk
+from jrm_jax.shell.report import in_words
 from jrm_jax.shell.terminal import Bar, duration, is_watched
 
 JSONL = "metrics.jsonl"
@@ -137,14 +138,15 @@ class Writer:
         }
         self._jsonl.write(json.dumps(row) + "\n")
         self._jsonl.flush()
-        for name, value in values.items():
-            self._board.add_scalar(f"{split}/{name}", value, step)
+        for name, value in row.items():
+            if name in values and value is not None:  # tensorboardX warns of each that is no number
+                self._board.add_scalar(f"{split}/{name}", value, step)
 
     def progress(self, step: int, values: Mapping[str, float]) -> None:
         """The state of training for a person: numbers and the time left."""
         if not self.active:
             return
-        words = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        words = in_words(values)
         if self._bar is not None:
             self._bar.show(step, words=words)
             return

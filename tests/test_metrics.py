@@ -75,6 +75,15 @@ def test_not_a_number_is_null_in_json(tmp_path):
     ]
 
 
+def test_the_mean_of_nothing_is_a_dash_and_no_warning(tmp_path, capsys, caplog):
+    writer = Writer(tmp_path, total_steps=4, start=0)
+    writer.write(1, "valid", {"preference": 0.5, "teacher": math.nan})
+    writer.progress(1, {"preference": 0.5, "teacher": math.nan})
+    writer.close()
+    assert "step 1/4  preference 0.5  teacher -  left" in capsys.readouterr().out
+    assert not caplog.records  # tensorboardX's
+
+
 def test_lines_after_the_restored_step_and_broken_lines_are_cut(tmp_path):
     writer = Writer(tmp_path, 10, 0)
     for step in (2, 4, 6):

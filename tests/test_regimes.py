@@ -341,7 +341,8 @@ def test_the_page_is_made_of_its_cells(again):
     config, _ = again
     page = Path(config.out).with_suffix(".md").read_text()
     numbers = json.loads((Path(config.out) / "numbers.json").read_text())
-    assert numbers == json.loads(json.dumps(regimes_numbers.collect(config, design.load(config))))
+    collected = regimes_numbers.collect(config, design.load(config), {})
+    assert numbers == json.loads(json.dumps(collected))
     assert page.splitlines()[2].startswith("**Nothing is decided yet**")
     assert "| joint_teacher-n8-f0.35-s0 |" in page and "a degraded picture is worse" in page
     assert numbers["budget"]["missing"] == [] and numbers["trials"] == []
@@ -353,6 +354,8 @@ def test_committed_cells_count(monkeypatch):
     config = settings()
     paths = {path.stem for path in (ROOT / config.out / "cells").glob("*.json")}
     assert {cell.name for cell in design.load(config)} == paths
+    again = {path.stem for path in (ROOT / config.out / cells.AGAIN).glob("*.json")}
+    assert {cell.name for cell in design.load(config, cells.AGAIN)} == again
 
 
 def test_the_readme_says_what_the_page_says():

@@ -162,6 +162,66 @@ def test_intervals_hold_the_truth_as_often_as_they_say(seeds):
         assert confidence - 0.025 < count / tries
 
 
+def test_a_spread_known_of_other_places_makes_few_seeds_honest():
+    """No gain, 2 points between seeds: ten places of one, two or three seeds, each with the spread
+    of all, hold the truth as often as they say."""
+    rng, group_N, seeds = np.random.default_rng(0), np.repeat(np.arange(100), 2), (1, 2, 3) * 3
+    held, tries, draws = {1: 0, 2: 0, 3: 0}, 150, 100
+    for _ in range(tries):
+        places = []
+        for count in seeds:
+            gain_S1 = rng.normal(0, 0.02, (count, 1))
+            shared_N = np.repeat(rng.normal(0, 0.1, 100), 2)
+            places.append(gain_S1 + shared_N + rng.normal(0, 0.05, (count, 200)))
+        known = analysis.pooled_spread([values_SN.mean(1) for values_SN in places])
+        assert known.freedom == 9
+        for count, values_SN in zip(seeds, places, strict=True):
+            found = analysis.seeds_interval(values_SN, group_N, draws, 0.95, known)
+            held[count] += found.low <= 0 <= found.high
+    for count in held.values():
+        assert 0.92 < count / (3 * tries) < 0.995
+
+
+def test_pooled_spread_by_hand():
+    # around 2 and around 10: squares 2 and 8, three of five values are free
+    found = analysis.pooled_spread([[1.0, 3.0], [8.0, 12.0, 10.0], [7.0]])
+    assert found == (pytest.approx((10 / 3) ** 0.5), 3)
+    assert analysis.pooled_spread([[1.0], [], [2.0]]) is None
+
+
+def test_seeds_differ_as_much_as_with_as_many_labels(hand):
+    """The gain's interval at a place with one seed is as wide as other places tell; the claim's is
+    of its own seeds."""
+    counts = {0: (4, 5), 1: (4, 7), 2: (4, 6)}
+    found = {
+        Point(arm, 400, 0.35, seed): made(right(pair[arm == "joint"]))
+        for seed, pair in counts.items() for arm in ("discriminative", "joint")
+    }  # fmt: skip
+    found[Point("teacher", 400, 0.35, 0)] = made(right(6))
+    for arm in ("discriminative", "joint"):
+        found[Point(arm, 100, 0.35, 0)] = made(right(4))
+    table = regimes_numbers.Table(hand, found)
+    known = table.known_spread(400, "hard", True)
+    assert known == (pytest.approx(0.125), 2)  # gains 1/8, 3/8, 2/8
+    assert table.known_spread(100, "hard", True) is None  # one seed, and no other place
+    gain, few = table.gain("teacher", 400, 0.35, "hard"), table.gain("joint", 100, 0.35, "hard")
+    assert gain["seeds"] == 1 and gain["low"] < gain["value"] - 4.3 * 0.125  # Student's t, two free
+    assert few["low"] == few["high"] == 0.0
+    alone = table.gain("teacher", 400, 0.35, "hard", alone=True)
+    assert alone["low"] > gain["low"]
+
+
+def test_a_cell_made_again_elsewhere_is_shown_beside(hand):
+    point = Point("discriminative", 400, 0.35, 0)
+    other = made(right(5), machine={"device": "gpu", "cpu": "c", "jax": "j"})
+    numbers = regimes_numbers.collect(hand, {point: made(right(4))}, {point: other})
+    row = numbers["again"][point.name]
+    assert row["hard"] == {"accuracies": [4 / 8, 5 / 8], "differ": 1} and row["test"]["differ"] == 0
+    page = regimes_report.markdown(hand, numbers, [])
+    assert f"| {point.name} | 0.00 and 0.00; 0 | 50.00 and 62.50; 1 | d, c, jax j | gpu, c" in page
+    assert "another machine" not in regimes_report.markdown(hand, numbers | {"again": {}}, [])
+
+
 def test_one_seed_has_the_interval_of_groups():
     values_N, group_N = np.arange(12.0) % 5, np.arange(12) // 2
     assert analysis.seeds_interval(values_N, group_N, 300) == analysis.interval(
@@ -171,7 +231,7 @@ def test_one_seed_has_the_interval_of_groups():
 
 def test_advice_is_of_what_was_measured(hand):
     def say(found):
-        return "\n".join(advice(hand, regimes_numbers.collect(hand, found)))
+        return "\n".join(advice(hand, regimes_numbers.collect(hand, found, {})))
 
     text = say({})
     assert text.startswith("No gain is measured yet") and "| use |" not in text
@@ -180,14 +240,14 @@ def test_advice_is_of_what_was_measured(hand):
         Point(arm, 400, 0.35, seed): made(right(count))
         for arm, count in (("discriminative", 3), ("joint", 8)) for seed in range(3)
     }  # fmt: skip
-    collected = regimes_numbers.collect(hand, found)
+    collected = regimes_numbers.collect(hand, found, {})
     assert "| good ones, for all groups | joint +62.5" in say(found)
     assert "2 of 3 kinds of labels" in say(found)
     # for eight comparisons, an arm of controls for none
     place = collected["curves"]["0.35"]["400"]["joint"]
     assert place["advice"]["low"] < place["gain"]["hard"]["low"] < place["advice"]["value"]
     found[Point("joint_shuffled", 400, 0.35, 0)] = made(right(8))
-    place = regimes_numbers.collect(hand, found)["curves"]["0.35"]["400"]["joint_shuffled"]
+    place = regimes_numbers.collect(hand, found, {})["curves"]["0.35"]["400"]["joint_shuffled"]
     assert place["advice"] is None and place["gain"]["hard"]
     for count in (1, 2):
         few = {p: r for p, r in found.items() if p.seed < count}

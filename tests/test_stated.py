@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 import time
 
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import joint
+from configs import discriminative, generative, joint, paper
 from jrm_jax.data import contents, store
 from jrm_jax.data.schema import Candidate, PreferenceExample, Text
 from jrm_jax.data.stated import stated_scores, teacher_scores
@@ -162,12 +163,15 @@ def test_groups_that_state_scores_are_counted_once(tmp_path):
     train = [dataclasses.replace(e, id=str(i)) for i, e in enumerate(train)]
     store.write_dataset(folder, {"train": train}, ("overall",), manifest={})
     records = store.open_dataset(folder)["train"]
-    counts = contents.count_stated(folder, "train", records, dimensions, {})
-    assert counts == {"overall": 1, "following": 1, "beauty": 0}
+    found = contents.find_stated(folder, "train", records, dimensions, {})
+    assert found.groups == {"overall": 1, "following": 1, "beauty": 0}
+    assert 3.5 < found.span <= 4.0  # from 3 to 7
     unread = [None] * len(records)
-    assert contents.count_stated(folder, "train", unread, dimensions, {}) == counts
-    mixed = contents.count_stated(folder, "train", records, ("overall",), {"following": 1.0})
-    assert mixed == {"overall": 1}  # 'overall 7' alone says more than what it would be made of
+    assert contents.find_stated(folder, "train", unread, dimensions, {}) == found
+    mixed = contents.find_stated(folder, "train", records, ("overall",), {"following": 1.0})
+    assert mixed.groups == {"overall": 1}  # 'overall 7' alone says more than what is made for it
+    beauty = contents.find_stated(folder, "train", records, ("beauty",), {})
+    assert beauty == ({"beauty": 0}, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -181,7 +185,7 @@ def test_groups_that_state_scores_are_counted_once(tmp_path):
     ],
 )
 def test_dimensions_that_nothing_teaches_are_told(labels, stated, words):
-    config = joint.get_config()
+    config = discriminative.get_config()
     config.loss.teacher_weight = 1.0
     config.loss.teacher_mix = (("following", 1.0),)
     config.data.dimensions = ("overall", "beauty")
@@ -191,6 +195,40 @@ def test_dimensions_that_nothing_teaches_are_told(labels, stated, words):
         return
     with pytest.raises(UserError, match=words):
         check_data.check_lessons(config, train, "it", stated)
+
+
+def test_critiques_without_scores_are_still_read_for_their_words():
+    """By default a real run learns from both, if there are both."""
+    config = joint.get_config("qwen3_vl_2b")
+    assert config.loss.teacher_weight and config.loss.language_weight
+    for module in (discriminative, generative, paper):
+        assert module.get_config("qwen3_vl_8b").loss.teacher_weight == 0.0
+    train = [contents.Contents(9, "", {"overall": 9}, 9)]
+    (words,) = check_data.check_lessons(config, train, "it", {"overall": 0})
+    assert words.startswith("WARNING: it: config.loss.teacher_weight is 0.33, but in no")
+    assert check_data.check_lessons(config, train, "it", {"overall": 2}) == []
+    bare = [contents.Contents(9, "", {"overall": 9}, 0)]
+    (words,) = check_data.check_lessons(config, bare, "it", {"overall": 0})
+    assert words == "WARNING: it has labels but no critiques: no language is learnt"
+
+
+@pytest.mark.parametrize(
+    "span, scale, said",
+    [
+        (9.0, 1.0, ""), (0.0, 1.0, ""), (30.0, 1.0, ""), (4.0, 4.0, ""),
+        (85.0, 1.0, "it: .* lie 85 points apart, which are 85 nats .*teacher_scale=8.5$"),
+        (0.8, 1.0, "WARNING: it: .* 0.8 nats .*teacher_scale=0.08$"), (0.8, 0.08, ""),
+    ],
+)  # fmt: skip
+def test_the_scale_suits_the_scores(span, scale, said):
+    config = discriminative.get_config()
+    config.loss.teacher_weight, config.loss.teacher_scale = 1.0, scale
+    if said and not said.startswith("WARNING"):
+        with pytest.raises(UserError, match=said):
+            check_data.check_scale(config, "it", span)
+        return
+    words = check_data.check_scale(config, "it", span)
+    assert len(words) == bool(said) and all(re.match(said, line) for line in words)
 
 
 @pytest.mark.parametrize(

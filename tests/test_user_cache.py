@@ -1,5 +1,6 @@
 """Compiled programs are kept: where, which, how many, and what becomes of damaged ones."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -59,6 +60,69 @@ def test_a_second_process_finds_the_program_and_gets_the_same_bits(first):
     before = {path: path.read_bytes() for path in kept(cache)}
     assert run(cache) == (bits, len(before), place, "")
     assert {path: path.read_bytes() for path in kept(cache)} == before
+
+
+TOGETHER = """
+import sys, time
+from jrm_jax.shell import user_cache
+user_cache.SHORTEST = 0.0
+user_cache.keep_programs()
+import jax, jax.numpy as jnp
+from jrm_jax.run import fit
+hits = []
+jax.monitoring.register_event_listener(lambda name, **_: hits.append(name.endswith("/cache_hits")))
+lowered = jax.jit(lambda x: jnp.sin(x)).lower(jax.ShapeDtypeStruct((3,), "float32"))
+
+class Slow:  # a program that takes some time
+    def as_text(self):
+        return lowered.as_text()
+
+    def compile(self):
+        print("compiles", flush=True)
+        sys.stdin.readline() if sys.argv[1] == "first" else None
+        return lowered.compile()
+
+print("ready", flush=True)
+fit.compile_within(Slow(), None)
+print(sum(hits), flush=True)
+"""
+
+
+@pytest.mark.parametrize("end", ["compiled", "killed"])
+def test_a_program_is_compiled_by_one_process_at_a_time(tmp_path, end):
+    """The second waits, says so, and finds it; of a process that is killed it takes over."""
+    env = {n: v for n, v in os.environ.items() if "COMPILATION_CACHE" not in n}
+    env |= {"XDG_CACHE_HOME": str(tmp_path), "XLA_FLAGS": ""}
+    pipe = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+
+    def start(name: str) -> subprocess.Popen:
+        command = [sys.executable, "-c", TOGETHER, name]
+        return subprocess.Popen(command, cwd=ROOT, env=env, text=True, **pipe)
+
+    with contextlib.ExitStack() as ended:
+        first = ended.enter_context(start("first"))
+        ended.callback(first.kill)
+        assert [first.stdout.readline() for _ in range(2)] == ["ready\n", "compiles\n"]
+        second = ended.enter_context(start("second"))
+        ended.callback(second.kill)
+        assert second.stdout.readline() == "ready\n"
+        assert second.stderr.readline() == user_cache._ANOTHER + "\n"
+        if end == "killed":
+            first.kill()
+        else:
+            first.stdin.write("on\n")
+            first.stdin.flush()
+            assert first.stdout.readline() == "0\n"
+        found = "1" if end == "compiled" else "0"
+        assert second.stdout.read() == f"compiles\n{found}\n"
+
+
+def test_nobody_waits_where_nothing_is_kept(tmp_path):
+    env = {n: v for n, v in os.environ.items() if "COMPILATION_CACHE" not in n}
+    env |= {"XDG_CACHE_HOME": str(tmp_path), "JRM_COMPILATION_CACHE": "off"}
+    command = [sys.executable, "-c", TOGETHER, "second"]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "ready\ncompiles\n0\n" and not (tmp_path / "jrm_jax" / "locks").exists()
 
 
 def test_in_other_peoples_processes_jax_is_left_as_it_was(first):

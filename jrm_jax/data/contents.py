@@ -36,6 +36,15 @@ class Contents(NamedTuple):
     critiques: int
 
 
+class Stated(NamedTuple):
+    """The scores that critiques state. groups: in which two or more do, by reward dimension: those
+    that `config.loss.teacher_weight` learns from. span: points between the lowest and the highest
+    hundredth of all, 0 without any."""
+
+    groups: dict[str, int]
+    span: float
+
+
 def read_contents(
     folder: Path, split: str, records: Sequence[Any], fallback: Path | None = None
 ) -> Contents:
@@ -74,27 +83,29 @@ def find_lessons(
     return np.unique(np.array(every, np.int64)), np.array(critiques, np.int64)
 
 
-def count_stated(
+def find_stated(
     folder: Path,
     split: str,
     records: Sequence[Any],
     dimensions: Sequence[str],
     mix: Mapping[str, float],
     fallback: Path | None = None,
-) -> dict[str, int]:
-    """Groups in which two or more critiques state a score, by reward dimension: those that
-    `config.loss.teacher_weight` learns from. All are read once for these arguments."""
+) -> Stated:
+    """All records are read once for these arguments."""
 
-    def find() -> dict[str, int]:
-        counts = np.zeros(len(dimensions), int)
+    def find() -> Stated:
+        counts, every = np.zeros(len(dimensions), int), []
         for index in track(range(len(records)), "which critiques state scores"):
             candidates = json.loads(records[index]["record"])["candidates"]
             said = [critique if marked else None for _, critique, marked, *_ in candidates]
             scores_KR = np.asarray(teacher_scores(said, dimensions, mix))
             counts += np.isfinite(scores_KR).sum(0) > 1
-        return dict(zip(dimensions, counts.tolist(), strict=True))
+            every += scores_KR[np.isfinite(scores_KR)].tolist()
+        low, high = np.percentile(every, (1, 99)) if every else (0.0, 0.0)
+        return Stated(dict(zip(dimensions, counts.tolist(), strict=True)), float(high - low))
 
-    return _kept(folder, split, records, "stated", find, [list(dimensions), dict(mix)], fallback)
+    more = [list(dimensions), dict(mix), "span"]
+    return Stated(*_kept(folder, split, records, "stated", find, more, fallback))
 
 
 def _kept(

@@ -14,6 +14,10 @@ from jrm_jax.data.contents import Contents
 from jrm_jax.errors import UserError
 from jrm_jax.shell.report import difference
 
+# What the whole span of stated scores may count: chances of a half to three quarters are hardly a
+# preference, and a hundred points at one nat each are no soft one.
+LEAST_NATS, MOST_NATS = 1.0, 30.0
+
 
 def reads_critiques(config: ConfigDict) -> bool:
     """Whether a run's losses need critiques; without, they are left out of the batches."""
@@ -27,7 +31,7 @@ def check_lessons(
     stated: Mapping[str, int] = MappingProxyType({}),
 ) -> list[str]:
     """What is to be said of the training groups; `name`: of the data; `stated`: groups with scores
-    to compare, by reward dimension (`contents.count_stated`), where those are learnt.
+    to compare, by reward dimension (`contents.find_stated`), where those are learnt.
 
     Raises:
         UserError: they hold nothing that this config learns from, or nothing for one of its
@@ -51,14 +55,17 @@ def check_lessons(
             f"{name}: no training group has a {' or a '.join(wanted)}, and this config learns from "
             f"nothing else{other}"
         )
+    silent = ""
     if distils and not any(stated.values()):
         mix = dict(config.loss.teacher_mix)
-        raise UserError(
+        silent = (
             f"{name}: config.loss.teacher_weight is {config.loss.teacher_weight}, but in no "
             f"training group two critiques state a score ({', '.join(mix or dimensions)}) in last "
             "lines that are marked by score_line: set config.loss.teacher_weight to 0, or name the "
             "scores that they state in config.loss.teacher_mix"
         )
+        if not reads:  # critiques are there for their scores alone
+            raise UserError(silent)
     learnt = tuple(d for d in dimensions if d in labelled or stated.get(d))
     absent = ", ".join(d for d in dimensions if d not in learnt)
     if ranks and learnt and absent:
@@ -72,7 +79,30 @@ def check_lessons(
         said.append(f"WARNING: {name} has critiques but no labels: the reward head is not trained")
     if reads and not critiques:
         said.append(f"WARNING: {name} has labels but no critiques: no language is learnt")
+    elif silent:
+        said.append(f"WARNING: {silent}")
     return said
+
+
+def check_scale(config: ConfigDict, name: str, span: float) -> list[str]:
+    """What is to be said of `config.loss.teacher_scale`, where scores that critiques state are
+    learnt.
+
+    Args:
+        span: points between their lowest and highest (`contents.find_stated`).
+
+    Raises:
+        UserError: they would be hard preferences, not soft ones.
+    """
+    scale = config.loss.teacher_scale
+    words = (
+        f"{name}: scores that critiques state lie {span:g} points apart, which are "
+        f"{span / scale:.3g} nats with config.loss.teacher_scale={scale:g}; give a tenth of the "
+        f"points: --config.loss.teacher_scale={span / 10:g}"
+    )
+    if span > MOST_NATS * scale:
+        raise UserError(words)
+    return [f"WARNING: {words}"] if 0 < span < LEAST_NATS * scale else []
 
 
 def describe_unused(config: ConfigDict, folders: Sequence[Path]) -> list[str]:

@@ -23,6 +23,7 @@ from jrm_jax.errors import UserError
 from jrm_jax.model.config import BackboneConfig
 from jrm_jax.model.layers import REMAT
 from jrm_jax.optim import merge_params
+from jrm_jax.shell import user_cache
 from jrm_jax.step import Forward, TrainState
 from jrm_jax.watch import device_memory
 
@@ -126,7 +127,8 @@ def describe_devices(mesh: jax.sharding.Mesh) -> str:
 def compile_within(lowered: Any, limit: int | None) -> Any:
     """The compiled program. Raises OutOfMemory: the compiler gives up, or plans with more."""
     try:
-        program = lowered.compile()
+        with user_cache.compiling(lowered):
+            program = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error):
             raise OutOfMemory(*parse_out_of_memory(str(error))) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from jrm_jax.shell.terminal import duration, print_table
@@ -55,8 +56,12 @@ def describe_run(data: Any, state: Any, mesh: Any) -> str:
     return "\n".join(lines)
 
 
-def in_words(values: dict[str, float]) -> str:
-    return "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+def in_words(values: Mapping[str, float]) -> str:
+    """'preference 0.69  language -': a dash for not-a-number, the mean of nothing."""
+    return "  ".join(
+        f"{name} {'-' if math.isnan(value) else format(value, '.4g')}"
+        for name, value in values.items()
+    )
 
 
 def json_safe(values: Any) -> Any:

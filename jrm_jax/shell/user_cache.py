@@ -15,6 +15,7 @@ settings are theirs again afterwards.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
 import hashlib
 import importlib.util
@@ -30,13 +31,14 @@ from pathlib import Path
 from typing import Any
 
 from jrm_jax.shell import cores
-from jrm_jax.shell.terminal import say
+from jrm_jax.shell.terminal import if_slow, say
 
 SWITCH = "JRM_COMPILATION_CACHE"
 LIMIT = 2 * 10**9  # bytes; what was used least lately goes first, at the start of a command
 BELOW = "jrm_jax_programs"  # in a folder that the user chose, where other files may lie
 # JAX's names of files. Nothing else is ever removed, wherever the user has put the cache.
 _MACHINE, _PROGRAM = r"\w*-[0-9a-f]{12}", r".+-[0-9a-f]{64}-(cache|atime)"
+_ANOTHER = "waiting for another process, which compiles the same program"
 SHORTEST = 0.1  # seconds; what compiles faster is not worth a file
 
 
@@ -91,6 +93,30 @@ def programs_kept() -> Iterator[None]:
         yield
     finally:
         _use(before)
+
+
+@contextlib.contextmanager
+def compiling(program: Any) -> Iterator[None]:
+    """While this is open, other processes that want the same program wait, and then find it kept:
+    without it, jobs that start together would each compile it. Nobody waits where nothing is kept,
+    where files cannot be locked, or where processes compile together.
+
+    Args:
+        program: a lowered one, `jax.stages.Lowered`.
+    """
+    import jax
+
+    place = folder("locks")
+    if place is None or not jax.config.jax_compilation_cache_dir or jax.process_count() > 1:
+        yield
+        return
+    name = hashlib.sha256(program.as_text().encode()).hexdigest()[:3]  # 4,096 files at the most
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(OSError), if_slow(_ANOTHER):
+            place.mkdir(parents=True, exist_ok=True, mode=0o700)
+            file = held.enter_context(open(place / f"compiling-{name}", "w", encoding="utf-8"))
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _place(name: str = "programs") -> Path | None:

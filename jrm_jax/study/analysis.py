@@ -125,23 +125,51 @@ def interval(
     return Interval(float(values_SN.mean()), float(low), float(high), groups)
 
 
+class Spread(NamedTuple):
+    """How much seeds differ: standard deviation of one seed's mean, and its degrees of freedom."""
+
+    deviation: float
+    freedom: int
+
+
+def pooled_spread(samples: Sequence[Sequence[float]]) -> Spread | None:
+    """Of values that vary alike around a mean of each sample's own; None where no sample has two.
+
+    Samples that share seeds (the gains of several arms over one) count as if they did not, so that
+    there are a few degrees of freedom too many.
+    """
+    freedom = sum(len(sample) - 1 for sample in samples if len(sample))
+    if not freedom:
+        return None
+    squares = sum(float(np.var(sample)) * len(sample) for sample in samples if len(sample))
+    return Spread(math.sqrt(squares / freedom), freedom)
+
+
 def seeds_interval(
-    values_SN: np.ndarray, group_N: np.ndarray, draws: int, confidence: float = 0.95
+    values_SN: np.ndarray,
+    group_N: np.ndarray,
+    draws: int,
+    confidence: float = 0.95,
+    spread: Spread | None = None,
 ) -> Interval:
     """As `interval`, for few seeds: two or three drawn anew hardly vary, so that its intervals hold
     the truth in 72 % and 83 % of cases instead of 95.
 
     Each half-width is the root of two squares (Zou and Donner 2008, "Construction of confidence
     limits about effect measures"): Student's t interval of the seeds' means, and what `interval`
-    finds for whole groups, of the mean over seeds. One seed: the interval is of groups alone.
+    finds for whole groups, of the mean over seeds.
+
+    Args:
+        spread: of one seed's mean, where more is known of it than these seeds tell. Without it, one
+            seed's interval is of groups alone.
     """
     values_SN = np.atleast_2d(np.asarray(values_SN, np.float64))
-    seeds = len(values_SN)
+    spread = spread or pooled_spread([values_SN.mean(1)])
     found = interval(values_SN.mean(0, keepdims=True), group_N, draws, confidence)
-    if seeds < 2:
+    if spread is None:
         return found
-    error = values_SN.mean(1).std(ddof=1) / math.sqrt(seeds)
-    half = float(stats.t.ppf((1 + confidence) / 2, seeds - 1) * error)
+    error = spread.deviation / math.sqrt(len(values_SN))
+    half = float(stats.t.ppf((1 + confidence) / 2, spread.freedom) * error)
     low = found.value - math.hypot(half, found.value - found.low)
     high = found.value + math.hypot(half, found.high - found.value)
     return found._replace(low=low, high=high)

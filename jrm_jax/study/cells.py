@@ -252,20 +252,26 @@ def backbone_digest(path: str) -> str:
 # Results on disk
 
 
-def path_of(config: ConfigDict, cell: Cell) -> Path:
-    return Path(config.out) / "cells" / f"{cell.name}.json"
+FOLDER, AGAIN = "cells", "again"  # of results, and of the same cells made elsewhere
 
 
-def load_cells(config: ConfigDict, every: Sequence[Cell] | None = None) -> dict[Cell, dict]:
+def path_of(config: ConfigDict, cell: Cell, folder: str = FOLDER) -> Path:
+    return Path(config.out) / folder / f"{cell.name}.json"
+
+
+def load_cells(
+    config: ConfigDict, every: Sequence[Cell] | None = None, folder: str = FOLDER
+) -> dict[Cell, dict]:
     """The results there are, of cells whose fingerprint is still the config's; of `every` cell, or
     of those of `plan`."""
-    read = {cell: _read(config, cell) for cell in (plan(config) if every is None else every)}
+    every = plan(config) if every is None else every
+    read = {cell: _read(config, cell, folder) for cell in every}
     return {cell: result for cell, result in read.items() if result is not None}
 
 
-def _read(config: ConfigDict, cell: Cell) -> dict | None:
+def _read(config: ConfigDict, cell: Cell, folder: str) -> dict | None:
     """None: there is none, or it is of another config."""
-    path = path_of(config, cell)
+    path = path_of(config, cell, folder)
     result = disk.read_json(path) if path.is_file() else {}
     return result if result and result["fingerprint"] == fingerprint(config, cell) else None
 

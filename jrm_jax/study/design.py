@@ -22,6 +22,6 @@ def plan(config: ConfigDict) -> list[Cell]:
     return regimes.plan(config) if is_second(config) else cells.plan(config)
 
 
-def load(config: ConfigDict) -> dict[Cell, dict]:
+def load(config: ConfigDict, folder: str = cells.FOLDER) -> dict[Cell, dict]:
     """The results there are."""
-    return cells.load_cells(config, plan(config))
+    return cells.load_cells(config, plan(config), folder)

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from jrm_jax.study.analysis import Spread
+
 Curve = Sequence[np.ndarray]  # by number of labelled groups: right pairs [S, G]
 
 
@@ -22,6 +24,7 @@ def compare(
     accuracy: float,
     draws: int,
     confidence: float,
+    spreads: Sequence[Spread | None],
 ) -> dict[str, Any]:
     """Labels that `base` needs over those that `arm` needs, where their curves first reach the
     accuracy: straight lines between the sizes, by the logarithm of the size.
@@ -31,6 +34,8 @@ def compare(
 
     Args:
         sizes_G: pairs of each group.
+        spreads: of one seed's accuracy, by number of labelled groups; None: not known, so that
+            seeds are taken to differ by nothing.
 
     Returns:
         'least', 'most': bounds of the factor, equal where both needs lie between sizes; 0 and None:
@@ -45,7 +50,10 @@ def compare(
     )
     picks_DG = rng.multinomial(groups, np.full(groups, 1 / groups), draws)
     least_D, most_D = _factors(
-        *(_needs(_accuracies(c, picks_DG, sizes_G, rng), labelled, accuracy) for c in (arm, base))
+        *(
+            _needs(_accuracies(c, picks_DG, sizes_G, spreads, rng), labelled, accuracy)
+            for c in (arm, base)
+        )
     )
     tail = 50 * (1 - confidence)
     return {
@@ -57,16 +65,19 @@ def compare(
 
 
 def _accuracies(
-    curve: Curve, picks_DG: np.ndarray, sizes_G: np.ndarray, rng: np.random.Generator | None = None
+    curve: Curve,
+    picks_DG: np.ndarray,
+    sizes_G: np.ndarray,
+    spreads: Sequence[Spread | None] = (),
+    rng: np.random.Generator | None = None,
 ) -> np.ndarray:
     """[D, L]; `rng` moves each by its seeds' error, as Student's t says it may be off."""
     columns = []
-    for right_SG in curve:
+    for right_SG, spread in zip(curve, spreads or [None] * len(curve), strict=True):
         column_D = (picks_DG @ right_SG.mean(0)) / (picks_DG @ sizes_G)
-        seeds = len(right_SG)
-        if rng is not None and seeds > 1:
-            error = (right_SG.sum(1) / sizes_G.sum()).std(ddof=1) / math.sqrt(seeds)
-            column_D = column_D + error * rng.standard_t(seeds - 1, len(column_D))
+        if spread is not None:
+            error = spread.deviation / math.sqrt(len(right_SG))
+            column_D = column_D + error * rng.standard_t(spread.freedom, len(column_D))
         columns.append(column_D)
     return np.stack(columns, axis=1)
 

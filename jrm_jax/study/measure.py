@@ -39,6 +39,7 @@ from jrm_jax.data.world.text import NUMBERS
 from jrm_jax.evaluation.statistics import effective_rank
 from jrm_jax.model.backbone import Backbone
 from jrm_jax.model.layers import unroll_all
+from jrm_jax.run.fit import compile_within
 from jrm_jax.run.saved import complete_steps
 from jrm_jax.run.workdir import CHECKPOINTS
 from jrm_jax.serving.generate import make_generate
@@ -121,7 +122,7 @@ class Model:
     def call(self, name: str, *arguments: Any) -> Any:
         """Run one of the programs; there is one bucket, hence one compilation of each."""
         if name not in self._compiled:
-            self._compiled[name] = self._programs[name].lower(*arguments).compile()
+            self._compiled[name] = compile_within(self._programs[name].lower(*arguments), None)
         return self._compiled[name](*arguments)
 
     def flops(self, name: str) -> float:

@@ -280,14 +280,19 @@ def longer(config: ConfigDict, found: Found, full: int) -> list[dict[str, Any]]:
     return rows
 
 
+def machine_of(result: Mapping[str, Any]) -> str:
+    """'1 x cpu (cpu), 2 x AMD EPYC, jax 0.10.2'."""
+    own = result["machine"]
+    return f"{own['device']}, {own['cpu']}, jax {own['jax']}"
+
+
 def budget(config: ConfigDict, found: Found) -> dict[str, Any]:
     """What was run, on what, how long; what is missing; what need not be run."""
     every = design.plan(config)
     spared = {c: cells.unneeded(c, found) for c in every if c not in found}
     machines: dict[str, int] = {}
     for result in found.values():
-        own = result["machine"]
-        name = f"{own['device']}, {own['cpu']}, jax {own['jax']}"
+        name = machine_of(result)
         machines[name] = machines.get(name, 0) + 1
     missing = [c for c in every if c not in found and not spared[c]]
     costs = [cells.estimate(config, c, found) for c in missing]

@@ -12,7 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jrm_jax.study import analysis, efficiency
-from jrm_jax.study.numbers import budget
+from jrm_jax.study.numbers import budget, machine_of
 from jrm_jax.study.regimes import ARMS, BASELINE, CRITIQUES, Point
 
 Found = Mapping[Point, Mapping[str, Any]]
@@ -23,8 +23,8 @@ RULES = {
 }
 
 
-def collect(config: ConfigDict, found: Found) -> dict[str, Any]:
-    """Everything the page says in numbers."""
+def collect(config: ConfigDict, found: Found, again: Found) -> dict[str, Any]:
+    """Everything the page says in numbers; `again`: the same cells, made on another machine."""
     table = Table(config, found)
     headline = config.headline.labelled, config.headline.flip
     return {
@@ -33,6 +33,10 @@ def collect(config: ConfigDict, found: Found) -> dict[str, Any]:
         "trials": [_trial(p, found[p]) for p in found if p.is_trial],
         "headline": {arm: table.place(arm, *headline) for arm in ARMS},
         "verdict": verdict(config, table),
+        "beside": {
+            f"{arm} - {other}": table.versus(arm, other, *headline)
+            for arm, other in config.verdict.beside
+        },
         "curves": {
             f"{flip:g}": {
                 str(size): {arm: table.place(arm, size, flip) for arm in ARMS}
@@ -51,6 +55,11 @@ def collect(config: ConfigDict, found: Found) -> dict[str, Any]:
             for flip in config.flips
         },
         "cells": {p.name: table.cell(p) for p in found if not p.is_trial},
+        "spreads": {
+            str(size): (known := table.known_spread(size, "hard", True)) and known._asdict()
+            for size in config.sizes
+        },
+        "again": {p.name: table.beside(p, result) for p, result in again.items() if p in found},
         "budget": budget(config, found),
     }  # fmt: skip
 
@@ -71,32 +80,71 @@ class Table:
             (point, split): analysis.correct(self.pairs[split], result[f"scores/{split}"])
             for point, result in self.found.items() for split in SPLITS
         }  # fmt: skip
+        self._spreads: dict[tuple[int, str, bool], analysis.Spread | None] = {}
 
     def seeds(self, arm: str, labelled: int, flip: float) -> list[Point]:
         return [p for p in self.found if p[:3] == (arm, labelled, flip)]
 
     def spread(
-        self, values_SN: Sequence[np.ndarray], split: str, confidence: float | None = None
+        self,
+        values_SN: Sequence[np.ndarray],
+        split: str,
+        confidence: float | None = None,
+        known: analysis.Spread | None = None,
     ) -> dict[str, Any] | None:
         """Mean, interval and number of seeds; None without any."""
         if not values_SN:
             return None
         settings = self.config.verdict
+        wanted = confidence or settings.confidence
         found = analysis.seeds_interval(
-            values_SN, self.pairs[split].group, settings.draws, confidence or settings.confidence
+            values_SN, self.pairs[split].group, settings.draws, wanted, known
         )
         return {**found._asdict(), "seeds": len(values_SN)}
 
+    def known_spread(self, labelled: int, split: str, gains: bool) -> analysis.Spread | None:
+        """How much one seed's accuracy, or its gain over the discriminative arm, varies with so
+        many labelled groups: pooled over arms and flips, as fewer labels make seeds differ more and
+        two or three seeds of a place alone tell little of it."""
+        key = labelled, split, gains
+        if key not in self._spreads:
+            places = {(p.arm, p.flip) for p in self.found if p.labelled == labelled}
+            rows = (
+                self._gains(arm, labelled, flip, split) if gains
+                else [self._right[p, split] for p in self.seeds(arm, labelled, flip)]
+                for arm, flip in sorted(places)
+            )  # fmt: skip
+            self._spreads[key] = analysis.pooled_spread(
+                [[float(row_N.mean()) for row_N in row] for row in rows]
+            )
+        return self._spreads[key]
+
     def gain(
-        self, arm: str, labelled: int, flip: float, split: str, confidence: float | None = None
+        self,
+        arm: str,
+        labelled: int,
+        flip: float,
+        split: str,
+        confidence: float | None = None,
+        alone: bool = False,
     ) -> dict[str, Any] | None:
-        """Over the discriminative arm, of the seeds that both have."""
-        both = [
+        """Over the discriminative arm, of the seeds that both have; `alone`: with an interval by
+        these seeds and no others."""
+        known = None if alone else self.known_spread(labelled, split, True)
+        return self.spread(self._gains(arm, labelled, flip, split), split, confidence, known)
+
+    def _gains(
+        self, arm: str, labelled: int, flip: float, split: str, other: str = BASELINE
+    ) -> list[np.ndarray]:
+        return [
             self._right[point, split] - self._right[beside, split]
             for point in self.seeds(arm, labelled, flip)
-            if (beside := point._replace(arm=BASELINE)) in self.found and beside != point
+            if (beside := point._replace(arm=other)) in self.found and beside != point
         ]
-        return self.spread(both, split, confidence)
+
+    def versus(self, arm: str, other: str, labelled: int, flip: float) -> dict[str, Any] | None:
+        """The gain on `hard` over another arm than the discriminative one, by its own seeds."""
+        return self.spread(self._gains(arm, labelled, flip, "hard", other), "hard")
 
     def place(self, arm: str, labelled: int, flip: float) -> dict[str, Any] | None:
         """Every measure that all points have; None where none is made."""
@@ -105,8 +153,10 @@ class Table:
             return None
         hard, results = self.pairs["hard"], [self.found[p] for p in points]
         scores = [r["scores/hard"] for r in results]
+        own = {s: self.known_spread(labelled, s, False) for s in SPLITS}
         return {
-            **{s: self.spread([self._right[p, s] for p in points], s) for s in SPLITS},
+            **{s: self.spread([self._right[p, s] for p in points], s, None, own[s])
+               for s in SPLITS},
             "gain": {s: self.gain(arm, labelled, flip, s) for s in SPLITS},
             "advice": self._advice(arm, labelled, flip),
             "valid": _mean([r["valid"] for r in results]),
@@ -151,6 +201,20 @@ class Table:
             "step": self.found[point]["step"],
         }
 
+    def beside(self, point: Point, result: Mapping[str, Any]) -> dict[str, Any]:
+        """The same cell, made on another machine: where, accuracies of both, and pairs that the two
+        order in different ways."""
+        first, out = self.found[point], {}
+        for split, pairs in self.pairs.items():
+            own_N = self._right[point, split]
+            other_N = analysis.correct(pairs, result[f"scores/{split}"])
+            out[split] = {
+                "accuracies": [float(own_N.mean()), float(other_N.mean())],
+                "differ": int((own_N != other_N).sum()),
+            }
+        steps = [r["step"] for r in (first, result)]
+        return {"machines": [machine_of(r) for r in (first, result)], "steps": steps, **out}
+
     def efficiency(self, arm: str, flip: float, accuracy: float) -> dict[str, Any] | None:
         """How many times fewer labelled groups this arm needs than the discriminative one
         (`efficiency.compare`), by the sizes that both have; None: fewer than two."""
@@ -164,8 +228,9 @@ class Table:
         sizes_G = np.bincount(np.unique(self.pairs["hard"].group, return_inverse=True)[1])
         settings = self.config.verdict
         found = efficiency.compare(
-            *curves, sizes_G, shared, accuracy, settings.draws, settings.confidence
-        )
+            *curves, sizes_G, shared, accuracy, settings.draws, settings.confidence,
+            [self.known_spread(size, "hard", False) for size in shared],
+        )  # fmt: skip
         seeds = min(len(c) for curve in curves for c in curve)
         return {**found, "sizes": shared, "seeds": seeds}
 
@@ -185,13 +250,13 @@ def verdict(config: ConfigDict, table: Table) -> dict[str, Any]:
     confidence = 1 - (1 - settings.confidence) / len(settings.arms)
     arms, placebos = {}, {}
     for arm, placebo in settings.arms:
-        gain = table.gain(arm, *place, "hard", confidence)
+        gain = table.gain(arm, *place, "hard", confidence, alone=True)
         arms[arm] = gain and {
             **gain,
             "enough": bool(100 * gain["value"] >= settings.gain),
             "above_zero": bool(gain["low"] > 0),
         }
-        gain = table.gain(placebo, *place, "hard")
+        gain = table.gain(placebo, *place, "hard", alone=True)
         placebos[placebo] = gain and {
             **gain, "null": bool(100 * gain["value"] < settings.null or gain["low"] <= 0)
         }  # fmt: skip

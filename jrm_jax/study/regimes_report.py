@@ -10,7 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from jrm_jax.shell.terminal import duration
-from jrm_jax.study import design, figures
+from jrm_jax.study import cells, design, figures
 from jrm_jax.study.advice import advice
 from jrm_jax.study.regimes import ARMS, place_words
 from jrm_jax.study.regimes_numbers import collect
@@ -28,7 +28,7 @@ def write(config: ConfigDict) -> list[Path]:
 
     OUT/notes.md, where it is, is written by hand and becomes a part of OUT.md.
     """
-    numbers = collect(config, design.load(config))
+    numbers = collect(config, design.load(config), design.load(config, cells.AGAIN))
     out = Path(config.out)
     drawn = figures.draw(numbers, out, figures.REGIMES)
     notes = out / NOTES
@@ -70,8 +70,9 @@ def markdown(config: ConfigDict, numbers: Numbers, shown: list[str], notes: str 
         *_rules(numbers),
         *_trials(config, numbers),
         *_cells(numbers),
+        *_again(config, numbers),
         *_budget(config, numbers),
-        *_protocol(config),
+        *_protocol(config, numbers),
     ]
     return "\n".join(parts).rstrip() + "\n"
 
@@ -155,7 +156,13 @@ def _headline(config: ConfigDict, numbers: Numbers) -> list[str]:
         "",
         *(table(head, rows) if rows else []),
         *_left(numbers["headline"]),
+        *_beside(numbers),
     ]
+
+
+def _beside(numbers: Numbers) -> list[str]:
+    rows = [(name, points(gain)) for name, gain in numbers["beside"].items() if gain]
+    return table(("of two other arms", "points, hard"), rows) if rows else []
 
 
 def _left(arms: Mapping[str, Any]) -> list[str]:
@@ -225,7 +232,8 @@ def _factor(row: Mapping[str, Any] | None) -> str:
     else:
         value = f"{most:.2g}" if least == most else f"<= {most:.2g}"
     low, high = f"{low:.2g}" if low else "no bound", f"{high:.2g}" if high else "no bound"
-    share = f", not measurable in {100 * row['open']:.0f} % of the draws" if row["open"] else ""
+    percent = round(100 * row["open"])
+    share = f", not measurable in {percent} % of the draws" if percent else ""
     return f"{value} ({low} to {high}{share}), {row['seeds']} seed{'s' * (row['seeds'] != 1)}"
 
 
@@ -278,6 +286,29 @@ def _cells(numbers: Numbers) -> list[str]:
     ]
 
 
+def _again(config: ConfigDict, numbers: Numbers) -> list[str]:
+    rows = [
+        (name, *(f"{100 * first:.2f} and {100 * other:.2f}; {own[split]['differ']}"
+                 for split in numbers["pairs"] for first, other in [own[split]["accuracies"]]),
+         *own["machines"])
+        for name, own in numbers["again"].items()
+    ]  # fmt: skip
+    if not rows:
+        return []
+    heads = (
+        f"{split}: accuracies; pairs ordered otherwise, of {count:,}"
+        for split, count in numbers["pairs"].items()
+    )
+    return [
+        "## The same cells on another machine",
+        "",
+        f"Cells of `{Path(config.out).name}/{cells.AGAIN}/`, from the same config and seed. They "
+        "count nowhere else on this page.",
+        "",
+        *table(("cell", *heads, "the cell", "again"), rows),
+    ]
+
+
 def _budget(config: ConfigDict, numbers: Numbers) -> list[str]:
     found = numbers["budget"]
     made, missing = len(found["cells"]), len(found["missing"])
@@ -297,7 +328,25 @@ def _budget(config: ConfigDict, numbers: Numbers) -> list[str]:
     ]
 
 
-def _protocol(config: ConfigDict) -> list[str]:
+def _spreads(numbers: Numbers) -> str:
+    """How much seeds differ, in words."""
+    known = {size: spread for size, spread in numbers["spreads"].items() if spread}
+    if not known:
+        return "With one seed they are of groups alone, so that they say nothing of other seeds. "
+    said = ", ".join(
+        f"{100 * spread['deviation']:.1f} points with {int(size):,} ({spread['freedom']} degrees "
+        "of freedom)" for size, spread in known.items()
+    )  # fmt: skip
+    return (
+        "How much one seed's number varies is pooled over all arms and shares of wrong votes with "
+        "the same number of labels, because two or three seeds of a place tell little of it and "
+        f"one tells nothing: of a gain on `hard` the standard deviation is {said}. The claim's "
+        "intervals are of its own five seeds alone, as it was fixed. A test measures that such "
+        "intervals hold the truth as often as they say, with one seed and more. "
+    )
+
+
+def _protocol(config: ConfigDict, numbers: Numbers) -> list[str]:
     train, world, rows = config.train, config.world, config.labelled_rows
     return [
         "## Protocol",
@@ -323,10 +372,9 @@ def _protocol(config: ConfigDict) -> list[str]:
         f"- `test` has {world.test} groups, `hard` {world.hard}. Intervals: "
         f"{100 * config.verdict.confidence:g} %. Of groups by {config.verdict.draws} bootstrap "
         "draws of whole groups, of seeds by Student's t; half-widths are the root of the two "
-        "squares (a test measures that such intervals hold the truth as often as they say, "
-        "with two seeds and more). With one seed of groups alone, so that they say nothing of "
-        "other seeds. Differences are paired by seed and pair. In the curves they are not "
-        "corrected for the number of arms. In the table of what to use they are, for as many as "
+        f"squares. {_spreads(numbers)}Differences are paired by seed and pair. In the curves they "
+        "are not corrected for the number of arms. In the table of what to use they are, for as "
+        "many as "
         f"there are with such critiques, and an arm is named from {config.verdict.advice_seeds} "
         "seeds on.",
         "- Preference loss: mean of -log sigmoid(difference) on the true order of all pairs of "

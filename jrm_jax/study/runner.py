@@ -35,6 +35,7 @@ from jrm_jax.study.cells import Cell
 
 GRACE = 120  # seconds that a run has to save itself when the time is over
 LOOK = 0.2  # seconds between looks at a process
+SHARED = 0.7  # of a GPU's memory is for what jobs compute with; each needs about 0.6 GB besides
 
 
 class OutOfTime(Exception):
@@ -280,7 +281,8 @@ def _check_time(place: Place) -> None:
 def _call(command: list[str], cell: Cell, place: Place) -> None:
     settings = dict(os.environ)
     if place.jobs > 1:  # on a GPU each takes its part of the memory, not three quarters of it
-        settings["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{0.9 / place.jobs:.3f}"
+        settings["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{SHARED / place.jobs:.3f}"
+        settings.setdefault("OMP_NUM_THREADS", "1")  # NumPy's, of which each would take all cores
     process = subprocess.Popen(
         [sys.executable, "-m", *command],
         env=settings,
