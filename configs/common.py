@@ -148,7 +148,8 @@ def base() -> ConfigDict:
     config.loss.facts_weight = 0.0  # of what critiques say, as facts (built-in world of kind facts)
     # Of the scores that critiques' last lines state, as soft preferences in any group that has them
     config.loss.teacher_weight = 0.0
-    config.loss.teacher_scale = 1.0  # points of such a score that count one nat
+    # Points of such a score that count one nat; 0: a tenth of the span of all that are stated
+    config.loss.teacher_scale = 1.0
     # ((name, weight), ...): 'overall' where lines state other scores; (): mean of data.dimensions
     config.loss.teacher_mix = ()
     config.loss.chunk = 0  # critique positions per group at a time; 0: all
@@ -207,6 +208,7 @@ def real_backbone(config: ConfigDict, variant: str) -> ConfigDict:
     config.data.workers = 8
     config.loss.preference_weight = 1.0
     config.loss.language_weight = 0.5
+    config.loss.teacher_scale = 0.0
     config.loss.chunk = 512
     config.loss.first_weight = 1.0
     return config

@@ -109,7 +109,7 @@ def build_data(
     sources: dict[str, list[plan.Source]] = {}
     sets: dict[str, list[Sequence[Any]]] = {}
     held: list[dict[str, contents.Contents]] = []  # by data set, then by split
-    lessons, stated = [], Counter()
+    lessons, stated, spans = [], Counter(), {}
     dimensions, mix = tuple(config.data.dimensions), dict(config.loss.teacher_mix)
     for folder, weight in folders:
         held.append({})
@@ -129,10 +129,13 @@ def build_data(
                 lessons.append(contents.find_lessons(folder, split, records, dimensions))
             if split == "train" and config.loss.teacher_weight and weight:
                 said = contents.find_stated(folder, split, records, dimensions, mix)
-                for words in check_data.check_scale(config, name, said.span):
-                    say(words)
                 stated.update(said.groups)
+                spans[name] = said.span
     _check_splits(config, folders, held, stated, say)
+    scale, words = check_data.teacher_scale(config, spans)
+    for line in words:
+        say(line)
+    encoder = dataclasses.replace(encoder, teacher_scale=scale)
 
     cost = group_cost(backbone, config.data.share_prompt)
 

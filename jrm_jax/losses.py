@@ -88,14 +88,14 @@ def centering_loss(reward_BKR: jax.Array, mask_BK: jax.Array) -> Term:
 
 
 def teacher_preferences(
-    scores_BKR: jax.Array, mask_BKR: jax.Array, scale: float
+    nats_BKR: jax.Array, mask_BKR: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """What a teacher's scores say about pairs: (preference, weight), each [B, K, K, R] float32.
 
-    The share for i over j is sigmoid((score_i - score_j) / scale), so that a reward trained on it
-    tends to score / scale, up to an offset for each group. Weight 1 where both have a score.
+    The share for i over j is sigmoid(score_i - score_j), so that a reward trained on it tends to
+    the score, up to an offset for each group. Weight 1 where both have a score.
     """
-    gap_BKKR = (scores_BKR[:, :, None, :] - scores_BKR[:, None, :, :]) / scale
+    gap_BKKR = nats_BKR[:, :, None, :] - nats_BKR[:, None, :, :]
     weight_BKKR = mask_BKR[:, :, None, :] * mask_BKR[:, None, :, :]
     return jax.nn.sigmoid(gap_BKKR), weight_BKKR
 

@@ -69,7 +69,6 @@ class LossConfig(NamedTuple):
     language_end: float = 1.0
     words_weight: float = 0.0
     teacher_weight: float = 0.0
-    teacher_scale: float = 1.0
     gaussian: str = "off"
 
 
@@ -112,9 +111,7 @@ def make_forward(
             if loss.centering_weight:
                 terms["centering"] = centering_loss(reward_BKR, ranked_candidates(batch))
             if loss.teacher_weight:
-                soft = teacher_preferences(
-                    batch["teacher_scores"], batch["teacher_mask"], loss.teacher_scale
-                )
+                soft = teacher_preferences(batch["teacher_scores"], batch["teacher_mask"])
                 terms["teacher"] = preference_loss(reward_BKR, *soft, **spread)
             if loss.facts_weight:
                 logits_BKF = apply_facts_head(params["facts_head"], hidden_BKD)

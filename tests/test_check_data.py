@@ -12,6 +12,7 @@ from jrm_jax import build, build_data
 from jrm_jax.data import contents, store
 from jrm_jax.data.contents import Contents, read_contents
 from jrm_jax.data.schema import Candidate, PreferenceExample, Text
+from jrm_jax.data.sizes import as_example
 from jrm_jax.errors import UserError
 from jrm_jax.run import check_data
 
@@ -182,6 +183,40 @@ def test_a_set_that_is_seen_no_times_teaches_nothing(tmp_path):
     config = discriminative.get_config()
     config.data.mixture = ((str(labelled), 0.0), (str(said), 1.0))
     with pytest.raises(UserError, match="no training group has a label"):
+        build_data.build_data(config, build.load_backbone_config(config), print)
+
+
+def stating(number, *scores):
+    """A labelled pair whose critiques end with scores."""
+    one = group(number)
+    candidates = [
+        Candidate(c.parts, f"So.\noverall {score}", score_line=True)
+        for c, score in zip(one.candidates, scores, strict=True)
+    ]
+    return dataclasses.replace(one, candidates=tuple(candidates))
+
+
+def test_stated_scores_are_fed_in_nats_of_a_tenth_of_their_span(tmp_path):
+    """Of 25 points 2.5 count one nat, where the scale is to be found; the same in other splits."""
+    rows = [stating(i, 0, 25) for i in range(4)]
+    folder = write(tmp_path / "edits", rows, valid=[stating(9, 5, 10)])
+    config = joint.get_config()
+    config.loss.teacher_weight, config.loss.teacher_scale = 0.33, 0.0
+    data, said = build_from(folder, config)
+    assert said == ["edits/train: scores that critiques state lie 25 points apart; 2.5 count one "
+                    "nat (config.loss.teacher_scale)"]  # fmt: skip
+    for sets, nats in ((data.train_sets, [0, 10]), (data.eval_sets["valid"], [2, 4])):
+        row = data.encoder.encode_example(as_example(sets[0][0]))
+        assert row.teacher[:, 0].tolist() == nats
+    config.loss.teacher_scale = 5.0
+    data, said = build_from(folder, config)
+    row = data.encoder.encode_example(as_example(data.train_sets[0][0]))
+    assert row.teacher[:, 0].tolist() == [0, 5] and said == []
+    other = write(tmp_path / "more", [stating(i, 0, 100) for i in range(4)])
+    config.loss.teacher_scale = 0.0
+    config.data.mixture = ((str(folder), 1.0), (str(other), 1.0))
+    config.data.path = ""
+    with pytest.raises(UserError, match="edits/train 25, more/train 100 points"):
         build_data.build_data(config, build.load_backbone_config(config), print)
 
 

@@ -121,7 +121,7 @@ def test_the_worlds_lines_state_gold():
 def test_soft_preferences_by_hand():
     scores = jnp.array([[[3.0], [1.0], [0.0]]])
     mask = jnp.array([[[1.0], [1.0], [0.0]]])
-    preference, weight = teacher_preferences(scores, mask, 2.0)
+    preference, weight = teacher_preferences(scores / 2.0, mask)
     assert preference[0, 0, 1, 0] == pytest.approx(1 / (1 + math.exp(-1)))
     assert preference[0, 1, 0, 0] == pytest.approx(1 - preference[0, 0, 1, 0])
     assert weight[0, :, :, 0].tolist() == [[1, 1, 0], [1, 1, 0], [0, 0, 0]]
@@ -133,7 +133,7 @@ def test_soft_preferences_by_hand():
     assert weights["teacher"] == 1 and weights["preference"] == 0  # no label, one pair to learn
 
     def loss(reward):
-        term = preference_loss(reward, *teacher_preferences(scores, mask, 2.0))
+        term = preference_loss(reward, *teacher_preferences(scores / 2.0, mask))
         return combine({"teacher": term}, {"teacher": 1.0}, weights)
 
     # least where rewards differ by the scores' difference in units of the scale
@@ -165,7 +165,7 @@ def test_groups_that_state_scores_are_counted_once(tmp_path):
     records = store.open_dataset(folder)["train"]
     found = contents.find_stated(folder, "train", records, dimensions, {})
     assert found.groups == {"overall": 1, "following": 1, "beauty": 0}
-    assert 3.5 < found.span <= 4.0  # from 3 to 7
+    assert found.span == 1.0  # from 3 to 4; 'overall 7' is compared with nothing
     unread = [None] * len(records)
     assert contents.find_stated(folder, "train", unread, dimensions, {}) == found
     mixed = contents.find_stated(folder, "train", records, ("overall",), {"following": 1.0})
@@ -205,7 +205,8 @@ def test_critiques_without_scores_are_still_read_for_their_words():
         assert module.get_config("qwen3_vl_8b").loss.teacher_weight == 0.0
     train = [contents.Contents(9, "", {"overall": 9}, 9)]
     (words,) = check_data.check_lessons(config, train, "it", {"overall": 0})
-    assert words.startswith("WARNING: it: config.loss.teacher_weight is 0.33, but in no")
+    assert words.startswith("it: in no training group two critiques state a score (overall) in")
+    assert words.endswith("so config.loss.teacher_weight counts for nothing")
     assert check_data.check_lessons(config, train, "it", {"overall": 2}) == []
     bare = [contents.Contents(9, "", {"overall": 9}, 0)]
     (words,) = check_data.check_lessons(config, bare, "it", {"overall": 0})
@@ -213,22 +214,34 @@ def test_critiques_without_scores_are_still_read_for_their_words():
 
 
 @pytest.mark.parametrize(
-    "span, scale, said",
+    "spans, given, scale, said",
     [
-        (9.0, 1.0, ""), (0.0, 1.0, ""), (30.0, 1.0, ""), (4.0, 4.0, ""),
-        (85.0, 1.0, "it: .* lie 85 points apart, which are 85 nats .*teacher_scale=8.5$"),
-        (0.8, 1.0, "WARNING: it: .* 0.8 nats .*teacher_scale=0.08$"), (0.8, 0.08, ""),
+        ({}, 1.0, 1.0, ""), ({}, 0.0, 1.0, ""), ({"a": 0.0}, 0.0, 1.0, ""),
+        ({"a": 9.0, "b": 0.0}, 1.0, 1.0, ""), ({"a": 30.0}, 1.0, 1.0, ""),
+        ({"a": 25.0, "b": 20.0}, 0.0, 2.5, "a: scores .* lie 25 points apart; 2.5 count one nat"),
+        ({"a": 0.8}, 1.0, 1.0, "WARNING: a: .* 0.8 nats .*, which teach little"),
     ],
 )  # fmt: skip
-def test_the_scale_suits_the_scores(span, scale, said):
+def test_points_that_count_one_nat(spans, given, scale, said):
     config = discriminative.get_config()
-    config.loss.teacher_weight, config.loss.teacher_scale = 1.0, scale
-    if said and not said.startswith("WARNING"):
-        with pytest.raises(UserError, match=said):
-            check_data.check_scale(config, "it", span)
-        return
-    words = check_data.check_scale(config, "it", span)
+    config.loss.teacher_weight, config.loss.teacher_scale = 1.0, given
+    found, words = check_data.teacher_scale(config, spans)
+    assert found == scale
     assert len(words) == bool(said) and all(re.match(said, line) for line in words)
+
+
+@pytest.mark.parametrize(
+    "spans, given, said",
+    [
+        ({"a": 9.0, "b": 85.0}, 1.0, "b: .* lie 85 points apart, 85 nats .*teacher_scale=8.5$"),
+        ({"a": 9.0, "b": 85.0}, 0.0, r"different scales .a 9, b 85 points.: give --config"),
+    ],
+)
+def test_scores_of_unlike_scales_are_refused(spans, given, said):
+    config = discriminative.get_config()
+    config.loss.teacher_weight, config.loss.teacher_scale = 1.0, given
+    with pytest.raises(UserError, match=said):
+        check_data.teacher_scale(config, spans)
 
 
 @pytest.mark.parametrize(

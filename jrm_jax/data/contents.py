@@ -39,7 +39,7 @@ class Contents(NamedTuple):
 class Stated(NamedTuple):
     """The scores that critiques state. groups: in which two or more do, by reward dimension: those
     that `config.loss.teacher_weight` learns from. span: points between the lowest and the highest
-    hundredth of all, 0 without any."""
+    hundredth of their scores, 0 without any."""
 
     groups: dict[str, int]
     span: float
@@ -99,8 +99,10 @@ def find_stated(
             candidates = json.loads(records[index]["record"])["candidates"]
             said = [critique if marked else None for _, critique, marked, *_ in candidates]
             scores_KR = np.asarray(teacher_scores(said, dimensions, mix))
-            counts += np.isfinite(scores_KR).sum(0) > 1
-            every += scores_KR[np.isfinite(scores_KR)].tolist()
+            stated_KR = np.isfinite(scores_KR)
+            compared_R = stated_KR.sum(0) > 1
+            counts += compared_R
+            every += scores_KR[stated_KR & compared_R].tolist()
         low, high = np.percentile(every, (1, 99)) if every else (0.0, 0.0)
         return Stated(dict(zip(dimensions, counts.tolist(), strict=True)), float(high - low))
 

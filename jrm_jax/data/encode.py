@@ -66,7 +66,7 @@ class EncodedExample(NamedTuple):
     preference: np.ndarray  # [K, K, R] float32
     weight: np.ndarray  # [K, K, R] float32
     facts: np.ndarray | None = None  # [K, F] float32, where the encoder is asked for facts
-    teacher: np.ndarray | None = None  # [K, R] float32, likewise; NaN = not stated
+    teacher: np.ndarray | None = None  # [K, R] float32, likewise, in nats; NaN = not stated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +79,7 @@ class Encoder:
     positions: 'mrope', or '1d' (see `model.rope.mrope_positions`).
     facts: how many facts of a candidate are fed (the built-in world's `facts.COUNT`); 0: none.
     teacher: feed the scores that critiques state, mixed so (`stated.teacher_scores`); None: do not.
+    teacher_scale: points of such a score that count one nat.
     """
 
     tokenizer: Tokenizer
@@ -91,6 +92,7 @@ class Encoder:
     positions: str = "mrope"
     facts: int = 0
     teacher: tuple[tuple[str, float], ...] | None = None
+    teacher_scale: float = 1.0
 
     def __post_init__(self):
         mine, theirs = self.processor, self.vision
@@ -175,7 +177,8 @@ class Encoder:
 
     def _teacher(self, candidates: Sequence[Candidate]) -> np.ndarray:
         said = [c.critique if c.score_line else None for c in candidates]
-        return np.asarray(teacher_scores(said, self.dimensions, dict(self.teacher)), np.float32)
+        points_KR = teacher_scores(said, self.dimensions, dict(self.teacher))
+        return np.asarray(points_KR, np.float32) / np.float32(self.teacher_scale)
 
     def candidate_facts(self, candidates: Sequence[Candidate]) -> np.ndarray | None:
         """[K, F] float32 of 0 and 1; None where none are fed.

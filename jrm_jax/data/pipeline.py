@@ -28,7 +28,7 @@ N, P, C, T are those of the batch's bucket.
     preference_weight    [B,K,K,R]  float32  0 = diagonal, unlabelled or absent
     facts                [B,K,X]    float32  where config.loss.facts_weight > 0; X = facts.COUNT
     teacher_scores       [B,K,R]    float32  where config.loss.teacher_weight > 0; 0 = not stated
-    teacher_mask         [B,K,R]    float32  1 = a critique states this score
+    teacher_mask         [B,K,R]    float32  1 = a critique states this score, above in nats
     example_index        [B]        int32    global example id, -1 = filler row (all weights 0)
 
 T = 0 where the language loss is off: then no critique token is fed either, C ends at <|reward|>.

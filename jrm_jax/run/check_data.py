@@ -17,6 +17,7 @@ from jrm_jax.shell.report import difference
 # What the whole span of stated scores may count: chances of a half to three quarters are hardly a
 # preference, and a hundred points at one nat each are no soft one.
 LEAST_NATS, MOST_NATS = 1.0, 30.0
+ONE_SCALE = 2.0  # spans of data sets that differ by more are of different scales
 
 
 def reads_critiques(config: ConfigDict) -> bool:
@@ -55,17 +56,18 @@ def check_lessons(
             f"{name}: no training group has a {' or a '.join(wanted)}, and this config learns from "
             f"nothing else{other}"
         )
-    silent = ""
-    if distils and not any(stated.values()):
-        mix = dict(config.loss.teacher_mix)
-        silent = (
-            f"{name}: config.loss.teacher_weight is {config.loss.teacher_weight}, but in no "
-            f"training group two critiques state a score ({', '.join(mix or dimensions)}) in last "
-            "lines that are marked by score_line: set config.loss.teacher_weight to 0, or name the "
-            "scores that they state in config.loss.teacher_mix"
+    mix = ", ".join(dict(config.loss.teacher_mix) or dimensions)
+    silent = (
+        f"in no training group two critiques state a score ({mix}) in last lines that are marked "
+        "by score_line"
+    )
+    unscored = distils and not any(stated.values())
+    if unscored and not reads:  # critiques are there for their scores alone
+        raise UserError(
+            f"{name}: config.loss.teacher_weight is {config.loss.teacher_weight}, but {silent}: "
+            "set config.loss.teacher_weight to 0, or name the scores that they state in "
+            "config.loss.teacher_mix"
         )
-        if not reads:  # critiques are there for their scores alone
-            raise UserError(silent)
     learnt = tuple(d for d in dimensions if d in labelled or stated.get(d))
     absent = ", ".join(d for d in dimensions if d not in learnt)
     if ranks and learnt and absent:
@@ -79,30 +81,41 @@ def check_lessons(
         said.append(f"WARNING: {name} has critiques but no labels: the reward head is not trained")
     if reads and not critiques:
         said.append(f"WARNING: {name} has labels but no critiques: no language is learnt")
-    elif silent:
-        said.append(f"WARNING: {silent}")
+    elif unscored:
+        said.append(f"{name}: {silent}, so config.loss.teacher_weight counts for nothing")
     return said
 
 
-def check_scale(config: ConfigDict, name: str, span: float) -> list[str]:
-    """What is to be said of `config.loss.teacher_scale`, where scores that critiques state are
-    learnt.
+def teacher_scale(config: ConfigDict, spans: Mapping[str, float]) -> tuple[float, list[str]]:
+    """Points of the scores that critiques state which count one nat, and what is to be said of it.
 
     Args:
-        span: points between their lowest and highest (`contents.find_stated`).
+        spans: of data sets whose scores are learnt: points between the lowest and the highest
+            (`contents.find_stated`).
 
     Raises:
-        UserError: they would be hard preferences, not soft ones.
+        UserError: `config.loss.teacher_scale` makes hard preferences of them; or it is to be found,
+            and the data sets have different scales.
     """
-    scale = config.loss.teacher_scale
-    words = (
-        f"{name}: scores that critiques state lie {span:g} points apart, which are "
-        f"{span / scale:.3g} nats with config.loss.teacher_scale={scale:g}; give a tenth of the "
-        f"points: --config.loss.teacher_scale={span / 10:g}"
-    )
-    if span > MOST_NATS * scale:
-        raise UserError(words)
-    return [f"WARNING: {words}"] if 0 < span < LEAST_NATS * scale else []
+    given, spans = config.loss.teacher_scale, {name: span for name, span in spans.items() if span}
+    if not spans:
+        return given or 1.0, []
+    name, widest = max(spans.items(), key=lambda each: each[1])
+    points = f"{name}: scores that critiques state lie {widest:g} points apart"
+    if given:
+        words = f"{points}, {widest / given:.3g} nats with config.loss.teacher_scale={given:g}"
+        if widest > MOST_NATS * given:
+            raise UserError(f"{words}; give --config.loss.teacher_scale={widest / 10:g}")
+        weak = widest < LEAST_NATS * given
+        return given, [f"WARNING: {words}, which teach little"] if weak else []
+    if widest > ONE_SCALE * min(spans.values()):
+        every = ", ".join(f"{name} {span:g}" for name, span in spans.items())
+        raise UserError(
+            f"data sets state scores on different scales ({every} points): give "
+            "--config.loss.teacher_weight=0, or the points that count one nat in all of them as "
+            "--config.loss.teacher_scale=POINTS"
+        )
+    return widest / 10, [f"{points}; {widest / 10:g} count one nat (config.loss.teacher_scale)"]
 
 
 def describe_unused(config: ConfigDict, folders: Sequence[Path]) -> list[str]:
