@@ -208,7 +208,6 @@ def real_backbone(config: ConfigDict, variant: str) -> ConfigDict:
     config.data.workers = 8
     config.loss.preference_weight = 1.0
     config.loss.language_weight = 0.5
-    config.loss.teacher_scale = 0.0
     config.loss.chunk = 512
     config.loss.first_weight = 1.0
     return config

@@ -12,5 +12,5 @@ from configs import joint
 def get_config(arg: str | None = None):
     config = joint.get_config(arg)
     config.name = "discriminative"
-    config.loss.language_weight = config.loss.teacher_weight = 0.0
+    config.loss.update({"language_weight": 0.0, "teacher_weight": 0.0, "teacher_scale": 1.0})
     return config

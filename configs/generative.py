@@ -50,6 +50,6 @@ def get_config(arg: str | None = None):
         config.optimizer.warmup_steps = 50
         config.loss.first_weight = 1.0
     config.name = "generative"
-    config.loss.preference_weight = config.loss.teacher_weight = 0.0
-    config.loss.centering_weight = 0.0
+    config.loss.update({"preference_weight": 0.0, "centering_weight": 0.0})
+    config.loss.update({"teacher_weight": 0.0, "teacher_scale": 1.0})
     return config

@@ -26,5 +26,5 @@ def get_config(arg: str | None = None):
     # labels (docs/regimes.md: +4.4 points without language, +3.4, from -0.2 to +6.9, beside it).
     # There, too, they had a third of the weight of votes. Where no critique states a score, a run
     # says so and learns all else.
-    config.loss.teacher_weight = 0.33
+    config.loss.teacher_weight, config.loss.teacher_scale = 0.33, 0.0
     return config

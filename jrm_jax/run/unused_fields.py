@@ -49,7 +49,7 @@ def describe(config: ConfigDict) -> Iterator[str]:
     """A line for each reason why fields of an allowed config count for nothing, and of lengths that
     a run never comes to. A field that has the value of a config that comes with the code is left
     out: nobody has set it."""
-    real = load_config_module("common").real_backbone(defaults(), "")
+    real = load_config_module("joint").get_config("qwen3_vl_8b")
     usual = [dict(fields_of(each)) for each in (defaults(), real)]
     fields = dict(fields_of(config))
     for names, is_unused, why in UNUSED:
