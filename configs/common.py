@@ -148,7 +148,8 @@ def base() -> ConfigDict:
     config.loss.facts_weight = 0.0  # of what critiques say, as facts (built-in world of kind facts)
     # Of the scores that critiques' last lines state, as soft preferences in any group that has them
     config.loss.teacher_weight = 0.0
-    # Points of such a score that count one nat; 0: a tenth of the span of all that are stated
+    # Points of such a score that count one nat; 0: a tenth of the span of what the critiques of
+    # training state, for each dimension
     config.loss.teacher_scale = 1.0
     # ((name, weight), ...): 'overall' where lines state other scores; (): mean of data.dimensions
     config.loss.teacher_mix = ()

@@ -71,7 +71,7 @@ def facts_of(config: ConfigDict) -> int:
 
 
 def make_run_encoder(config: ConfigDict, backbone: BackboneConfig) -> Encoder:
-    """The encoder of a run's examples."""
+    """The encoder of a run's examples, but for `teacher_scale`, which is found in the data."""
     return make_encoder(
         backbone_folder(config),
         backbone,
@@ -130,7 +130,7 @@ def build_data(
             if split == "train" and config.loss.teacher_weight and weight:
                 said = contents.find_stated(folder, split, records, dimensions, mix)
                 stated.update(said.groups)
-                spans[name] = said.span
+                spans[name] = said.spans
     _check_splits(config, folders, held, stated, say)
     scale, words = check_data.teacher_scale(config, spans)
     for line in words:

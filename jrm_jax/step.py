@@ -55,8 +55,8 @@ class LossConfig(NamedTuple):
 
     `first_weight`: weight of a critique's first token, the one that the reward token predicts, in
     training; the others have 1. `language_end`: what the language weight is multiplied by at the
-    end of training; it goes there from 1 in a straight line. `teacher_scale`: see
-    `teacher_preferences`. `gaussian`: see `preference_loss`.
+    end of training; it goes there from 1 in a straight line. `gaussian`: see
+    `preference_loss`.
     """
 
     preference_weight: float = 1.0

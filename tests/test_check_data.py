@@ -203,8 +203,7 @@ def test_stated_scores_are_fed_in_nats_of_a_tenth_of_their_span(tmp_path):
     config = joint.get_config()
     config.loss.teacher_weight, config.loss.teacher_scale = 0.33, 0.0
     data, said = build_from(folder, config)
-    assert said == ["edits/train: scores that critiques state lie 25 points apart; 2.5 count one "
-                    "nat (config.loss.teacher_scale)"]  # fmt: skip
+    assert said == ["stated scores: points that count one nat: overall 2.5"]
     for sets, nats in ((data.train_sets, [0, 10]), (data.eval_sets["valid"], [2, 4])):
         row = data.encoder.encode_example(as_example(sets[0][0]))
         assert row.teacher[:, 0].tolist() == nats
@@ -212,12 +211,9 @@ def test_stated_scores_are_fed_in_nats_of_a_tenth_of_their_span(tmp_path):
     data, said = build_from(folder, config)
     row = data.encoder.encode_example(as_example(data.train_sets[0][0]))
     assert row.teacher[:, 0].tolist() == [0, 5] and said == []
-    other = write(tmp_path / "more", [stating(i, 0, 100) for i in range(4)])
-    config.loss.teacher_scale = 0.0
-    config.data.mixture = ((str(folder), 1.0), (str(other), 1.0))
-    config.data.path = ""
-    with pytest.raises(UserError, match="edits/train 25, more/train 100 points"):
-        build_data.build_data(config, build.load_backbone_config(config), print)
+    write(tmp_path / "more", [stating(i, 0, 1000) for i in range(4)])
+    with pytest.raises(UserError, match="more/train: scores for overall .* lie 1000 points apart"):
+        build_from(tmp_path / "more", config)
 
 
 # Are they still the same

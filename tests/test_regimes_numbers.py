@@ -163,7 +163,7 @@ def test_intervals_hold_the_truth_as_often_as_they_say(seeds):
 
 
 def test_a_spread_known_of_other_places_makes_few_seeds_honest():
-    """No gain, 2 points between seeds: ten places of one, two or three seeds, each with the spread
+    """No gain, 2 points between seeds: nine places of one, two or three seeds, each with the spread
     of all, hold the truth as often as they say."""
     rng, group_N, seeds = np.random.default_rng(0), np.repeat(np.arange(100), 2), (1, 2, 3) * 3
     held, tries, draws = {1: 0, 2: 0, 3: 0}, 150, 100
@@ -190,8 +190,8 @@ def test_pooled_spread_by_hand():
 
 
 def test_seeds_differ_as_much_as_with_as_many_labels(hand):
-    """The gain's interval at a place with one seed is as wide as other places tell; the claim's is
-    of its own seeds."""
+    """The gain's interval at a place with one seed is as wide as other places tell, or the arm's
+    own other flips, until there are seeds enough."""
     counts = {0: (4, 5), 1: (4, 7), 2: (4, 6)}
     found = {
         Point(arm, 400, 0.35, seed): made(right(pair[arm == "joint"]))
@@ -201,14 +201,29 @@ def test_seeds_differ_as_much_as_with_as_many_labels(hand):
     for arm in ("discriminative", "joint"):
         found[Point(arm, 100, 0.35, 0)] = made(right(4))
     table = regimes_numbers.Table(hand, found)
-    known = table.known_spread(400, "hard", True)
-    assert known == (pytest.approx(0.125), 2)  # gains 1/8, 3/8, 2/8
-    assert table.known_spread(100, "hard", True) is None  # one seed, and no other place
+    assert table.known_spread("teacher", 400, "hard", True) == (pytest.approx(0.125), 2)
+    assert table.known_spread("joint", 100, "hard", True) is None  # one seed, and no other place
     gain, few = table.gain("teacher", 400, 0.35, "hard"), table.gain("joint", 100, 0.35, "hard")
     assert gain["seeds"] == 1 and gain["low"] < gain["value"] - 4.3 * 0.125  # Student's t, two free
     assert few["low"] == few["high"] == 0.0
-    alone = table.gain("teacher", 400, 0.35, "hard", alone=True)
-    assert alone["low"] > gain["low"]
+    hand.verdict.seeds = 1  # as many as are wanted: by themselves
+    enough = regimes_numbers.Table(hand, found).gain("teacher", 400, 0.35, "hard")
+    assert enough["low"] > gain["low"]
+
+
+def test_arms_that_share_seeds_tell_their_spread_once(hand):
+    """Two more arms of the same seeds add no degree of freedom, another flip does."""
+    found = {
+        Point(arm, 400, flip, seed): made(right(4 + seed * (arm == "joint")))
+        for arm in ("discriminative", "joint", "teacher", "joint_words")
+        for flip in (0.2, 0.35) for seed in (0, 1, 2)[: 3 - (flip == 0.2)]
+    }  # fmt: skip
+    table = regimes_numbers.Table(hand, found)
+    joint, teacher = (table.known_spread(a, 400, "hard", True) for a in ("joint", "teacher"))
+    assert joint.freedom == teacher.freedom == 2 + 1
+    squares = 2 * 0.125**2 + 0.5 * 0.125**2  # of joint alone
+    assert joint.deviation == pytest.approx((squares / 3) ** 0.5)
+    assert teacher.deviation == pytest.approx((squares / 9) ** 0.5)
 
 
 def test_a_cell_made_again_elsewhere_is_shown_beside(hand):
@@ -218,6 +233,9 @@ def test_a_cell_made_again_elsewhere_is_shown_beside(hand):
     row = numbers["again"][point.name]
     assert row["hard"] == {"accuracies": [4 / 8, 5 / 8], "differ": 1} and row["test"]["differ"] == 0
     page = regimes_report.markdown(hand, numbers, [])
+    trial = point._replace(rate=1e-3, steps=10)
+    both = {point: made(right(4)), trial: made(right(4), curve=[[2, 0.6]])}
+    assert list(regimes_numbers.collect(hand, both, both)["again"]) == [point.name]
     assert f"| {point.name} | 0.00 and 0.00; 0 | 50.00 and 62.50; 1 | d, c, jax j | gpu, c" in page
     assert "another machine" not in regimes_report.markdown(hand, numbers | {"again": {}}, [])
 

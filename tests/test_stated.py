@@ -165,13 +165,14 @@ def test_groups_that_state_scores_are_counted_once(tmp_path):
     records = store.open_dataset(folder)["train"]
     found = contents.find_stated(folder, "train", records, dimensions, {})
     assert found.groups == {"overall": 1, "following": 1, "beauty": 0}
-    assert found.span == 1.0  # from 3 to 4; 'overall 7' is compared with nothing
+    # from 3 to 4; 'overall 7' is compared with nothing
+    assert found.spans == pytest.approx({"overall": 0.98, "following": 0.98, "beauty": 0.0})
     unread = [None] * len(records)
     assert contents.find_stated(folder, "train", unread, dimensions, {}) == found
     mixed = contents.find_stated(folder, "train", records, ("overall",), {"following": 1.0})
     assert mixed.groups == {"overall": 1}  # 'overall 7' alone says more than what is made for it
     beauty = contents.find_stated(folder, "train", records, ("beauty",), {})
-    assert beauty == ({"beauty": 0}, 0.0)
+    assert beauty == ({"beauty": 0}, {"beauty": 0.0})
 
 
 @pytest.mark.parametrize(
@@ -179,7 +180,7 @@ def test_groups_that_state_scores_are_counted_once(tmp_path):
     [
         ({"overall": 3}, {"overall": 5, "beauty": 0}, "a label in beauty, and in none two critiq"),
         ({}, {"overall": 5, "beauty": 0}, "dimensions=.*'overall',"),
-        ({"overall": 3, "beauty": 3}, {"overall": 0, "beauty": 0}, "state a score .following."),
+        ({}, {"overall": 0, "beauty": 0}, "state a score .following."),
         ({"beauty": 3}, {"overall": 5, "beauty": 0}, ""),
         ({}, {"overall": 5, "beauty": 1}, ""),
     ],
@@ -208,40 +209,51 @@ def test_critiques_without_scores_are_still_read_for_their_words():
     assert words.startswith("it: in no training group two critiques state a score (overall) in")
     assert words.endswith("so config.loss.teacher_weight counts for nothing")
     assert check_data.check_lessons(config, train, "it", {"overall": 2}) == []
+    config.loss.language_weight = 0.0  # then they are there for their scores alone
+    (words,) = check_data.check_lessons(config, train, "it", {"overall": 0})
+    assert words.startswith("WARNING: it: in no training group")
+    config.loss.language_weight = 0.5
     bare = [contents.Contents(9, "", {"overall": 9}, 0)]
     (words,) = check_data.check_lessons(config, bare, "it", {"overall": 0})
     assert words == "WARNING: it has labels but no critiques: no language is learnt"
 
 
 @pytest.mark.parametrize(
-    "spans, given, scale, said",
+    "overall, beauty, given, scales, said",
     [
-        ({}, 1.0, 1.0, ""), ({}, 0.0, 1.0, ""), ({"a": 0.0}, 0.0, 1.0, ""),
-        ({"a": 9.0, "b": 0.0}, 1.0, 1.0, ""), ({"a": 30.0}, 1.0, 1.0, ""),
-        ({"a": 25.0, "b": 20.0}, 0.0, 2.5, "a: scores .* lie 25 points apart; 2.5 count one nat"),
-        ({"a": 0.8}, 1.0, 1.0, "WARNING: a: .* 0.8 nats .*, which teach little"),
+        ({}, {}, 1.0, (1.0, 1.0), []), ({}, {}, 0.0, (1.0, 1.0), []),
+        ({"a": 0.0}, {"a": 9.0}, 1.0, (1.0, 1.0), []), ({"a": 30.0}, {}, 1.0, (1.0, 1.0), []),
+        (
+            {"a": 25.0, "b": 20.0}, {"b": 4.0}, 0.0, (2.5, 0.4),
+            ["stated scores: points that count one nat: overall 2.5, beauty 0.4"],
+        ),
+        ({"a": 0.8}, {"a": 5.0}, 1.0, (1.0, 1.0), ["WARNING: a: scores for overall .* 0.8 nats"]),
+        (
+            {"a": 100.0, "b": 8.0}, {}, 0.0, (10.0, 1.0),
+            ["stated scores: .*: overall 10", "WARNING: b: .* 0.8 nats apart at 10 points a nat"],
+        ),
     ],
 )  # fmt: skip
-def test_points_that_count_one_nat(spans, given, scale, said):
+def test_points_that_count_one_nat(overall, beauty, given, scales, said):
+    """Of each dimension by itself: one may be of ten, another of a hundred points."""
     config = discriminative.get_config()
+    config.data.dimensions = ("overall", "beauty")
     config.loss.teacher_weight, config.loss.teacher_scale = 1.0, given
+    spans = {
+        name: {"overall": overall.get(name, 0.0), "beauty": beauty.get(name, 0.0)}
+        for name in {**overall, **beauty}
+    }
     found, words = check_data.teacher_scale(config, spans)
-    assert found == scale
-    assert len(words) == bool(said) and all(re.match(said, line) for line in words)
+    assert found == pytest.approx(scales) and len(words) == len(said)
+    assert all(re.match(pattern, line) for pattern, line in zip(said, words, strict=True))
 
 
-@pytest.mark.parametrize(
-    "spans, given, said",
-    [
-        ({"a": 9.0, "b": 85.0}, 1.0, "b: .* lie 85 points apart, 85 nats .*teacher_scale=8.5$"),
-        ({"a": 9.0, "b": 85.0}, 0.0, r"different scales .a 9, b 85 points.: give --config"),
-    ],
-)
-def test_scores_of_unlike_scales_are_refused(spans, given, said):
+def test_a_scale_that_makes_hard_preferences_is_refused():
     config = discriminative.get_config()
-    config.loss.teacher_weight, config.loss.teacher_scale = 1.0, given
+    config.loss.teacher_weight = 1.0
+    said = "b: scores for overall .* 85 points apart, 85 nats .*=1: give 8.5, or 0"
     with pytest.raises(UserError, match=said):
-        check_data.teacher_scale(config, spans)
+        check_data.teacher_scale(config, {"a": {"overall": 9.0}, "b": {"overall": 85.0}})
 
 
 @pytest.mark.parametrize(

@@ -135,6 +135,7 @@ TAUGHT = {"preference": 5, "language": 5}
         (generative, {}, NEW, 5, {"language": 5}, "preference_weight is 0"),
         (generative, {}, WHOLE, 5, {"language": 5}, "preference_weight is 0"),
         (joint, {}, NEW, 5, {"preference": 0, "language": 5}, "had a label"),
+        (joint, {"loss.teacher_weight": 1.0}, NEW, 5, {"preference": 0, "teacher": 5}, ""),
         (discriminative, {"trainable": ("backbone",)}, NEW, 5, TAUGHT, "config.trainable"),
         (discriminative, {"trainable": ("backbone",)}, WHOLE, 5, TAUGHT, ""),
         (joint, {"optimizer.groups": (("reward_head", 0.0),)}, NEW, 5, TAUGHT, "optimizer.groups"),

@@ -4,6 +4,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -63,7 +64,7 @@ def test_a_second_process_finds_the_program_and_gets_the_same_bits(first):
 
 
 TOGETHER = """
-import sys, time
+import sys
 from jrm_jax.shell import user_cache
 user_cache.SHORTEST = 0.0
 user_cache.keep_programs()
@@ -115,6 +116,15 @@ def test_a_program_is_compiled_by_one_process_at_a_time(tmp_path, end):
             assert first.stdout.readline() == "0\n"
         found = "1" if end == "compiled" else "0"
         assert second.stdout.read() == f"compiles\n{found}\n"
+
+
+def test_waiting_has_an_end(tmp_path):
+    """Another process may be stopped while it compiles."""
+    with open(tmp_path / "lock", "w") as held, open(tmp_path / "lock", "w") as file:
+        user_cache._lock(held, time.monotonic() + 9)
+        began = time.monotonic()
+        user_cache._lock(file, began + 0.3)
+        assert 0.3 <= time.monotonic() - began < 5
 
 
 def test_nobody_waits_where_nothing_is_kept(tmp_path):

@@ -37,12 +37,12 @@ class Contents(NamedTuple):
 
 
 class Stated(NamedTuple):
-    """The scores that critiques state. groups: in which two or more do, by reward dimension: those
-    that `config.loss.teacher_weight` learns from. span: points between the lowest and the highest
-    hundredth of their scores, 0 without any."""
+    """The scores that critiques state, by reward dimension. groups: in which two or more do: those
+    that `config.loss.teacher_weight` learns from. spans: points from the 1st to the 99th percentile
+    of these groups' scores; 0 without any."""
 
     groups: dict[str, int]
-    span: float
+    spans: dict[str, float]
 
 
 def read_contents(
@@ -91,22 +91,31 @@ def find_stated(
     mix: Mapping[str, float],
     fallback: Path | None = None,
 ) -> Stated:
-    """All records are read once for these arguments."""
+    """What the critiques of a split state; all are read once for these arguments.
+
+    Args:
+        mix: as of `stated.teacher_scores`.
+    """
 
     def find() -> Stated:
-        counts, every = np.zeros(len(dimensions), int), []
+        groups = dict.fromkeys(dimensions, 0)
+        every: dict[str, list[float]] = {name: [] for name in dimensions}
         for index in track(range(len(records)), "which critiques state scores"):
             candidates = json.loads(records[index]["record"])["candidates"]
             said = [critique if marked else None for _, critique, marked, *_ in candidates]
             scores_KR = np.asarray(teacher_scores(said, dimensions, mix))
-            stated_KR = np.isfinite(scores_KR)
-            compared_R = stated_KR.sum(0) > 1
-            counts += compared_R
-            every += scores_KR[stated_KR & compared_R].tolist()
-        low, high = np.percentile(every, (1, 99)) if every else (0.0, 0.0)
-        return Stated(dict(zip(dimensions, counts.tolist(), strict=True)), float(high - low))
+            for name, scores_K in zip(dimensions, scores_KR.T, strict=True):
+                stated = scores_K[np.isfinite(scores_K)].tolist()
+                if len(stated) > 1:
+                    groups[name] += 1
+                    every[name] += stated
+        spans = {
+            name: float(np.subtract(*np.percentile(scores, (99, 1)))) if scores else 0.0
+            for name, scores in every.items()
+        }
+        return Stated(groups, spans)
 
-    more = [list(dimensions), dict(mix), "span"]
+    more = [list(dimensions), dict(mix), "spans"]
     return Stated(*_kept(folder, split, records, "stated", find, more, fallback))
 
 

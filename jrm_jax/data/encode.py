@@ -79,7 +79,7 @@ class Encoder:
     positions: 'mrope', or '1d' (see `model.rope.mrope_positions`).
     facts: how many facts of a candidate are fed (the built-in world's `facts.COUNT`); 0: none.
     teacher: feed the scores that critiques state, mixed so (`stated.teacher_scores`); None: do not.
-    teacher_scale: points of such a score that count one nat.
+    teacher_scale: points of such a score that count one nat, for each dimension; (): one.
     """
 
     tokenizer: Tokenizer
@@ -92,7 +92,7 @@ class Encoder:
     positions: str = "mrope"
     facts: int = 0
     teacher: tuple[tuple[str, float], ...] | None = None
-    teacher_scale: float = 1.0
+    teacher_scale: tuple[float, ...] = ()
 
     def __post_init__(self):
         mine, theirs = self.processor, self.vision
@@ -178,7 +178,7 @@ class Encoder:
     def _teacher(self, candidates: Sequence[Candidate]) -> np.ndarray:
         said = [c.critique if c.score_line else None for c in candidates]
         points_KR = teacher_scores(said, self.dimensions, dict(self.teacher))
-        return np.asarray(points_KR, np.float32) / np.float32(self.teacher_scale)
+        return np.asarray(points_KR, np.float32) / np.asarray(self.teacher_scale or 1.0, np.float32)
 
     def candidate_facts(self, candidates: Sequence[Candidate]) -> np.ndarray | None:
         """[K, F] float32 of 0 and 1; None where none are fed.

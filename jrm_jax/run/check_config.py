@@ -217,7 +217,7 @@ RULES = {
     "loss.score_line": TRUTH,
     "loss.facts_weight": WEIGHT,
     "loss.teacher_weight": WEIGHT,
-    "loss.teacher_scale": _from_0("0: a tenth of the span of what critiques state"),
+    "loss.teacher_scale": _from_0("0: found in the data"),
     "loss.teacher_mix": Rule(
         _is_mix, "a list of pairs (name of a score, weight), each name once, one weight above 0"
     ),

@@ -17,7 +17,6 @@ from jrm_jax.shell.report import difference
 # What the whole span of stated scores may count: chances of a half to three quarters are hardly a
 # preference, and a hundred points at one nat each are no soft one.
 LEAST_NATS, MOST_NATS = 1.0, 30.0
-ONE_SCALE = 2.0  # spans of data sets that differ by more are of different scales
 
 
 def reads_critiques(config: ConfigDict) -> bool:
@@ -62,7 +61,7 @@ def check_lessons(
         "by score_line"
     )
     unscored = distils and not any(stated.values())
-    if unscored and not reads:  # critiques are there for their scores alone
+    if unscored and not reads and not (ranks and labelled):
         raise UserError(
             f"{name}: config.loss.teacher_weight is {config.loss.teacher_weight}, but {silent}: "
             "set config.loss.teacher_weight to 0, or name the scores that they state in "
@@ -81,41 +80,46 @@ def check_lessons(
         said.append(f"WARNING: {name} has critiques but no labels: the reward head is not trained")
     if reads and not critiques:
         said.append(f"WARNING: {name} has labels but no critiques: no language is learnt")
-    elif unscored:
-        said.append(f"{name}: {silent}, so config.loss.teacher_weight counts for nothing")
+    elif unscored:  # without their words, critiques are there for their scores alone
+        warning = "" if reads else "WARNING: "
+        said.append(f"{warning}{name}: {silent}, so config.loss.teacher_weight counts for nothing")
     return said
 
 
-def teacher_scale(config: ConfigDict, spans: Mapping[str, float]) -> tuple[float, list[str]]:
-    """Points of the scores that critiques state which count one nat, and what is to be said of it.
+def teacher_scale(
+    config: ConfigDict, spans: Mapping[str, Mapping[str, float]]
+) -> tuple[tuple[float, ...], list[str]]:
+    """Points of the scores that critiques state which count one nat, for each reward dimension, and
+    what is to be said of it.
 
     Args:
-        spans: of data sets whose scores are learnt: points between the lowest and the highest
-            (`contents.find_stated`).
+        spans: of each data set whose scores are learnt, by reward dimension (`contents.Stated`).
 
     Raises:
-        UserError: `config.loss.teacher_scale` makes hard preferences of them; or it is to be found,
-            and the data sets have different scales.
+        UserError: `config.loss.teacher_scale` makes hard preferences of them.
     """
-    given, spans = config.loss.teacher_scale, {name: span for name, span in spans.items() if span}
-    if not spans:
-        return given or 1.0, []
-    name, widest = max(spans.items(), key=lambda each: each[1])
-    points = f"{name}: scores that critiques state lie {widest:g} points apart"
-    if given:
-        words = f"{points}, {widest / given:.3g} nats with config.loss.teacher_scale={given:g}"
-        if widest > MOST_NATS * given:
-            raise UserError(f"{words}; give --config.loss.teacher_scale={widest / 10:g}")
-        weak = widest < LEAST_NATS * given
-        return given, [f"WARNING: {words}, which teach little"] if weak else []
-    if widest > ONE_SCALE * min(spans.values()):
-        every = ", ".join(f"{name} {span:g}" for name, span in spans.items())
-        raise UserError(
-            f"data sets state scores on different scales ({every} points): give "
-            "--config.loss.teacher_weight=0, or the points that count one nat in all of them as "
-            "--config.loss.teacher_scale=POINTS"
-        )
-    return widest / 10, [f"{points}; {widest / 10:g} count one nat (config.loss.teacher_scale)"]
+    given, scales, words, said = config.loss.teacher_scale, [], [], []
+    for dimension in config.data.dimensions:
+        every = {name: found.get(dimension, 0.0) for name, found in spans.items()}
+        name, widest = max(every.items(), key=lambda each: each[1], default=("", 0.0))
+        scales.append(given or widest / 10 or 1.0)
+        nats = {name: span / scales[-1] for name, span in every.items() if span}
+        points = f"{name}: scores for {dimension} that critiques state lie {widest:g} points apart"
+        if given and widest > MOST_NATS * given:
+            raise UserError(
+                f"{points}, {nats[name]:.3g} nats with config.loss.teacher_scale={given:g}: give "
+                f"{widest / 10:g}, or 0, with which a tenth of the points counts one nat"
+            )
+        if widest and not given:
+            said.append(f"{dimension} {scales[-1]:g}")
+        words += [
+            f"WARNING: {name}: scores for {dimension} that critiques state are only "
+            f"{each:.3g} nats apart at {scales[-1]:g} points a nat, so they teach little"
+            for name, each in nats.items() if each < LEAST_NATS
+        ]  # fmt: skip
+    if said:
+        words.insert(0, f"stated scores: points that count one nat: {', '.join(said)}")
+    return tuple(scales), words
 
 
 def describe_unused(config: ConfigDict, folders: Sequence[Path]) -> list[str]:

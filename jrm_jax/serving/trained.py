@@ -263,7 +263,7 @@ def _why_no_score(
         return "" if start().is_whole else "it has made no step yet"
     if not config.loss.preference_weight:
         return "config.loss.preference_weight is 0, it learns from critiques alone"
-    if not taught.get("preference"):
+    if not (taught.get("preference") or taught.get("teacher")):
         return "no group it has seen had a label"
     return build.describe_fixed_head(config, start)
 

@@ -25,6 +25,7 @@ import platform
 import re
 import stat
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -39,6 +40,8 @@ BELOW = "jrm_jax_programs"  # in a folder that the user chose, where other files
 # JAX's names of files. Nothing else is ever removed, wherever the user has put the cache.
 _MACHINE, _PROGRAM = r"\w*-[0-9a-f]{12}", r".+-[0-9a-f]{64}-(cache|atime)"
 _ANOTHER = "waiting for another process, which compiles the same program"
+PATIENCE = 600  # seconds; then it is compiled here, too: the other process may be stopped
+LOOK = 0.1  # seconds between looks
 SHORTEST = 0.1  # seconds; what compiles faster is not worth a file
 
 
@@ -97,26 +100,41 @@ def programs_kept() -> Iterator[None]:
 
 @contextlib.contextmanager
 def compiling(program: Any) -> Iterator[None]:
-    """While this is open, other processes that want the same program wait, and then find it kept:
-    without it, jobs that start together would each compile it. Nobody waits where nothing is kept,
-    where files cannot be locked, or where processes compile together.
+    """While this is open, other processes of this machine that want the same program wait, for
+    `PATIENCE` at the most, and then find it kept: without it, jobs that start together would each
+    compile it. Nobody waits where nothing is kept, where files cannot be locked, or where processes
+    compile together.
 
     Args:
         program: a lowered one, `jax.stages.Lowered`.
     """
     import jax
 
+    kept = jax.config.jax_enable_compilation_cache and jax.config.jax_compilation_cache_dir
     place = folder("locks")
-    if place is None or not jax.config.jax_compilation_cache_dir or jax.process_count() > 1:
+    if place is None or not kept or jax.process_count() > 1:
         yield
         return
-    name = hashlib.sha256(program.as_text().encode()).hexdigest()[:3]  # 4,096 files at the most
+    # of this machine: homes may be shared
+    known = f"{platform.node()} {kept} {program.as_text()}"
+    name = hashlib.sha256(known.encode()).hexdigest()[:3]  # 4,096 files at the most
     with contextlib.ExitStack() as held:
         with contextlib.suppress(OSError), if_slow(_ANOTHER):
             place.mkdir(parents=True, exist_ok=True, mode=0o700)
             file = held.enter_context(open(place / f"compiling-{name}", "w", encoding="utf-8"))
-            fcntl.flock(file, fcntl.LOCK_EX)
+            _lock(file, time.monotonic() + PATIENCE)
         yield
+
+
+def _lock(file: Any, until: float) -> None:
+    """Returns without the lock when the time is over."""
+    while time.monotonic() < until:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(LOOK)
+        else:
+            return
 
 
 def _place(name: str = "programs") -> Path | None:

@@ -135,8 +135,7 @@ class Spread(NamedTuple):
 def pooled_spread(samples: Sequence[Sequence[float]]) -> Spread | None:
     """Of values that vary alike around a mean of each sample's own; None where no sample has two.
 
-    Samples that share seeds (the gains of several arms over one) count as if they did not, so that
-    there are a few degrees of freedom too many.
+    Samples must not share seeds: else they tell less than their degrees of freedom say.
     """
     freedom = sum(len(sample) - 1 for sample in samples if len(sample))
     if not freedom:

@@ -24,7 +24,7 @@ def compare(
     accuracy: float,
     draws: int,
     confidence: float,
-    spreads: Sequence[Spread | None],
+    spreads: Sequence[Sequence[Spread | None]],
 ) -> dict[str, Any]:
     """Labels that `base` needs over those that `arm` needs, where their curves first reach the
     accuracy: straight lines between the sizes, by the logarithm of the size.
@@ -34,8 +34,8 @@ def compare(
 
     Args:
         sizes_G: pairs of each group.
-        spreads: of one seed's accuracy, by number of labelled groups; None: not known, so that
-            seeds are taken to differ by nothing.
+        spreads: of one seed's accuracy, of `arm` and of `base` by number of labelled groups; None:
+            not known, so that seeds are taken to differ by nothing.
 
     Returns:
         'least', 'most': bounds of the factor, equal where both needs lie between sizes; 0 and None:
@@ -51,8 +51,8 @@ def compare(
     picks_DG = rng.multinomial(groups, np.full(groups, 1 / groups), draws)
     least_D, most_D = _factors(
         *(
-            _needs(_accuracies(c, picks_DG, sizes_G, spreads, rng), labelled, accuracy)
-            for c in (arm, base)
+            _needs(_accuracies(c, picks_DG, sizes_G, known, rng), labelled, accuracy)
+            for c, known in zip((arm, base), spreads, strict=True)
         )
     )
     tail = 50 * (1 - confidence)

@@ -56,10 +56,13 @@ def collect(config: ConfigDict, found: Found, again: Found) -> dict[str, Any]:
         },
         "cells": {p.name: table.cell(p) for p in found if not p.is_trial},
         "spreads": {
-            str(size): (known := table.known_spread(size, "hard", True)) and known._asdict()
+            str(size): {
+                arm: known._asdict() for arm in ARMS if arm != BASELINE
+                and (known := table.known_spread(arm, size, "hard", True))
+            }
             for size in config.sizes
         },
-        "again": {p.name: table.beside(p, result) for p, result in again.items() if p in found},
+        "again": {p.name: table.beside(p, again[p]) for p in again if p in table.found},
         "budget": budget(config, found),
     }  # fmt: skip
 
@@ -80,7 +83,7 @@ class Table:
             (point, split): analysis.correct(self.pairs[split], result[f"scores/{split}"])
             for point, result in self.found.items() for split in SPLITS
         }  # fmt: skip
-        self._spreads: dict[tuple[int, str, bool], analysis.Spread | None] = {}
+        self._spreads: dict[tuple[str, int, str, bool], analysis.Spread | None] = {}
 
     def seeds(self, arm: str, labelled: int, flip: float) -> list[Point]:
         return [p for p in self.found if p[:3] == (arm, labelled, flip)]
@@ -92,45 +95,57 @@ class Table:
         confidence: float | None = None,
         known: analysis.Spread | None = None,
     ) -> dict[str, Any] | None:
-        """Mean, interval and number of seeds; None without any."""
+        """Mean, interval and number of seeds; None without any. `known`: for few seeds, see
+        `known_spread`."""
         if not values_SN:
             return None
         settings = self.config.verdict
         wanted = confidence or settings.confidence
+        if len(values_SN) >= settings.seeds:  # they tell enough by themselves
+            known = None
         found = analysis.seeds_interval(
             values_SN, self.pairs[split].group, settings.draws, wanted, known
         )
         return {**found._asdict(), "seeds": len(values_SN)}
 
-    def known_spread(self, labelled: int, split: str, gains: bool) -> analysis.Spread | None:
+    def known_spread(
+        self, arm: str, labelled: int, split: str, gains: bool
+    ) -> analysis.Spread | None:
         """How much one seed's accuracy, or its gain over the discriminative arm, varies with so
-        many labelled groups: pooled over arms and flips, as fewer labels make seeds differ more and
-        two or three seeds of a place alone tell little of it."""
-        key = labelled, split, gains
+        many labelled groups; fewer labels make seeds differ more.
+
+        It is pooled over all arms and flips, or over this arm's flips where these differ more.
+        Arms of one flip share labelled groups, and their gains the discriminative runs: so degrees
+        of freedom are counted once for each flip.
+        """
+        key = arm, labelled, split, gains
         if key not in self._spreads:
-            places = {(p.arm, p.flip) for p in self.found if p.labelled == labelled}
-            rows = (
-                self._gains(arm, labelled, flip, split) if gains
-                else [self._right[p, split] for p in self.seeds(arm, labelled, flip)]
-                for arm, flip in sorted(places)
-            )  # fmt: skip
-            self._spreads[key] = analysis.pooled_spread(
-                [[float(row_N.mean()) for row_N in row] for row in rows]
-            )
+            self._spreads[key] = self._pool(*key)
         return self._spreads[key]
 
+    def _pool(self, arm: str, labelled: int, split: str, gains: bool) -> analysis.Spread | None:
+        samples: dict[tuple[str, float], list[float]] = {}
+        for other, flip in {(p.arm, p.flip) for p in self.found if p.labelled == labelled}:
+            rows = (
+                self._gains(other, labelled, flip, split) if gains
+                else [self._right[p, split] for p in self.seeds(other, labelled, flip)]
+            )  # fmt: skip
+            samples[other, flip] = [float(row_N.mean()) for row_N in rows]
+        pooled = analysis.pooled_spread([*samples.values()])
+        if pooled is None:
+            return None
+        own = analysis.pooled_spread([v for (other, _), v in samples.items() if other == arm])
+        counts: dict[float, int] = {}
+        for (_, flip), values in samples.items():
+            counts[flip] = max(counts.get(flip, 0), len(values) - 1)
+        widest = max(spread.deviation for spread in (pooled, own) if spread is not None)
+        return analysis.Spread(widest, sum(counts.values()))
+
     def gain(
-        self,
-        arm: str,
-        labelled: int,
-        flip: float,
-        split: str,
-        confidence: float | None = None,
-        alone: bool = False,
+        self, arm: str, labelled: int, flip: float, split: str, confidence: float | None = None
     ) -> dict[str, Any] | None:
-        """Over the discriminative arm, of the seeds that both have; `alone`: with an interval by
-        these seeds and no others."""
-        known = None if alone else self.known_spread(labelled, split, True)
+        """Over the discriminative arm, of the seeds that both have."""
+        known = self.known_spread(arm, labelled, split, True)
         return self.spread(self._gains(arm, labelled, flip, split), split, confidence, known)
 
     def _gains(
@@ -143,7 +158,7 @@ class Table:
         ]
 
     def versus(self, arm: str, other: str, labelled: int, flip: float) -> dict[str, Any] | None:
-        """The gain on `hard` over another arm than the discriminative one, by its own seeds."""
+        """The gain on `hard` over another arm than the discriminative one, by these seeds alone."""
         return self.spread(self._gains(arm, labelled, flip, "hard", other), "hard")
 
     def place(self, arm: str, labelled: int, flip: float) -> dict[str, Any] | None:
@@ -153,7 +168,7 @@ class Table:
             return None
         hard, results = self.pairs["hard"], [self.found[p] for p in points]
         scores = [r["scores/hard"] for r in results]
-        own = {s: self.known_spread(labelled, s, False) for s in SPLITS}
+        own = {s: self.known_spread(arm, labelled, s, False) for s in SPLITS}
         return {
             **{s: self.spread([self._right[p, s] for p in points], s, None, own[s])
                for s in SPLITS},
@@ -229,7 +244,8 @@ class Table:
         settings = self.config.verdict
         found = efficiency.compare(
             *curves, sizes_G, shared, accuracy, settings.draws, settings.confidence,
-            [self.known_spread(size, "hard", False) for size in shared],
+            [[self.known_spread(a, size, "hard", False) for size in shared]
+             for a in (arm, BASELINE)],
         )  # fmt: skip
         seeds = min(len(c) for curve in curves for c in curve)
         return {**found, "sizes": shared, "seeds": seeds}
@@ -250,13 +266,13 @@ def verdict(config: ConfigDict, table: Table) -> dict[str, Any]:
     confidence = 1 - (1 - settings.confidence) / len(settings.arms)
     arms, placebos = {}, {}
     for arm, placebo in settings.arms:
-        gain = table.gain(arm, *place, "hard", confidence, alone=True)
+        gain = table.gain(arm, *place, "hard", confidence)
         arms[arm] = gain and {
             **gain,
             "enough": bool(100 * gain["value"] >= settings.gain),
             "above_zero": bool(gain["low"] > 0),
         }
-        gain = table.gain(placebo, *place, "hard", alone=True)
+        gain = table.gain(placebo, *place, "hard")
         placebos[placebo] = gain and {
             **gain, "null": bool(100 * gain["value"] < settings.null or gain["low"] <= 0)
         }  # fmt: skip

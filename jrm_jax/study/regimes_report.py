@@ -162,7 +162,7 @@ def _headline(config: ConfigDict, numbers: Numbers) -> list[str]:
 
 def _beside(numbers: Numbers) -> list[str]:
     rows = [(name, points(gain)) for name, gain in numbers["beside"].items() if gain]
-    return table(("of two other arms", "points, hard"), rows) if rows else []
+    return table(("one arm over another", "points, hard"), rows) if rows else []
 
 
 def _left(arms: Mapping[str, Any]) -> list[str]:
@@ -328,21 +328,26 @@ def _budget(config: ConfigDict, numbers: Numbers) -> list[str]:
     ]
 
 
-def _spreads(numbers: Numbers) -> str:
+def _spreads(config: ConfigDict, numbers: Numbers) -> str:
     """How much seeds differ, in words."""
-    known = {size: spread for size, spread in numbers["spreads"].items() if spread}
-    if not known:
-        return "With one seed they are of groups alone, so that they say nothing of other seeds. "
-    said = ", ".join(
-        f"{100 * spread['deviation']:.1f} points with {int(size):,} ({spread['freedom']} degrees "
-        "of freedom)" for size, spread in known.items()
-    )  # fmt: skip
+    said = [
+        f"{100 * min(all_):.1f} to {100 * max(all_):.1f} points with {int(size):,} "
+        f"({next(iter(arms.values()))['freedom']} degrees of freedom)"
+        for size, arms in numbers["spreads"].items() if arms
+        for all_ in [[spread["deviation"] for spread in arms.values()]]
+    ]  # fmt: skip
+    alone = "With one seed they are of groups alone, so that they say nothing of other seeds. "
+    if not said:
+        return alone
     return (
-        "How much one seed's number varies is pooled over all arms and shares of wrong votes with "
-        "the same number of labels, because two or three seeds of a place tell little of it and "
-        f"one tells nothing: of a gain on `hard` the standard deviation is {said}. The claim's "
-        "intervals are of its own five seeds alone, as it was fixed. A test measures that such "
-        "intervals hold the truth as often as they say, with one seed and more. "
+        f"Where a place has fewer than {config.verdict.seeds} seeds, how much one seed's number "
+        "varies is taken from all arms and shares of wrong votes with as many labels, or from the "
+        "arm's own shares where these vary more: two or three seeds tell little of it, and one "
+        f"tells nothing. Of a gain on `hard` the standard deviation is {', '.join(said)}; degrees "
+        "of freedom are counted once for each share of wrong votes, as arms share the runs that "
+        "they are compared with. This was decided after the cells of the curves were there; the "
+        f"claim is of {config.verdict.seeds} seeds of its own, as it was fixed. A test measures "
+        "that such intervals hold the truth as often as they say. "
     )
 
 
@@ -372,9 +377,9 @@ def _protocol(config: ConfigDict, numbers: Numbers) -> list[str]:
         f"- `test` has {world.test} groups, `hard` {world.hard}. Intervals: "
         f"{100 * config.verdict.confidence:g} %. Of groups by {config.verdict.draws} bootstrap "
         "draws of whole groups, of seeds by Student's t; half-widths are the root of the two "
-        f"squares. {_spreads(numbers)}Differences are paired by seed and pair. In the curves they "
-        "are not corrected for the number of arms. In the table of what to use they are, for as "
-        "many as "
+        f"squares. {_spreads(config, numbers)}Differences are paired by seed and pair. In the "
+        "curves they are not corrected for the number of arms. In the table of what to use they "
+        "are, for as many as "
         f"there are with such critiques, and an arm is named from {config.verdict.advice_seeds} "
         "seeds on.",
         "- Preference loss: mean of -log sigmoid(difference) on the true order of all pairs of "

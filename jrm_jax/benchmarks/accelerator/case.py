@@ -83,7 +83,7 @@ def make_config(
     """The joint run of a published backbone with preference and language losses alone."""
     config = joint.get_config(name)
     config.batch_size = sizes.groups
-    config.loss.centering_weight = 0.0
+    config.loss.update({"centering_weight": 0.0, "teacher_weight": 0.0})
     config.lora.rank = RANK if adapters else 0
     config.backbone.attention, config.remat = attention, remat
     config.mesh.data = config.mesh.fsdp = 1
