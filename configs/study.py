@@ -155,6 +155,8 @@ def regimes(variant: str) -> ConfigDict:
         # After teacher's first three seeds, which gained: is it so with a judge's scores, too?
         # After three of those, which all gained, but within a wide interval: five.
         (("teacher_noisy",), (1600,), (0.35,), 5),
+        # After teacher's curves: scores that err beside few and many, right and wrong votes.
+        (("teacher_noisy",), (100, 6400), (0.0, 0.35), 2),
         (("joint_teacher", *OTHERS), SIZES, FLIPS, 2),
     )
     # What the whole plan costs on one quiet core of an AMD EPYC, written before the first cell of
