@@ -125,7 +125,8 @@ class Table:
 
     def _pool(self, arm: str, labelled: int, split: str, gains: bool) -> analysis.Spread | None:
         samples: dict[tuple[str, float], list[float]] = {}
-        for other, flip in {(p.arm, p.flip) for p in self.found if p.labelled == labelled}:
+        places = {(p.arm, p.flip) for p in self.found if p.labelled == labelled}
+        for other, flip in sorted(places):  # sums to the last digit
             rows = (
                 self._gains(other, labelled, flip, split) if gains
                 else [self._right[p, split] for p in self.seeds(other, labelled, flip)]
