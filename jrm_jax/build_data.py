@@ -127,7 +127,8 @@ def build_data(
             sets.setdefault(split, []).append(records)
             if split == "train" and config.data.labelled:
                 lessons.append(contents.find_lessons(folder, split, records, dimensions))
-            if split == "train" and config.loss.teacher_weight and weight:
+            # a pass over all records, which a set without critiques need not have
+            if split == "train" and config.loss.teacher_weight and weight and found.critiques:
                 said = contents.find_stated(folder, split, records, dimensions, mix)
                 stated.update(said.groups)
                 spans[name] = said.spans

@@ -211,6 +211,10 @@ def test_stated_scores_are_fed_in_nats_of_a_tenth_of_their_span(tmp_path):
     data, said = build_from(folder, config)
     row = data.encoder.encode_example(as_example(data.train_sets[0][0]))
     assert row.teacher[:, 0].tolist() == [0, 5] and said == []
+    bare = write(tmp_path / "bare", [group(i) for i in range(4)])
+    _, said = build_from(bare, config)  # without critiques its records are not read for scores
+    assert "no critiques" in said[0] and not [*bare.glob("stated-*")]
+    assert [*folder.glob("stated-*")]
     write(tmp_path / "more", [stating(i, 0, 1000) for i in range(4)])
     with pytest.raises(UserError, match="more/train: scores for overall .* lie 1000 points apart"):
         build_from(tmp_path / "more", config)

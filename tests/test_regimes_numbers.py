@@ -236,7 +236,8 @@ def test_a_cell_made_again_elsewhere_is_shown_beside(hand):
     trial = point._replace(rate=1e-3, steps=10)
     both = {point: made(right(4)), trial: made(right(4), curve=[[2, 0.6]])}
     assert list(regimes_numbers.collect(hand, both, both)["again"]) == [point.name]
-    assert f"| {point.name} | 0.00 and 0.00; 0 | 50.00 and 62.50; 1 | d, c, jax j | gpu, c" in page
+    row = f"| {point.name} | 2 and 2 | 0.00 and 0.00; 0 | 50.00 and 62.50; 1 | d, c, jax j | gpu, c"
+    assert row in page
     assert "another machine" not in regimes_report.markdown(hand, numbers | {"again": {}}, [])
 
 

@@ -287,12 +287,14 @@ def _cells(numbers: Numbers) -> list[str]:
 
 
 def _again(config: ConfigDict, numbers: Numbers) -> list[str]:
-    rows = [
-        (name, *(f"{100 * first:.2f} and {100 * other:.2f}; {own[split]['differ']}"
-                 for split in numbers["pairs"] for first, other in [own[split]["accuracies"]]),
-         *own["machines"])
-        for name, own in numbers["again"].items()
-    ]  # fmt: skip
+    rows = []
+    for name, own in numbers["again"].items():
+        steps = " and ".join(str(step) for step in own["steps"])
+        columns = []
+        for split in numbers["pairs"]:
+            both = " and ".join(f"{100 * value:.2f}" for value in own[split]["accuracies"])
+            columns.append(f"{both}; {own[split]['differ']}")
+        rows.append((name, steps, *columns, *own["machines"]))
     if not rows:
         return []
     heads = (
@@ -305,7 +307,7 @@ def _again(config: ConfigDict, numbers: Numbers) -> list[str]:
         f"Cells of `{Path(config.out).name}/{cells.AGAIN}/`, from the same config and seed. They "
         "count nowhere else on this page.",
         "",
-        *table(("cell", *heads, "the cell", "again"), rows),
+        *table(("cell", "best step", *heads, "the cell", "again"), rows),
     ]
 
 
@@ -330,12 +332,16 @@ def _budget(config: ConfigDict, numbers: Numbers) -> list[str]:
 
 def _spreads(config: ConfigDict, numbers: Numbers) -> str:
     """How much seeds differ, in words."""
-    said = [
-        f"{100 * min(all_):.1f} to {100 * max(all_):.1f} points with {int(size):,} "
-        f"({next(iter(arms.values()))['freedom']} degrees of freedom)"
-        for size, arms in numbers["spreads"].items() if arms
-        for all_ in [[spread["deviation"] for spread in arms.values()]]
-    ]  # fmt: skip
+    said = []
+    for size, arms in numbers["spreads"].items():
+        if not arms:
+            continue
+        deviations = [100 * spread["deviation"] for spread in arms.values()]
+        freedom = next(iter(arms.values()))["freedom"]  # the same for all
+        said.append(
+            f"{min(deviations):.1f} to {max(deviations):.1f} points with {int(size):,} "
+            f"({freedom} degrees of freedom)"
+        )
     alone = "With one seed they are of groups alone, so that they say nothing of other seeds. "
     if not said:
         return alone

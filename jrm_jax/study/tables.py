@@ -27,7 +27,7 @@ def points(row: Mapping[str, Any] | None) -> str:
         return MISSING
     value, low, high = (100 * row[key] for key in ("value", "low", "high"))
     seeds = f"{row['seeds']} seed{'s' * (row['seeds'] != 1)}"
-    return f"{value:+.1f} ({low:+.1f} to {high:+.1f}), {seeds}"
+    return f"{value:+z.1f} ({low:+z.1f} to {high:+z.1f}), {seeds}"
 
 
 def absent(numbers: Numbers, arm: str) -> str:
