@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-MISSING = "missing"
+MISSING = "missing"  # in the first part; in the second:
+NOT_YET = "not yet run"
 Numbers = Mapping[str, Any]
 
 
