@@ -249,7 +249,6 @@ def _rules(numbers: Numbers) -> list[str]:
     ]
 
 
-
 def _cells(numbers: Numbers) -> list[str]:
     rows = []
     for name, own in numbers["cells"].items():
