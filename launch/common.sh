@@ -54,6 +54,24 @@ resources() { # gcloud's group for queued resources, with project and zone
   run gcloud compute tpus queued-resources "$@" --project="$PROJECT" --zone="$ZONE"
 }
 
+state() { # the resource's state, or ABSENT; a question that fails otherwise is no answer
+  local words problem file
+  file=$(mktemp)
+  if words=$(resources describe "$NAME" "--format=value(state.state)" 2>"$file"); then
+    rm "$file"
+    echo "$words"
+    return
+  fi
+  problem=$(<"$file")
+  rm "$file"
+  if [[ "$problem" == *NOT_FOUND* || "$problem" == *"not found"* ]]; then
+    echo ABSENT
+  else
+    echo "cannot ask for $NAME: $problem" >&2
+    echo UNKNOWN
+  fi
+}
+
 generation() { # v5e, v5p or v6e from ACCELERATOR
   case "$ACCELERATOR" in
     v5litepod-*) echo v5e ;;

@@ -41,7 +41,7 @@ case "${PROVISIONING:-spot}" in
 esac
 [[ -z "${MAX_DURATION:-}" ]] || arguments+=("--max-run-duration=$MAX_DURATION")
 
-if ((!DRY_RUN)) && resources describe "$NAME" >/dev/null 2>&1; then
+if ((!DRY_RUN)) && [[ "$(state)" != @(ABSENT|UNKNOWN) ]]; then
   echo "$NAME exists already"
   exit 0
 fi

@@ -10,7 +10,8 @@ source "$here/common.sh"
 parse_arguments "$@"
 need PROJECT ZONE NAME
 
-if ((!DRY_RUN)) && ! resources describe "$NAME" >/dev/null 2>&1; then
+# where the question fails, deleting tells why
+if ((!DRY_RUN)) && [[ "$(state)" == ABSENT ]]; then
   echo "$NAME does not exist"
   exit 0
 fi

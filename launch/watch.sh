@@ -14,18 +14,6 @@ parse_arguments "$@"
 need PROJECT ZONE NAME ACCELERATOR BUCKET REPOSITORY REVISION
 ((${#REST[@]})) || fail "arguments of jrm_jax.main are missing: launch/watch.sh -- --config=..."
 
-state() { # the resource's state, or ABSENT; a question that fails otherwise is no answer
-  local words
-  if words=$(resources describe "$NAME" "--format=value(state.state)" 2>&1); then
-    echo "$words"
-  elif [[ "$words" == *NOT_FOUND* || "$words" == *"not found"* ]]; then
-    echo ABSENT
-  else
-    echo "cannot ask for $NAME: $words" >&2
-    echo UNKNOWN
-  fi
-}
-
 if ((DRY_RUN)); then
   "$here/create.sh" --dry-run
   resources describe "$NAME" "--format=value(state.state)"
@@ -36,6 +24,7 @@ if ((DRY_RUN)); then
 fi
 
 restarts=0
+asked=0
 again() { # count a start that came to nothing
   restarts=$((restarts + 1))
   ((restarts <= ${MAX_RESTARTS:-50})) || fail "given up after ${MAX_RESTARTS:-50} restarts"
@@ -44,19 +33,29 @@ again() { # count a start that came to nothing
 
 while true; do
   case "$(state)" in
-    ABSENT) "$here/create.sh" ;;
+    ABSENT)
+      if "$here/create.sh"; then
+        asked=1
+      else # the first time it is likely a wrong setting, later a refusal that passes
+        ((asked)) || exit 1
+        again "asking for TPUs failed"
+      fi
+      ;;
     ACTIVE)
       status=0
       "$here/run.sh" -- "${REST[@]}" || status=$?
       if ((status == 0)); then
-        "$here/delete.sh"
+        until "$here/delete.sh"; do # they cost money until it has worked
+          again "the run has finished, deleting the TPUs failed"
+          sleep "${POLL:-60}"
+        done
         exit 0
       fi
       again "the run ended with status $status"
       ;;
     SUSPENDED | SUSPENDING | FAILED) # nothing brings these back
       again "the TPUs were taken away"
-      "$here/delete.sh"
+      "$here/delete.sh" || true # it has said why; the state is asked for again
       ;;
     *) ;; # ACCEPTED, WAITING_FOR_RESOURCES, PROVISIONING, CREATING, DELETING, UNKNOWN: wait
   esac

@@ -4,6 +4,8 @@ import collections
 import os
 import pickle
 import stat
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -237,6 +239,40 @@ def test_mixture_weights():
     assert plan.locate(45) == (1, 5) and plan.locate(50) == (2, 0) and plan.locate(0) == (0, 0)
     fresh = Plan(sources, buckets, 4, 0)
     assert fresh.batch(step - 1)[1].tolist() == plan.batch(step - 1)[1].tolist()
+
+
+def test_threads_that_come_to_new_epochs_together_get_the_same_batches(monkeypatch):
+    """Batches are made by several threads; with a fraction an epoch's end is found on the way."""
+    parts = [make_sizes(40), make_sizes(30, seed=1)]
+    buckets = make_buckets(parts, language=True)
+    sources = [Source(parts[0], 1), Source(parts[1], 0.4)]
+    alone = Plan(sources, buckets, 4, 0)
+    expected = [alone.batch(step)[1].tolist() for step in range(100)]
+    length = Plan._length
+
+    def slow(plan, epoch):
+        time.sleep(0.005)  # both threads are in here
+        return length(plan, epoch)
+
+    monkeypatch.setattr(Plan, "_length", slow)
+    shared = Plan(sources, buckets, 4, 0)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda step: shared.batch(step)[1].tolist(), range(100)))
+    assert found == expected
+
+
+@pytest.mark.parametrize("weight", [1, 0.1])
+def test_buckets_that_will_be_met_are_those_of_all_batches_to_come(weight):
+    """Two groups are large: most windows of an epoch's length that begin inside one have none."""
+    rows = [[2, 3, 4, 8, 8, 8, 8]] * 118 + [[2, 3, 40, 80, 8, 8, 8]] * 2
+    buckets = [Bucket(2, 3, 4, 8, 8, 8), Bucket(2, 3, 40, 80, 8, 8)]
+    plan = Plan([Source(from_rows(rows), weight)], buckets, 4, 3)
+    every = [plan.batch(step)[0] for step in range(2000)]
+    assert set(every) == set(buckets)
+    for start in range(0, 60):
+        assert plan.buckets_met(start, 2000) == set(every[start:])
+        for stop in (start, start + 1, start + 7):
+            assert plan.buckets_met(start, stop) == set(every[start:stop])
 
 
 def test_epochs_without_members_are_passed_over():

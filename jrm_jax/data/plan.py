@@ -12,6 +12,8 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import functools
+import math
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -95,14 +97,20 @@ class Plan(_Ids):
         self._kind_of = self._kind_of.reshape(-1).astype(np.int16)
         self._constant = all(weight.is_integer() for weight in self.weights)
         self._ends = [self._length(0)]  # steps up to the end of each epoch
+        self._share()
+
+    def _share(self) -> None:
+        """What lets threads use a plan: several of them make batches."""
+        self._lengthening = threading.Lock()
         self._epoch = functools.lru_cache(maxsize=2)(self._make_epoch)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_epoch"}
+        own = ("_epoch", "_lengthening")
+        return {name: value for name, value in vars(self).items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._epoch = functools.lru_cache(maxsize=2)(self._make_epoch)
+        self._share()
 
     @property
     def steps_per_epoch(self) -> int:
@@ -116,6 +124,20 @@ class Plan(_Ids):
 
     __call__ = batch
 
+    def buckets_met(self, start: int, stop: int) -> set[Bucket]:
+        """Of the batches of these steps. Epochs after each example has had its turn add none."""
+        rarest = min(weight for weight in self.weights if weight)
+        met: set[int] = set()
+        # the first may be half over, and so may the first round of a fraction
+        for _ in range(1 + 2 * math.ceil(1 / min(1, rarest))):
+            if start >= stop:
+                break
+            epoch, first = self._find(start)
+            batches = self._epoch(epoch)[start - first : stop - first]
+            met.update(bucket for bucket, _ in batches)
+            start += len(batches)
+        return {self.buckets[bucket] for bucket in met}
+
     def epoch(self, step: int) -> int:
         return self._find(step)[0]
 
@@ -126,8 +148,9 @@ class Plan(_Ids):
         if self._constant:
             epoch = step // self._ends[0]
             return epoch, epoch * self._ends[0]
-        while self._ends[-1] <= step:
-            self._ends.append(self._ends[-1] + self._length(len(self._ends)))
+        with self._lengthening:
+            while self._ends[-1] <= step:
+                self._ends.append(self._ends[-1] + self._length(len(self._ends)))
         epoch = bisect.bisect_right(self._ends, step)
         return epoch, self._ends[epoch - 1] if epoch else 0
 
@@ -222,6 +245,10 @@ class LabelledPlan:
         bucket, ids = self._first.batch(step)
         rest = [self._others.batch(step)[1]] if self._others else []
         return bucket, np.concatenate([ids, *rest])
+
+    def buckets_met(self, start: int, stop: int) -> set[Bucket]:
+        """As a `Plan`'s."""
+        return set(self.buckets) if start < stop else set()
 
 
 class EvalPlan(_Ids):

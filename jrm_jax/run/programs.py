@@ -164,10 +164,8 @@ class Programs:
 
 def buckets_met(data: Data, start: int, total: int) -> dict[str, set[Bucket]]:
     """The buckets that a run's steps from `start` on, and its evaluations, will come across."""
-    plan = data.train_plan
-    last = min(total, start + plan.steps_per_epoch)  # an epoch has them all
     read = {each.batch(i)[0] for each in data.eval_plans.values() for i in range(len(each))}
-    return {TRAIN: {plan.batch(step)[0] for step in range(start, last)}, EVALUATE: read}
+    return {TRAIN: data.train_plan.buckets_met(start, total), EVALUATE: read}
 
 
 def are_left() -> bool:
