@@ -46,6 +46,7 @@ class Data:
     buckets: tuple[Bucket, ...]
     stamp: dict[str, Any]
     real: dict[str, float]  # shares of the slots that hold something, see `run.buckets`
+    judged: bool = True  # whether labels of `valid`, if there is one, can rank checkpoints
 
     def example_names(self, ids: Sequence[int]) -> list[str]:
         """String ids of global training ids, for messages; none for filler rows (-1)."""
@@ -131,8 +132,8 @@ def build_data(
             if split == "train" and config.loss.teacher_weight and weight and found.critiques:
                 said = contents.find_stated(folder, split, records, dimensions, mix)
                 stated.update(said.groups)
-                spans[name] = said.spans
-    _check_splits(config, folders, held, stated, say)
+                spans[f"{folder}/{split}"] = said.spans  # two sets may have one name
+    judged = _check_splits(config, folders, held, stated, say)
     scale, words = check_data.teacher_scale(config, spans)
     for line in words:
         say(line)
@@ -180,6 +181,7 @@ def build_data(
         real=bucket_choice.real_shares(
             train_plan, sources["train"], language, config.data.share_prompt
         ),
+        judged=judged,
     )
 
 
@@ -195,7 +197,11 @@ def _train_plan(
     labelled, critiqued = zip(*lessons, strict=True)
     size, count = config.batch_size, config.data.labelled
     for what, which, rows in (("label", labelled, count), ("critique", critiqued, size - count)):
-        if rows and not any(map(len, which)):
+        taught = [
+            index if source.kept is None else np.intersect1d(source.kept, index)
+            for source, index in zip(sources, which, strict=True) if source.weight
+        ]  # fmt: skip
+        if rows and not any(map(len, taught)):
             raise UserError(
                 f"config.data.labelled is {count} of {size}, and no training group has a {what} "
                 f"for the {rows} rows that are to have one: set it to 0, or to config.batch_size"
@@ -212,8 +218,9 @@ def _check_splits(
     held: Sequence[dict[str, contents.Contents]],
     stated: Mapping[str, int],
     say: Callable[[str], None],
-) -> None:
-    """Is there something to learn, and something to measure it by? What is missing is said."""
+) -> bool:
+    """Is there something to learn, and something to measure it by? What is missing is said.
+    Returns whether checkpoints can be ranked by labels of `valid`, if there is one."""
     paths = [path for path, _ in folders]
     names = ", ".join(map(str, paths))
     train = [
@@ -227,8 +234,14 @@ def _check_splits(
         say(words)
     for words in check_data.describe_unused(config, paths):
         say(words)
-    if not any("valid" in found for found in held):
+    valid = [found["valid"] for found in held if "valid" in found]
+    if not valid:
         say(check_data.describe_no_valid(config, paths))
+        return True
+    judged = any(found.labels.get(d) for found in valid for d in config.data.dimensions)
+    if config.loss.preference_weight and not judged:
+        say(check_data.describe_no_judgement(config))
+    return judged
 
 
 def make_caps(config: ConfigDict, backbone: BackboneConfig) -> Bucket:

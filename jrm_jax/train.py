@@ -31,10 +31,11 @@ from jrm_jax.errors import UserError
 from jrm_jax.metrics import Accumulator, Window, Writer
 from jrm_jax.run import backbones, buckets, check_data, fit
 from jrm_jax.run import workdir as files
-from jrm_jax.run.check_config import best_metric, check_config
+from jrm_jax.run.check_config import check_config
 from jrm_jax.run.held_out import HeldOut
 from jrm_jax.run.lock import Lock, hold
 from jrm_jax.run.programs import EVALUATE, TRAIN, Programs, buckets_met
+from jrm_jax.run.ranking import best_metric
 from jrm_jax.run.saved import best_rank
 from jrm_jax.shell import disk
 from jrm_jax.shell.report import describe_run, in_words, json_safe, print_results
@@ -128,7 +129,7 @@ class _Run:
             say(words)
         self.seconds = 0.0  # of this session
         self.window = Window(SCALARS)
-        self.best_metric = best_metric(config)
+        self.best_metric = best_metric(config, self.data.judged)
         self.writer = Writer(workdir, config.total_steps, self.start, leader)
         self.watchdog = Watchdog(
             config.watchdog_seconds, config.heartbeat_seconds, self.writer.say if leader else print

@@ -14,7 +14,7 @@ from jrm_jax.data.contents import Contents, read_contents
 from jrm_jax.data.schema import Candidate, PreferenceExample, Text
 from jrm_jax.data.sizes import as_example
 from jrm_jax.errors import UserError
-from jrm_jax.run import check_data
+from jrm_jax.run import check_data, ranking
 
 CONFIGS = {"joint": joint, "discriminative": discriminative, "generative": generative}
 
@@ -177,6 +177,46 @@ def test_a_run_says_what_is_missing_before_it_starts(tmp_path):
         build_from(folder, generative.get_config())
 
 
+@pytest.mark.parametrize(
+    "changes, metric, words",
+    [
+        ({}, "pair_accuracy", "no checkpoint is better than another"),
+        ({"language_weight": 1.0}, "-language", "with the least language loss there"),
+        (
+            {"language_weight": 1.0, "teacher_weight": 0.5},
+            "-teacher",
+            "the least teacher loss there",
+        ),
+    ],
+)
+def test_without_labels_in_valid_another_loss_ranks_checkpoints(tmp_path, changes, metric, words):
+    rows = [stating(i, 0, 25) for i in range(4)]
+    bare = dataclasses.replace(stating(9, 5, 10), weight=np.zeros_like(rows[0].weight))
+    config = discriminative.get_config()
+    config.loss.update({"teacher_scale": 0.0, **changes})
+    data, said = build_from(write(tmp_path / "edits", rows, valid=[bare]), config)
+    assert ranking.best_metric(config, data.judged) == metric
+    (line,) = (line for line in said if "no group of split 'valid' has a label in overall" in line)
+    assert words in line
+    data, said = build_from(write(tmp_path / "judged", rows, valid=[bare, rows[0]]), config)
+    assert ranking.best_metric(config, data.judged) == "pair_accuracy"
+    assert not [line for line in said if "valid" in line]
+    config.best_metric = "-centering"
+    assert ranking.best_metric(config, judged=False) == "-centering"
+
+
+def test_two_sets_of_one_name_have_a_scale_together(tmp_path):
+    config = joint.get_config()
+    config.loss.teacher_weight, config.loss.teacher_scale, config.data.rubric = 0.33, 0.0, ""
+    folders = [
+        write(tmp_path / one / "edits", [stating(i, 0, span) for i in range(4)])
+        for one, span in (("a", 100), ("b", 10))
+    ]
+    config.data.mixture = tuple((str(folder), 1.0) for folder in folders)
+    data = build_data.build_data(config, build.load_backbone_config(config), print)
+    assert data.encoder.teacher_scale == pytest.approx((10.0,))
+
+
 def test_a_set_that_is_seen_no_times_teaches_nothing(tmp_path):
     labelled = write(tmp_path / "a", [group(0)])
     said = write(tmp_path / "b", [group(1, (), "Fine.")])
@@ -244,6 +284,19 @@ def test_what_has_changed_is_said(tmp_path):
         with pytest.raises(UserError) as caught:
             check_data.check_unchanged(tmp_path, before, now)
         assert words in str(caught.value) and "put the old ones back" in str(caught.value)
+
+
+def test_a_split_that_only_some_sets_had_is_another_by_what_is_added():
+    def told(**sets) -> list:
+        held = [{split: Contents(9, split, {}, 0) for split in splits} for splits in sets.values()]
+        return contents.stamp(list(sets), held)
+
+    before = told(a=("train", "valid"), b=("train",), c=("valid",))
+    assert contents.changes(before, before) == ""
+    now = told(a=("train", "valid", "test"), b=("train", "hard"), c=("valid", "hard"))
+    assert contents.changes(before, now) == ""
+    now = told(a=("train", "valid"), b=("train", "valid"), c=("valid", "train"))
+    assert contents.changes(before, now) == "b/valid has been added; c/train has been added"
 
 
 def test_checkpoints_from_before_there_were_digests_go_on(tmp_path):

@@ -135,3 +135,16 @@ def test_rows_that_nothing_could_fill(lessons, words):
     buckets = make_buckets([sizes], language=True, candidate_cuts=())
     with pytest.raises(UserError, match=words):
         build_data._train_plan(config, [Source(sizes)], [lessons], buckets, True)
+
+
+@pytest.mark.parametrize("source", [{"weight": 0.0}, {"kept": np.array([2, 3])}])
+def test_labels_that_are_not_trained_on_fill_no_rows(source):
+    """Of a set with weight 0, or of groups that are left out because they are too large."""
+    config = get_config()
+    config.data.labelled = 4
+    sizes = make_sizes(4)
+    buckets = make_buckets([sizes], language=True, candidate_cuts=())
+    sources = [Source(sizes, **source), Source(sizes)]
+    lessons = [([0, 1], [2, 3]), ([], [0, 1, 2, 3])]
+    with pytest.raises(UserError, match="no training group has a label for the 4 rows"):
+        build_data._train_plan(config, sources, lessons, buckets, True)

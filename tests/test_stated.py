@@ -17,7 +17,7 @@ from jrm_jax.data.stated import stated_scores, teacher_scores
 from jrm_jax.data.world import scenes
 from jrm_jax.errors import UserError
 from jrm_jax.losses import combine, preference_loss, teacher_preferences, term_weights
-from jrm_jax.run import check_data
+from jrm_jax.run import check_data, unused_fields
 from jrm_jax.run.check_config import check_config
 
 MIX = {"following": 0.6, "preservation": 0.4}
@@ -180,7 +180,7 @@ def test_groups_that_state_scores_are_counted_once(tmp_path):
     [
         ({"overall": 3}, {"overall": 5, "beauty": 0}, "a label in beauty, and in none two critiq"),
         ({}, {"overall": 5, "beauty": 0}, "dimensions=.*'overall',"),
-        ({}, {"overall": 0, "beauty": 0}, "state a score .following."),
+        ({}, {"overall": 0, "beauty": 0}, "state a score .overall, beauty, following."),
         ({"beauty": 3}, {"overall": 5, "beauty": 0}, ""),
         ({}, {"overall": 5, "beauty": 1}, ""),
     ],
@@ -209,6 +209,16 @@ def test_critiques_without_scores_are_still_read_for_their_words():
     assert words.startswith("it: in no training group two critiques state a score (overall) in")
     assert words.endswith("so config.loss.teacher_weight counts for nothing")
     assert check_data.check_lessons(config, train, "it", {"overall": 2}) == []
+    config.loss.teacher_mix = (("following", 1.0),)  # makes `overall`, and nothing else
+    for dimensions, named in (("overall",), "overall, following"), (("beauty",), "beauty"):
+        config.data.dimensions = dimensions
+        found = [contents.Contents(9, "", dict.fromkeys(dimensions, 9), 9)]
+        (words,) = check_data.check_lessons(config, found, "it", dict.fromkeys(dimensions, 0))
+        assert f"state a score ({named}) in" in words
+    counts = "config.loss.teacher_mix counts for nothing"
+    assert any(counts in words for words in unused_fields.describe(config))
+    config.data.dimensions = ("overall",)
+    assert not any(counts in words for words in unused_fields.describe(config))
     config.loss.language_weight = 0.0  # then they are there for their scores alone
     (words,) = check_data.check_lessons(config, train, "it", {"overall": 0})
     assert words.startswith("WARNING: it: in no training group")

@@ -72,6 +72,19 @@ def test_fields_that_came_later_are_no_difference_at_their_defaults(tmp_path):
         workdir.check_config(tmp_path, config)
 
 
+def test_how_scores_would_be_learnt_is_no_difference_where_they_are_not(tmp_path):
+    """A real joint run from before its variants learnt stated scores goes on without them."""
+    before = joint.get_config("qwen3_vl_2b")
+    before.loss.update({"teacher_weight": 0.0, "teacher_scale": 1.0})
+    stored(tmp_path, before)
+    config = joint.get_config("qwen3_vl_2b")
+    changed = r"\(loss.teacher_scale: 1.0 -> 0.0, loss.teacher_weight: 0.0 -> 0.33"
+    with pytest.raises(UserError, match=changed):
+        workdir.check_config(tmp_path, config)
+    config.loss.teacher_weight = 0.0
+    assert workdir.check_config(tmp_path, config) == before.total_steps
+
+
 def test_a_field_that_went_is_a_difference(tmp_path):
     stored(tmp_path, joint.get_config(), old_way=3)
     with pytest.raises(UserError, match=r"\(old_way: 3 -> absent\)"):

@@ -202,8 +202,9 @@ def stamp(names: Sequence[str], splits: Sequence[Mapping[str, Contents]]) -> Sta
 
 
 def changes(before: Stamp, now: Stamp) -> str:
-    """What is no longer as it was, '' if all of it is. A split that was added changes nothing."""
-    found = []
+    """What is no longer as it was, '' if all of it is. A split that no data set had changes nothing
+    for the others; one that only some had is another by what is added to it."""
+    found, known = [], {split for old in before for split in old["splits"]}
     for old, new in zip(before, now, strict=True):
         for split, was in old["splits"].items():
             name, there = f"{new['name']}/{split}", new["splits"].get(split)
@@ -213,4 +214,6 @@ def changes(before: Stamp, now: Stamp) -> str:
                 found.append(f"{name} had {was['groups']} groups, has {there['groups']}")
             elif was != there:
                 found.append(f"{name} has {was['groups']} groups as before, but others")
+        added = known & new["splits"].keys() - old["splits"].keys()
+        found += [f"{new['name']}/{split} has been added" for split in sorted(added)]
     return "; ".join(found)

@@ -19,30 +19,12 @@ from jrm_jax.model.attention import IMPLEMENTATIONS
 from jrm_jax.model.layers import REMAT
 from jrm_jax.model.rope import POSITIONS
 from jrm_jax.run import unused_fields
+from jrm_jax.run.ranking import METRICS
 from jrm_jax.shell.config_cli import fields_of
 
 LARGEST, LARGEST_SEED = 2**31 - 1, 2**32 - 1  # what JAX counts with; keys of 64 bits need more
 HUGE = 1e38  # more would be infinite in float32
 YEARS = 1e8  # seconds that every clock can wait for
-
-# What `valid` can be ranked by -> the loss that must be on for it to be measured.
-METRICS = {
-    "pair_accuracy": "preference_weight",
-    "-preference": "preference_weight",
-    "-centering": "centering_weight",
-    "-language": "language_weight",
-    "-words": "words_weight",
-    "-facts": "facts_weight",
-    "-teacher": "teacher_weight",
-}
-
-
-def best_metric(config: ConfigDict) -> str:
-    """What `valid` is ranked by: a key of METRICS."""
-    if config.best_metric != "auto":
-        return config.best_metric
-    return "pair_accuracy" if config.loss.preference_weight else "-language"
-
 
 class Rule(NamedTuple):
     """Whether a value is allowed, and what is, in words."""

@@ -11,7 +11,9 @@ from ml_collections import ConfigDict
 
 from jrm_jax.data import contents, store
 from jrm_jax.data.contents import Contents
+from jrm_jax.data.stated import OVERALL, plain
 from jrm_jax.errors import UserError
+from jrm_jax.run.ranking import METRICS, best_metric
 from jrm_jax.shell.report import difference
 
 # What the whole span of stated scores may count: chances of a half to three quarters are hardly a
@@ -55,9 +57,11 @@ def check_lessons(
             f"{name}: no training group has a {' or a '.join(wanted)}, and this config learns from "
             f"nothing else{other}"
         )
-    mix = ", ".join(dict(config.loss.teacher_mix) or dimensions)
+    # a mix makes `overall`, and nothing else
+    mix = dict(config.loss.teacher_mix) if OVERALL in map(plain, dimensions) else {}
+    names = ", ".join(dict.fromkeys((*dimensions, *mix)))
     silent = (
-        f"in no training group two critiques state a score ({mix}) in last lines that are marked "
+        f"in no training group two critiques state a score ({names}) in last lines that are marked "
         "by score_line"
     )
     unscored = distils and not any(stated.values())
@@ -152,6 +156,16 @@ def describe_no_valid(config: ConfigDict, folders: Sequence[Path]) -> str:
         "WARNING: there is no split 'valid': nothing is measured during training, and the last "
         f"checkpoint counts as the best; {make}"
     )
+
+
+def describe_no_judgement(config: ConfigDict) -> str:
+    """What a run lacks whose `valid` has no labels in its dimensions."""
+    metric = best_metric(config, judged=False)
+    words = f"the best checkpoint is the one with the least {metric.lstrip('-')} loss there"
+    if METRICS[metric] == "preference_weight":
+        words = "no checkpoint is better than another, so the last one counts as the best"
+    names = ", ".join(config.data.dimensions)
+    return f"WARNING: no group of split 'valid' has a label in {names}: {words}"
 
 
 def check_unchanged(workdir: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

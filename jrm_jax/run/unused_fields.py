@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 from ml_collections import ConfigDict
 
+from jrm_jax.data.stated import OVERALL, plain
 from jrm_jax.run.check_data import reads_critiques
 from jrm_jax.run.workdir import defaults
 from jrm_jax.shell.config_cli import fields_of
@@ -37,6 +38,11 @@ UNUSED: tuple[tuple[tuple[str, ...], Callable[[ConfigDict], bool], str], ...] = 
     (
         ("loss.teacher_scale", "loss.teacher_mix"), lambda c: not c.loss.teacher_weight,
         "loss.teacher_weight is 0",
+    ),
+    (
+        ("loss.teacher_mix",),
+        lambda c: c.loss.teacher_weight and OVERALL not in map(plain, c.data.dimensions),
+        "it makes 'overall', which is not among data.dimensions",
     ),
     (("optimizer.decay_patterns",), lambda c: not c.optimizer.weight_decay,
      "optimizer.weight_decay is 0"),

@@ -25,6 +25,7 @@ FREE = (
     "heartbeat_seconds", "profile", "watchdog_seconds", "data.workers", "data.prefetch", "remat",
     "backbone.path",
 )  # fmt: skip
+TEACHER = ("loss.teacher_scale", "loss.teacher_mix")  # read where `loss.teacher_weight` is not 0
 LONGEST = 60  # characters of the data sets' names
 
 
@@ -80,9 +81,10 @@ def check_config(workdir: Path, config: ConfigDict) -> int:
     """
     if not (workdir / CONFIG).exists():
         return config.total_steps
+    both = [flat(json.loads(text)) for text in (as_text(read_config(workdir)), as_text(config))]
+    free = FREE if any(fields["loss.teacher_weight"] for fields in both) else (*FREE, *TEACHER)
     before, now = (
-        {name: value for name, value in flat(json.loads(text)).items() if name not in FREE}
-        for text in (as_text(read_config(workdir)), as_text(config))
+        {name: value for name, value in fields.items() if name not in free} for fields in both
     )
     steps = before["total_steps"]
     if before != {**now, "total_steps": steps} or steps > config.total_steps:
