@@ -7,6 +7,7 @@ from benchmark_files import png
 from layout_case import build, lines, pictures  # noqa: F401
 
 from jrm_jax.data.ingest.judged import DIMENSIONS as JUDGED
+from jrm_jax.data.stated import teacher_scores
 
 
 def judged_row(edit="1.png", sc=(20, 10), pq=(16, 25), **changes):
@@ -27,15 +28,17 @@ def test_judgements_per_dimension_become_critiques_and_ranks(pictures, build):
     group, alone = found
     assert group.dimensions == JUDGED and not kinds
     assert [(c.critique, c.score_line) for c in group.candidates] == [
-        ("Instruction: Hat of 1.png is there.\nQuality: Clean.\nScores: success 20, preservation"
-         " 10, naturalness 16, artifacts 25.", True),
-        ("Instruction: Hat of 2.png is there.\nScores: success 20, preservation 20, naturalness 4,"
-         " artifacts 9.", True),
+        ("Instruction: Hat of 1.png is there.\nQuality: Clean.\nScores: overall 12.65, instruction"
+         " following 20, consistency 10, visual quality 16 (naturalness 16, artifacts 25).", True),
+        ("Instruction: Hat of 2.png is there.\nScores: overall 8.944, instruction following 20,"
+         " consistency 20, visual quality 4 (naturalness 4, artifacts 9).", True),
         ("Quality: Clean.", False),
     ]  # fmt: skip
     # overall: sqrt(10 * 16) against sqrt(20 * 4); following equal; consistency; quality
     assert group.preference[0, 1].tolist() == [1, 0.5, 0, 1]
     assert group.weight[0, 1].tolist() == [1] * 4 and not group.weight[:, 2].any()
+    stated = teacher_scores([c.critique for c in group.candidates[:2]], JUDGED, {})
+    assert stated == [[12.65, 20, 10, 16], [8.944, 20, 20, 4]]  # config.loss.teacher_weight's
     assert len(alone.candidates) == 1 and not alone.weight.any()  # for the language loss only
     assert alone.candidates[0].critique.startswith("Instruction: ")
     found, _ = build("editscore", pictures / "train.jsonl", "--no_scores")
@@ -50,8 +53,8 @@ def test_two_edits_in_a_row_and_an_edit_judged_again(pictures, build):
     found, kinds = build("editscore", lines(pictures / "train.jsonl", [both, again]))
     (group,) = found
     assert group.candidates[0].critique == (
-        "Instruction: One.\nQuality: Clean.\nScores: success 15, preservation 15, naturalness 10,"
-        " artifacts 12."
+        "Instruction: One.\nQuality: Clean.\nScores: overall 12.25, instruction following 15,"
+        " consistency 15, visual quality 10 (naturalness 10, artifacts 12)."
     )
     assert group.candidates[1].critique.startswith("Instruction: Two.\n")
     assert group.preference[0, 1].tolist() == [1, 1, 1, 1]
@@ -89,8 +92,8 @@ def test_conversations_with_a_judge_become_critiques(pictures, build):
     assert example.prompt[0].text == "Add a hat\nand <image_pad>"
     assert example.prompt[1].data == png(0) and example.candidates[0].parts[0].data == png(1)
     assert example.candidates[0].critique == (
-        "Instruction: The hat is there.\nQuality: Seam at the brim.\nScores: success 22,"
-        " preservation 18, naturalness 12, artifacts 9."
+        "Instruction: The hat is there.\nQuality: Seam at the brim.\nScores: overall 12.73,"
+        " instruction following 22, consistency 18, visual quality 9 (naturalness 12, artifacts 9)."
     )
     assert not example.weight.any()
     assert kinds == {

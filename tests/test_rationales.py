@@ -5,6 +5,7 @@ from benchmark_files import png
 from layout_case import build, lines, parquet, pictures  # noqa: F401
 
 from jrm_jax.data.ingest.comparisons import split
+from jrm_jax.data.stated import teacher_scores
 
 REQUEST = "Add a red hat <|reward|>\nand a bow"
 TWO = """You are an expert image editing evaluator.
@@ -69,11 +70,11 @@ CRITIQUES = [
     """Instruction: The edited image adds the hat.
 Preservation: The edited image keeps the sky. It is unchanged.
 Quality: The edited image is blurred.
-Scores: text faithfulness 3.5, image faithfulness 4, physical and visual quality 2.""",
+Scores: overall 3.167, instruction following 3.5, consistency 4, visual quality 2.""",
     """Instruction: The edited image only recolours it.
 Preservation: The edited image loses it.
 Quality: The edited image is sharp.
-Scores: text faithfulness 2, image faithfulness 1, physical and visual quality 3.5.""",
+Scores: overall 2.167, instruction following 2, consistency 1, visual quality 3.5.""",
 ]
 
 
@@ -90,6 +91,8 @@ def test_a_rationale_about_two_is_split_and_its_scores_are_preferences(pictures,
     # overall: means 9.5 / 3 against 6.5 / 3
     assert example.preference[0, 1].tolist() == [1, 1, 1, 0]
     assert example.weight[0, 1].tolist() == [1, 1, 1, 1]
+    stated = teacher_scores([c.critique for c in example.candidates], example.dimensions, {})
+    assert stated == [[3.167, 3.5, 4, 2], [2.167, 2, 1, 3.5]]  # config.loss.teacher_weight's
     told = "rationale with sentences about both candidates (left out of it)"
     assert kinds == {("kept", told): 1}
     (bare,), kinds = build("rationalrewards", pictures / "pairs.jsonl", "--no_critiques")
@@ -120,12 +123,13 @@ def test_no_source_one_candidate_and_parquet(pictures, build):
     assert len(pair.prompt) == 1 and pair.prompt[0].text == "Two cats"
     assert pair.candidates[1].critique == (
         "Instruction: The image has one.\nQuality: The image is not.\nText: The image reads OPN.\n"
-        "Scores: text faithfulness 4, physical and visual quality 3."
+        "Scores: overall 3.5, instruction following 4, visual quality 3."
     )
     assert pair.preference[0, 1, :4].tolist() == [0, 0.5, 0, 1]  # text rendering: by its winner
     assert pair.weight[0, 1].tolist() == [1, 1, 1, 1, 0]  # consistency is not judged here
     assert one.candidates[0].critique == (
-        "Instruction: The hat is there.\nText: Not asked for.\nScores: text faithfulness 3.2."
+        "Instruction: The hat is there.\nText: Not asked for.\n"
+        "Scores: overall 3.2, instruction following 3.2."
     )
     assert one.prompt[1].data == png(0) and one.candidates[0].parts[0].data == png(3)
     assert not one.weight.any() and bare.candidates[0].parts[0].data == png(4)

@@ -17,7 +17,10 @@ REGIONS = [
 RULES = "Two images will be provided.\n\nEditing instruction: \n"
 REASON = ("<|bbox_0|> The hat is there. <|bbox_1|>: Colour has shifted, as at <|bbox_0|>."
           " <|global|> Otherwise unchanged.")  # fmt: skip
-SCORES = "Scores: success 20, preservation 14, naturalness 18, artifacts 9."
+SCORES = (
+    "Scores: overall 11.22, instruction following 20, consistency 14, visual quality 9"
+    " (naturalness 18, artifacts 9)."
+)
 
 
 def row(images, asked, answer):

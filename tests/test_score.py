@@ -282,8 +282,15 @@ def test_any_number_of_groups_is_streamed(model, groups):
         np.testing.assert_allclose(scores.reward_KR, again, rtol=0, atol=1e-5)
     assert len(taken) < 3 * len(groups) + 80 * model.batch_size  # no further ahead than it must
     broken = [*groups[:3], (*groups[0][:2], [b"no picture"])]
-    with pytest.raises(UserError, match="group 3: candidate 0"):
-        list(model.iter_scores(broken))
+    for index, begun in ((3, broken), (0, broken[:2:-1])):
+        streamed = model.iter_scores(begun)
+        assert len(list(itertools.islice(streamed, index))) == index
+        with pytest.raises(UserError, match=f"group {index}: candidate 0"):
+            next(streamed)
+    found = list(model.iter_found([broken[3], *broken]))
+    assert [isinstance(one, UserError) for one in found] == [True, False, False, False, True]
+    for one, again in zip(found[1:4], wanted, strict=False):
+        np.testing.assert_allclose(one.reward_KR, again, rtol=0, atol=1e-5)
     assert not list(model.iter_scores([]))
 
 

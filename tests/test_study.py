@@ -69,6 +69,14 @@ def test_arms_differ_in_what_they_must_only():
     }
 
 
+@pytest.mark.parametrize("variant, groups", [(None, 12_800), ("large", 204_800)])
+def test_long_arms_have_twice_the_steps_and_twice_the_groups(variant, groups):
+    config = study.get_config(variant)
+    changes = [cell.changes(config) for cell in cells.plan(config) if cell.arm.endswith("_long")]
+    assert {each["data.world.train"] for each in changes} == {groups}
+    assert {each["total_steps"] for each in changes} == {2 * config.train.total_steps}
+
+
 def test_a_cell_is_known_by_everything_its_numbers_depend_on():
     config = study.get_config()
     cell = cells.plan(config)[0]

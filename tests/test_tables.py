@@ -10,7 +10,7 @@ from jrm_jax.data.ingest import aspects, delimited
 from jrm_jax.data.ingest.pictures import GroupPictures
 from jrm_jax.data.labels import read_decimal
 from jrm_jax.data.picture_names import is_file, read_named
-from jrm_jax.data.stated import stated_scores
+from jrm_jax.data.stated import stated_scores, teacher_scores
 from jrm_jax.errors import RecordError, UserError
 from jrm_jax.evaluation.files import Row
 
@@ -36,6 +36,22 @@ def test_cells_that_hold_no_number(pictures, build):
     problems = (pictures / "out0" / "problems.txt").read_text()
     for number, words in ((3, "score is 'nan'"), (6, "must be a finite"), (8, "must be a number")):
         assert any(f"t.csv:{number}: " in said and words in said for said in problems.splitlines())
+
+
+def test_lines_of_scores_are_those_that_the_table_marks(pictures, build):
+    text = "source,instruction,edit,critique,score_line\n" + "".join(
+        f"0.png,Add,{i}.png,{critique},{mark}\n"
+        for i, (critique, mark) in enumerate(
+            (("Fine. Overall: 7/10", "TRUE"), ("Overall: 3/10", "yes"), ("Overall: 2/10", ""),
+             ("Overall: 1/10", "false"), ("", "true"), ("Overall: 9/10", "maybe")), 1
+        )
+    )  # fmt: skip
+    (example,), kinds = build("csv", table(pictures / "t.csv", text))
+    marks = [candidate.score_line for candidate in example.candidates]
+    assert marks == [True, True, False, False, False]
+    assert kinds == {("left out", "field 'score_line'"): 1}
+    found = [c.critique if c.score_line else None for c in example.candidates]
+    assert teacher_scores(found, ("overall",), {})[:2] == [[7], [3]]
 
 
 @pytest.mark.parametrize("opened", ['z,Add "a hat,x', '"z,Add,x', 'z,"Add,x', 'z,Add,"x'])

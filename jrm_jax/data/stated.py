@@ -12,6 +12,7 @@ import math
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 from jrm_jax.data.labels import read_decimal
@@ -52,6 +53,26 @@ class _Score(NamedTuple):
 
     value: float
     of: float
+
+
+def score_line(
+    scores: Mapping[str, float], parts: Mapping[str, Mapping[str, float]] = MappingProxyType({})
+) -> str:
+    """'Scores: overall 3.5, visual quality 2 (naturalness 2, artifacts 4).', as it is read here.
+
+    Args:
+        scores: by reward dimension.
+        parts: of some of them, what a score is made of.
+    """
+
+    def say(found: Mapping[str, float], within: Mapping[str, Mapping[str, float]]) -> str:
+        said = []
+        for name, score in found.items():
+            inner = say(within[name], {}) if within.get(name) else ""
+            said.append(f"{name.replace('_', ' ')} {score:.4g}{inner and f' ({inner})'}")
+        return ", ".join(said)
+
+    return f"Scores: {say(scores, parts)}."
 
 
 def last_line(critique: str) -> int:

@@ -15,6 +15,7 @@ Letters: K candidates, R reward dimensions, B groups.
 from __future__ import annotations
 
 import collections
+import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -241,16 +242,18 @@ class RewardModel:
     def iter_found(
         self, groups: Iterable[Group | tuple], like: Sequence[Needs] = ()
     ) -> Iterator[Scores | UserError]:
-        """As `iter_scores`, with the error in place of the scores of a group that has none.
+        """As `iter_scores`, with the error in place of the scores of a group that has none."""
 
-        Raises:
-            UserError: of one of the groups by which buckets are planned.
-        """
+        def asked(named: tuple[Group | tuple, str]) -> list[Needs]:
+            with contextlib.suppress(UserError):  # `encode` meets it again, in its place
+                return [self.need(*named)]
+            return []
+
         rest, first = iter(groups), collections.deque()
         if not like:
             first.extend(itertools.islice(rest, FIRST * self.batch_size))
             named = ((group, f"group {index}: ") for index, group in enumerate(first))
-            like = list(ahead(lambda each: self.need(*each), named, self.batch_size))
+            like = list(itertools.chain(*ahead(asked, named, self.batch_size)))
         begun = (first.popleft() for _ in range(len(first)))  # whose pictures are kept no longer
         found = self._runner.streamed(
             (SCORES,),

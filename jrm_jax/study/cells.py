@@ -36,10 +36,10 @@ LATER = {
 
 class Arm(NamedTuple):
     """words: what it is. changes: fields of the training config. scaled: the field that the weight
-    axis sets, '' for none. steps: times those of the others. judge: its score is read from the
-    critique that it writes. until: the arm whose accuracy on `valid` it is to reach. idea: why it
-    was tried, of an arm that came after the first results. first: fields of a run that comes before
-    it, from whose backbone it starts."""
+    axis sets, '' for none. steps, groups: times those of the others. judge: its score is read from
+    the critique that it writes. until: the arm whose accuracy on `valid` it is to reach. idea: why
+    it was tried, of an arm that came after the first results. first: fields of a run that comes
+    before it, from whose backbone it starts."""
 
     words: str
     changes: Mapping[str, Any]
@@ -49,6 +49,7 @@ class Arm(NamedTuple):
     until: str = ""
     idea: str = ""
     first: Mapping[str, Any] | None = None
+    groups: int = 1
 
 
 _ALONE = {LANGUAGE: 0.0}
@@ -113,12 +114,12 @@ ARMS = {
     ),
     "joint_long": Arm(
         "joint, twice the steps on twice the groups",
-        {"data.world.train": 12_800}, LANGUAGE, 2,
+        {}, LANGUAGE, 2, groups=2,
         idea="in 400 steps the language loss is just becoming informative when the run ends",
     ),
     "discriminative_long": Arm(
         "discriminative, twice the steps on twice the groups",
-        {**_ALONE, "data.world.train": 12_800}, "", 2,
+        _ALONE, "", 2, groups=2,
         idea="what joint_long is to be compared with",
     ),
 }  # fmt: skip
@@ -146,7 +147,7 @@ class Cell(NamedTuple):
         arm = self.what
         return {
             **shared_changes(config),
-            "data.world.train": self.size,
+            "data.world.train": self.size * arm.groups,
             "total_steps": config.train.total_steps * arm.steps,
             "seed": self.seed,
             **arm.changes,
@@ -295,7 +296,8 @@ def unneeded(cell: Cell, found: Mapping[Cell, Mapping[str, Any]]) -> str:
     if goal is None:
         return ""
     for other, result in found.items():
-        shorter = other.what.steps < arm.steps and other.what.changes == arm.changes
+        alike = (other.what.changes, other.what.groups) == (arm.changes, arm.groups)
+        shorter = alike and other.what.steps < arm.steps
         if shorter and other[1:] == cell[1:] and result["valid"] >= goal["valid"]:
             return f"{other.name} has reached {arm.until}'s {goal['valid']:.4f} on valid"
     return ""

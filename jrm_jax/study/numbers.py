@@ -255,7 +255,8 @@ def longer(config: ConfigDict, found: Found, full: int) -> list[dict[str, Any]]:
     and what both have on `hard` then."""
     pairs = analysis.load_pairs("hard", config.world.hard, config.world.seed)
     rows = []
-    names = [name for name, arm in ARMS.items() if arm.changes == ARMS[BASELINE].changes]
+    own = (ARMS[BASELINE].changes, ARMS[BASELINE].groups)
+    names = [name for name, arm in ARMS.items() if (arm.changes, arm.groups) == own]
     planned = {c.seed for c in cells.plan(config) if ARMS[c.arm].until}
     for seed in sorted(planned):
         goal = found.get(Cell(TREATED, full, 1.0, seed))

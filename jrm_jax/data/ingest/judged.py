@@ -9,7 +9,8 @@ Two kinds of rows:
 
 A judge writes twice about an edit: does it follow the instruction and keep the rest (SC: scores for
 success and for preservation), and does it look right (PQ: naturalness, artifacts). Both become one
-critique of that candidate, the scores its last line. Rows of the first kind with the same source
+critique of that candidate, the scores its last line, by the names of the reward dimensions, so that
+`config.loss.teacher_weight` can learn them. Rows of the first kind with the same source
 and instruction become one group, ranked by the scores in each dimension. Of talks, the two about
 one edit are put together, known by the picture's content, and the edit stands alone: only the
 language loss learns from it.
@@ -32,11 +33,12 @@ from jrm_jax.data.ingest.pictures import GroupPictures, content_digest, picture_
 from jrm_jax.data.ingest.rows import SUFFIXES
 from jrm_jax.data.labels import check_type, field_error, parse_labels
 from jrm_jax.data.schema import Candidate, Image, PreferenceExample, Text, validate
+from jrm_jax.data.stated import score_line
 from jrm_jax.errors import RecordError
 
 DIMENSIONS = ("overall", "instruction_following", "consistency", "visual_quality")
-_NAMES = {"SC": ("success", "preservation"), "PQ": ("naturalness", "artifacts")}
 _WORDS = {"SC": "Instruction", "PQ": "Quality"}
+_LOOKS = ("naturalness", "artifacts")
 
 
 class Judged(NamedTuple):
@@ -136,7 +138,7 @@ def _merge(judgements: list[Judgement], where: str, problems: Problems) -> list[
     for edit, several in by_edit.items():
         reasons: dict[str, str] = {}
         scores: dict[str, tuple[float, float]] = {}
-        for side in _NAMES:
+        for side in _WORDS:
             texts = [one.reasons[side] for one in several if side in one.reasons]
             pairs = [one.scores[side] for one in several if side in one.scores]
             if max(len(texts), len(pairs)) > 1:
@@ -155,19 +157,16 @@ def _candidate(one: Judgement) -> Candidate:
     lines = [one.boxes] if one.boxes else []
     lines += [
         f"{_WORDS[side]}: {' '.join(one.reasons[side].split())}"
-        for side in _NAMES
+        for side in _WORDS
         if side in one.reasons
-    ]
-    numbers = [
-        f"{name} {score:g}"
-        for side in _NAMES
-        for name, score in zip(_NAMES[side], one.scores.get(side, ()), strict=False)
     ]
     if not lines:
         return Candidate((Image(one.edit),))
-    if numbers:
-        lines.append(f"Scores: {', '.join(numbers)}.")
-    return Candidate((Image(one.edit),), "\n".join(lines), bool(numbers))
+    scores = {name: score for name in DIMENSIONS if (score := _value(one, name)) is not None}
+    if scores:
+        looks = zip(_LOOKS, one.scores.get("PQ", ()), strict=False)
+        lines.append(score_line(scores, {"visual_quality": dict(looks)}))
+    return Candidate((Image(one.edit),), "\n".join(lines), bool(scores))
 
 
 def _value(one: Judgement, dimension: str) -> float | None:

@@ -12,10 +12,12 @@ A row is a talk (see `talks`): a request and the pictures, and an answer of this
     # Summary: ..
 
 or with "## Score" alone, about one candidate. The scores of an aspect become a preference in its
-dimension, their mean over the aspects becomes `overall`; N/A is unlabelled. A rationale about two
-is cut into one for each (`comparisons`), and refused where nothing is left for one of them.
-Summaries, analyses of the request and refined requests are not used. Every row is a group of its
-own: a candidate of several pairs has several rationales, and a group has room for one.
+dimension, their mean over the aspects becomes `overall`; N/A is unlabelled. The critique ends with
+these scores, by the names of the dimensions, so that `config.loss.teacher_weight` can learn them.
+A rationale about two is cut into one for each (`comparisons`), and refused where nothing is left
+for one of them. Summaries, analyses of the request and refined requests are not used. Every row is
+a group of its own: a candidate of several pairs has several rationales, and a group has room for
+one.
 
 From the repository: the files' fields (rationalrewards_sft/data/dataset_info.json), both questions
 and the form of the answers (reward_model_evaluation, test_time_prompt_tuning), scores of 1 to 4.
@@ -26,6 +28,7 @@ deduction leads to; the data was not at hand.
 from __future__ import annotations
 
 import re
+import statistics
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,6 +55,7 @@ from jrm_jax.data.schema import (
     Text,
     validate,
 )
+from jrm_jax.data.stated import score_line
 from jrm_jax.errors import RecordError
 
 _AFTER = r"You are provided with"
@@ -183,9 +187,14 @@ def _critiques(
         raise field_error(where, "messages", words, kind if sides == SIDES else UNREADABLE)
     stated = []
     for side in sides:
-        scores = [(a.name, a.scores[side]) for a in aspects if a.scores.get(side) is not None]
+        scores = {
+            ASPECTS[a.name][0]: a.scores[side] for a in aspects if a.scores.get(side) is not None
+        }
+        # as the preference is made: of aspects in which all sides have a score
+        whole = [a.scores[side] for a in aspects if all(a.scores.get(s) is not None for s in sides)]
         if scores:
-            lines[side].append(f"Scores: {', '.join(f'{n} {score:g}' for n, score in scores)}.")
+            overall = {"overall": statistics.fmean(whole)} if whole else {}
+            lines[side].append(score_line({**overall, **scores}))
         stated.append(("\n".join(lines[side]), bool(scores)))
     odd = [("rationale with sentences about both candidates (left out of it)", str(left))]
     return stated, odd if left else []

@@ -5,9 +5,10 @@
     cat.png,Make the cat white,b.png,5,
 
 Columns: edit; source (may be empty: text to image) and instruction, or group, which then tells what
-belongs together; critique; and `score` (larger is better) or `rank` (1 is best), for more than one
-reward dimension `score_NAME` or `rank_NAME`. An empty cell is an unlabelled one. The delimiter may
-be a comma, a semicolon, a tab or |.
+belongs together; critique, and score_line, `true` where its last line states scores (else `false`
+or empty); and `score` (larger is better) or `rank` (1 is best), for more than one reward dimension
+`score_NAME` or `rank_NAME`. An empty cell is an unlabelled one. The delimiter may be a comma, a
+semicolon, a tab or |.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from jrm_jax.data.schema import (
 from jrm_jax.errors import UserError
 
 _MISSING = ("", "nan", "na", "n/a", "null", "none", "-")  # what tables write where nothing is
-_KNOWN = ("source", "instruction", "edit", "group", "critique")
+_KNOWN = ("source", "instruction", "edit", "group", "critique", "score_line")
+_TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
 class Table(NamedTuple):
@@ -58,14 +60,15 @@ class Table(NamedTuple):
         edits: list[_Edit] = []
 
         def read(row: dict[str, str], where: str) -> _Edit:
-            source = row.get("source", "")
+            source, critique = row.get("source", ""), row.get("critique", "").strip() or None
             kind, columns = _labels(row, where)
             edit = _Edit(
                 (row["instruction"], pictures(source, where, "source") if source else b""),
                 pictures(row["edit"], where, "edit"),
                 kind,
                 {name: _number(row, column, where, problems) for name, column in columns.items()},
-                row.get("critique", "").strip() or None,
+                critique,
+                _truth(row, "score_line", where) and critique is not None,
             )
             if edits and edit.prompt != edits[0].prompt:
                 raise field_error(where, "group", "has several sources or instructions")
@@ -94,7 +97,9 @@ class Table(NamedTuple):
         example = PreferenceExample(
             id=f"{Path(used[0]).name}:{text}"[:120],
             prompt=(Text(text), *([Image(source)] if source else [])),
-            candidates=tuple(Candidate((Image(edit.picture),), edit.critique) for edit in edits),
+            candidates=tuple(
+                Candidate((Image(edit.picture),), edit.critique, edit.score_line) for edit in edits
+            ),
             preference=preference, weight=weight, dimensions=names,
         )  # fmt: skip
         validate(example, used[0])
@@ -109,6 +114,7 @@ class _Edit(NamedTuple):
     kind: str
     values: dict[str, float | None]  # by dimension
     critique: str | None
+    score_line: bool
 
 
 def _labels(row: dict[str, Any], where: str) -> tuple[str, dict[str, str]]:
@@ -120,14 +126,25 @@ def _labels(row: dict[str, Any], where: str) -> tuple[str, dict[str, str]]:
     found: dict[str, dict[str, str]] = {}
     for column in row:
         kind, _, dimension = column.partition("_")
+        if column in _KNOWN:  # `score_line` is no dimension
+            continue
         if kind in ("score", "rank"):
             found.setdefault(f"{kind}s", {})[dimension or DEFAULT_DIMENSIONS[0]] = column
-        elif column not in _KNOWN:
+        else:
             known = ", ".join((*_KNOWN, "score", "score_NAME", "rank", "rank_NAME"))
             raise UserError(f"{where}: column {column!r} is unknown; known: {known}")
     if len(found) > 1:
         raise UserError(f"{where}: has both scores and ranks; give one kind")
     return next(iter(found.items())) if found else ("", {})
+
+
+def _truth(row: dict[str, str], name: str, where: str) -> bool:
+    text = row.get(name, "").strip().lower()
+    if text in _MISSING:
+        return False
+    if text not in _TRUTH:
+        raise field_error(where, name, f"is {row[name]!r}, not true or false")
+    return _TRUTH[text]
 
 
 def _number(
