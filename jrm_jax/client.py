@@ -6,7 +6,8 @@
 
 A picture is a path, an encoded file as bytes, a Pillow image, or an array or tensor: uint8 or float
 in 0 to 1, [h, w, 3] or [3, h, w]. Arrays travel as PNG, so no pixel changes on the way but by the
-rounding of floats. A candidate without a score raises; it is never a number. Retried are answers of
+rounding of floats. In `score` and `critique` a candidate without a score raises;
+`score_groups` gives it NaN and says why. Retried are answers of
 429 and 503 alone, with growing pauses, at the next server.
 
 Letters: K candidates, R reward dimensions.

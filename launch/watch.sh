@@ -42,11 +42,11 @@ while true; do
       fi
       ;;
     ACTIVE)
-      status=0
+      asked=1 status=0
       "$here/run.sh" -- "${REST[@]}" || status=$?
       if ((status == 0)); then
         until "$here/delete.sh"; do # they cost money until it has worked
-          again "the run has finished, deleting the TPUs failed"
+          again "the run has finished, but the TPUs are not deleted and cost money"
           sleep "${POLL:-60}"
         done
         exit 0
@@ -54,6 +54,7 @@ while true; do
       again "the run ended with status $status"
       ;;
     SUSPENDED | SUSPENDING | FAILED) # nothing brings these back
+      asked=1
       again "the TPUs were taken away"
       "$here/delete.sh" || true # it has said why; the state is asked for again
       ;;

@@ -140,6 +140,11 @@ def test_bad_settings_are_one_line(script, settings, words):
 FAKE = """#!/usr/bin/env bash
 verb=$4; [[ "$3" == tpu-vm ]] && verb=ssh
 echo "$verb" >> calls
+if [[ -e trouble && "$(head -n 1 trouble)" == "$verb" ]]; then  # the next call of it fails
+  sed -i 1d trouble
+  echo "UNAVAILABLE" >&2
+  exit 1
+fi
 case "$verb" in
   create) echo PROVISIONING > state ;;
   delete) rm -f state ;;
@@ -155,26 +160,77 @@ esac
 """
 
 
-def test_watch_recreates_what_is_taken_away_and_ends_with_the_run(tmp_path):
+@pytest.fixture
+def gcloud(tmp_path):
+    """Call a script with the pretended gcloud; `trouble`: calls that fail, in this order."""
     (tmp_path / "gcloud").write_text(FAKE)
     (tmp_path / "gcloud").chmod(0o755)
-    env = {**SETTINGS, "PATH": f"{tmp_path}:{os.environ['PATH']}", "POLL": "0"}
-    command = [str(LAUNCH / "watch.sh"), "--", *TRAINING]
-    done = subprocess.run(
-        command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=60
-    )
+
+    def call(script, *arguments, trouble=(), **settings):
+        (tmp_path / "trouble").write_text("".join(f"{verb}\n" for verb in trouble))
+        (tmp_path / "calls").write_text("")
+        env = {**SETTINGS, "PATH": f"{tmp_path}:{os.environ['PATH']}", "POLL": "0", **settings}
+        done = subprocess.run(
+            [str(LAUNCH / script), *arguments], env=env, cwd=tmp_path, capture_output=True,
+            text=True, timeout=60,
+        )  # fmt: skip
+        return done, [c for c in (tmp_path / "calls").read_text().split() if c != "describe"]
+
+    return call
+
+
+def test_tpus_are_given_back_also_when_gcloud_fails_now_and_then(gcloud, tmp_path):
+    (tmp_path / "state").write_text("ACTIVE\n")
+    (tmp_path / "runs").write_text("x\n")  # the next one is the second, which ends well
+    (tmp_path / "taken").touch()
+    trouble = ("describe", "ssh", "describe", "delete", "delete")
+    done, calls = gcloud("watch.sh", "--", *TRAINING, trouble=trouble)
     assert done.returncode == 0, (done.stdout, done.stderr)
-    calls = [c for c in (tmp_path / "calls").read_text().split() if c != "describe"]
+    assert calls == ["ssh", "ssh", "delete", "delete", "delete"]
+    assert not (tmp_path / "state").exists() and not (tmp_path / "trouble").read_text()
+    assert done.stdout.count("the TPUs are not deleted and cost money") == 2
+
+
+def test_what_cannot_be_asked_for_is_not_taken_for_deleted(gcloud, tmp_path):
+    (tmp_path / "state").write_text("ACTIVE\n")
+    done, calls = gcloud("delete.sh", trouble=("describe",))
+    assert done.returncode == 0 and calls == ["delete"] and "UNAVAILABLE" in done.stderr
+    done, calls = gcloud("delete.sh")
+    assert done.returncode == 0 and not calls and "pod does not exist" in done.stdout
+    (tmp_path / "state").write_text("ACTIVE\n")
+    done, calls = gcloud("delete.sh", trouble=("describe", "delete"))
+    assert done.returncode and calls == ["delete"]
+
+
+def test_words_beside_an_answer_are_no_part_of_the_state(gcloud, tmp_path):
+    (tmp_path / "state").write_text("ACTIVE\n")
+    (tmp_path / "gcloud").write_text(FAKE.replace("cat state", "echo Update me >&2; cat state"))
+    done, calls = gcloud("create.sh")
+    assert done.returncode == 0 and not calls and "pod exists already" in done.stdout
+
+
+def test_a_request_that_is_refused_is_made_again_but_for_the_first(gcloud, tmp_path):
+    done, calls = gcloud("watch.sh", "--", *TRAINING, trouble=("create",))
+    assert done.returncode == 1 and calls == ["create"] and "UNAVAILABLE" in done.stderr
+    (tmp_path / "state").write_text("SUSPENDED\n")
+    (tmp_path / "runs").write_text("x\n")
+    (tmp_path / "taken").touch()
+    done, calls = gcloud("watch.sh", "--", *TRAINING, trouble=("delete", "create", "create"))
+    assert done.returncode == 0, (done.stdout, done.stderr)
+    assert calls == ["delete", "delete", "create", "create", "create", "ssh", "delete"]
+    assert done.stdout.count("asking for TPUs failed") == 2
+
+
+def test_watch_recreates_what_is_taken_away_and_ends_with_the_run(gcloud, tmp_path):
+    done, calls = gcloud("watch.sh", "--", *TRAINING)
+    assert done.returncode == 0, (done.stdout, done.stderr)
     made = [c for c in calls if c != "ssh"]
     assert made == ["create", "delete", "create", "delete"] and calls[-2:] == ["ssh", "delete"]
     assert "the run ended with status 7" in done.stdout
     assert "the TPUs were taken away" in done.stdout
     (tmp_path / "runs").unlink()
     (tmp_path / "taken").unlink()
-    done = subprocess.run(
-        command, env=env | {"MAX_RESTARTS": "1"}, cwd=tmp_path, capture_output=True, text=True,
-        timeout=60,
-    )  # fmt: skip
+    done, _ = gcloud("watch.sh", "--", *TRAINING, MAX_RESTARTS="1")
     assert done.returncode == 1 and "given up after 1 restarts" in done.stderr
 
 
