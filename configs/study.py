@@ -157,6 +157,12 @@ def regimes(variant: str) -> ConfigDict:
         (("teacher_noisy",), (1600,), (0.35,), 5),
         # After teacher's curves: scores that err beside few and many, right and wrong votes.
         (("teacher_noisy",), (100, 6400), (0.0, 0.35), 2),
+        # After staged's first two seeds, which both gained: more of them, and is it what critiques
+        # say, and is it their scores?
+        (("staged",), (1600,), (0.35,), 5),
+        (("staged_shuffled", "staged_masked"), (1600,), (0.35,), 2),
+        # After joint_words' curves, above discriminative there: is it what critiques say?
+        (("words_shuffled",), (100,), (0.0, 0.2), 2),
         (("joint_teacher", *OTHERS), SIZES, FLIPS, 2),
     )
     # What the whole plan costs on one quiet core of an AMD EPYC, written before the first cell of
@@ -210,8 +216,12 @@ def regimes(variant: str) -> ConfigDict:
     # accuracies on `hard` at which labels are counted; a rule without a model has 0.592 (to 0.601)
     config.verdict.efficiency = (0.62, 0.66)
     # at the headline, besides those over discriminative: what scores add to joint training, and
-    # writing to scores; asked after teacher had gained
-    config.verdict.beside = (("joint_teacher", "joint"), ("joint_teacher", "teacher"))
+    # writing to scores, asked after teacher had gained; and what a gain of staged is, asked after
+    # it had gained with two seeds
+    config.verdict.beside = (
+        ("joint_teacher", "joint"), ("joint_teacher", "teacher"), ("staged", "staged_shuffled"),
+        ("staged", "staged_masked"), ("staged_joint", "staged"), ("staged", "teacher"),
+    )  # fmt: skip
     config.verdict.advice_seeds = 3  # from which an arm is recommended
 
     if variant == "regimes_tiny":

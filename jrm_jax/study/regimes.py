@@ -58,6 +58,14 @@ ARMS = {
     "words_noisy": Arm(
         "joint_words, critiques that err as a model judge's", {**WORDS, **NOISY}
     ),
+    "staged_shuffled": Arm(
+        "critiques of other examples alone first, then preference loss alone", ALONE,
+        first={**STAGE, **SHUFFLED},
+    ),
+    "staged_masked": Arm(
+        "critiques alone first, their score line masked, then preference loss alone", ALONE,
+        first={**STAGE, **MASKED},
+    ),
     "teacher_noisy": Arm(
         "teacher, scores that err as a model judge's", {**ALONE, **TEACHER, **NOISY}
     ),
@@ -69,7 +77,7 @@ CRITIQUES = {
         "joint", "joint_words", "joint_through", "teacher", "joint_teacher", "regression",
         "staged", "staged_joint",
     ),
-    "good ones, without scores": ("joint_masked", "words_masked"),
+    "good ones, without scores": ("joint_masked", "words_masked", "staged_masked"),
     "a model judge's, which err": ("joint_noisy", "words_noisy", "teacher_noisy"),
 }  # fmt: skip
 

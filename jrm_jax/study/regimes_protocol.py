@@ -98,7 +98,7 @@ def protocol(config: ConfigDict, numbers: Numbers) -> list[str]:
         "do not count. So labels are seen equally often in all arms, and critiques cost time and "
         "nothing else.",
         f"- {train.total_steps} steps in all arms, and {config.stage_steps} of critiques alone "
-        "before them in the two arms that begin so. The checkpoint with the best accuracy on "
+        "before them in the arms that begin so. The checkpoint with the best accuracy on "
         f"`valid` ({world.valid} groups) counts.",
         "- Teacher: the score that a critique's last line states, 0.6 following + 0.4 preservation "
         "of ten, makes soft preferences, sigmoid of the difference, for all pairs of all rows.",
