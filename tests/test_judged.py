@@ -62,6 +62,15 @@ def test_two_edits_in_a_row_and_an_edit_judged_again(pictures, build):
                      2}  # fmt: skip
 
 
+@pytest.mark.parametrize("score", [[[20, 10]], [20, 10]])
+def test_lists_of_one_edit(pictures, build, score):
+    row = judged_row(["1.png"], score, score)
+    row |= {"output_images": row.pop("output_image"), "SC_reasoning": ["One."]}
+    (example,), kinds = build("editscore", lines(pictures / "train.jsonl", [row]))
+    assert not kinds and example.candidates[0].critique.startswith("Instruction: One.\n")
+    assert "instruction following 20, consistency 10" in example.candidates[0].critique
+
+
 def talk(images, asked, answered):
     turns = [{"from": "human", "value": "<image>" * len(images) + asked},
              {"from": "gpt", "value": answered}]  # fmt: skip

@@ -4,6 +4,7 @@ import pytest
 from benchmark_files import png
 from layout_case import build, lines, parquet, pictures  # noqa: F401
 
+from jrm_jax.data.ingest import aspects
 from jrm_jax.data.ingest.comparisons import split
 from jrm_jax.data.stated import teacher_scores
 
@@ -175,6 +176,19 @@ def test_rationales_that_cannot_be_used_are_refused_by_name(pictures, build, cap
     }  # fmt: skip
     said = (pictures / "out0" / "problems.txt").read_text().splitlines()[1]
     assert "nothing names Image B alone (--no_critiques keeps the preferences)" in said
+
+
+@pytest.mark.parametrize(
+    "said, found",
+    [
+        ("N/A (Image 2 has no text)", None), ("**N/A** - 0 words", None), ("[n/a]", None),
+        ("None, as 3 letters are missing", None), ("NA", None), ("", None), ("\n\n", None),
+        ("N/A\n\n# Overall: 2 of 4", None), ("3.5\n\n# Overall: 2 of 4", 3.5), ("**4.0**", 4.0),
+        ("[2]", 2.0), ("about 3", 3.0), ("\n1", 1.0), ("0", 0.0),
+    ],
+)  # fmt: skip
+def test_a_score_is_what_its_own_line_says(said, found):
+    assert aspects._score(said, "x", "score") == found
 
 
 @pytest.mark.parametrize(

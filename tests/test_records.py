@@ -69,6 +69,42 @@ def test_the_builder_and_evaluate_read_the_same(pictures, build, form):
         assert comparison.label == 1 and example.preference[0, 1, 0] == 1
 
 
+QUESTION = {"role": "user", "content": "Add"}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        # the question again before each answer, as chat data has it
+        {"prompt": "Add", "source": "0.png", "chosen": [QUESTION, {"role": "assistant", "content":
+         [{"type": "image"}]}], "rejected": [QUESTION, {"role": "assistant", "content":
+         "<image>"}], "images": ["1.png", "2.png"]},
+        {"prompt": "Add", "source": "0.png", "chosen": [QUESTION, {"from": "gpt", "value": "No."},
+         QUESTION, {"from": "gpt", "value": "<image>"}], "rejected": "2.png", "images": ["1.png"]},
+        # a place in a plain string
+        {"instruction": "<image>\nAdd", "images": ["0.png"], "chosen": "1.png",
+         "rejected": "2.png"},
+        {"instruction": "Add <image>", "images": ["0.png", "1.png", "2.png"], "chosen": "<image>",
+         "rejected": "<image>"},
+    ],
+)  # fmt: skip
+def test_questions_and_places_of_pictures_in_pairs(row):
+    found = parse_json(row, lambda value: value.encode(), "x")
+    assert sorted(part.text for part in found.prompt if isinstance(part, Text)) == ["Add"]
+    assert [part.data for part in found.prompt if not isinstance(part, Text)] == [b"0.png"]
+    assert [[part.data for part in one.parts] for one in found.candidates] == [
+        [b"1.png"], [b"2.png"]
+    ]  # fmt: skip
+
+
+def test_places_without_pictures_and_questions_without_answers():
+    pair = {"prompt": "Add", "chosen": "Write <image> here.", "rejected": "b"}
+    found = parse_json(pair, lambda value: value.encode(), "x")
+    assert found.candidates[0].parts[0].text == "Write <image> here."  # no `images`: a text
+    with pytest.raises(RecordError, match="holds the question, and no answer"):
+        parse_json(pair | {"chosen": [QUESTION]}, lambda value: value.encode(), "x")
+
+
 @pytest.mark.parametrize("row", [
     *FORMS.values(), {"scores": {"a": None}}, {"scores": {"a": None, "b": [1, 2]}}, {"scores": {}},
     {"ranks": [1, 2], "chosen": None}, {"dimensions": ["x"], "chosen": "a", "rejected": "b"},

@@ -2,12 +2,16 @@
 
 import io
 import json
+import os
+from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from benchmark_files import png
 from layout_case import build, lines, pictures  # noqa: F401
 
-from jrm_jax.data import builders
+from jrm_jax.data import builders, store
 from jrm_jax.data.ingest import json_rows, rows
 from jrm_jax.errors import UserError
 
@@ -157,6 +161,7 @@ def test_a_broken_list_is_not_read_to_its_end(tmp_path, monkeypatch):
 
     text = Text('[{"a": 1}, {"b" 2}, ' + '{"c": 3}, ' * 50_000 + "1]")
     monkeypatch.setattr(json_rows, "BLOCK", 64)
+    (tmp_path / "list.json").touch()
     monkeypatch.setattr(json_rows, "open_text", lambda path: text)
     with pytest.raises(UserError, match="entry 1"):
         list(rows.read_rows(tmp_path / "list.json"))
@@ -202,9 +207,38 @@ def test_json_lines_by_other_names(tmp_path):
     for more, words in ((", 3", "no object follows entry 2"), ('{"a"', "entry 3")):
         with pytest.raises(UserError, match=words):
             found_in(tmp_path / "x.json", objects + more)
-    for alone in (json.dumps(wanted[0]), json.dumps(wanted[0], indent=1), '{"a": ', "{\n{\n"):
+    for alone in (json.dumps(wanted[0]), json.dumps(wanted[0], indent=1)):
         with pytest.raises(json_rows.NoRows, match="is an object .*name the file .jsonl"):
             found_in(tmp_path / "x.json", alone)
+
+
+@pytest.mark.parametrize("text", ['{"a": ', "{\n{\n", '{"a": 1} x', "<html>", '"a"', "nothing"])
+def test_a_broken_file_is_not_passed_over(tmp_path, text):
+    """A part of a data set may be what was cut off, or a page that tells of an error."""
+    with pytest.raises(UserError, match="is not JSON") as caught:
+        found_in(tmp_path / "x.json", text)
+    assert not isinstance(caught.value, json_rows.NoRows)
+
+
+@pytest.mark.parametrize("name", ["x.json", "x.jsonl", "x.parquet", "x.arrow", "x.csv"])
+def test_what_stands_for_a_file_is_told(tmp_path, name):
+    with pytest.raises(UserError, match=f"{name} stands for a file that was not downloaded"):
+        found_in(tmp_path / name, "version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_names_in_other_encodings(tmp_path, kind):
+    """As old archives leave them."""
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/z\xfc"))
+    folder.mkdir()
+    table, path = pyarrow.table({"n": [1, 2, 3]}), folder / f"data.{kind}"
+    with path.open("wb") as file:
+        if kind == "parquet":
+            pyarrow.parquet.write_table(table, file)
+        else:
+            with pyarrow.ipc.new_stream(file, table.schema) as stream:
+                stream.write_table(table)
+    assert [row for _, row in rows.read_rows(path, skip=1)] == [{"n": 2}, {"n": 3}]
 
 
 def test_a_long_object_is_not_read_to_its_end(tmp_path, monkeypatch):
@@ -281,3 +315,16 @@ def test_ties_said_in_words(pictures, build, capsys, said, tie):
         return
     (example,), _ = build("editreward", path)
     assert example.preference[0, 1, 0] == (0.5 if tie else 1)
+
+
+def test_a_split_is_added_to_the_folder_in_which_one_is(pictures, monkeypatch):
+    rows_ = [{"id": str(i), "prompt": ["Add"], "candidates": ["a", f"b{i}"], "ranks": [1, 2]}
+             for i in range(3)]  # fmt: skip
+    data = lines(pictures / "rows.jsonl", rows_)
+    out = pictures / "own"
+    assert builders.main(["jsonl", f"--data={data}", f"--out={out}"]) == 0
+    monkeypatch.chdir(out)
+    assert builders.main(["jsonl", f"--data={data}", "--out=.", "--split=valid"]) == 0
+    assert {name: len(rows) for name, rows in store.open_dataset(out).items()} == {
+        "train": 3, "valid": 3
+    }  # fmt: skip

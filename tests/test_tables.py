@@ -38,6 +38,22 @@ def test_cells_that_hold_no_number(pictures, build):
         assert any(f"t.csv:{number}: " in said and words in said for said in problems.splitlines())
 
 
+def test_cells_in_which_nothing_is_said(pictures, build):
+    """With blanks around cells, and what tables write where nothing is."""
+    text = "source, instruction, edit, group, score, critique\n" + "".join(
+        f"{source}, {text}, {edit}.png , {group}, {5 - edit}, {critique}\n"
+        for source, text, edit, group, critique in (
+            ("0.png", "Add", 1, "nan", "N/A"), (" 0.png", "Add ", 2, "-", " - "),
+            ("0.png", "Add", 3, "", "Fine."), ("nan", "Draw", 4, "none", "null"),
+            ("", "Draw", 1, "", ""), ("0.png", "Add", 1, "own", "So."),
+        )
+    )  # fmt: skip
+    found, kinds = build("csv", table(pictures / "t.csv", text))
+    assert not kinds
+    shown = [(len(e.prompt), [c.critique for c in e.candidates]) for e in found]
+    assert shown == [(2, [None, None, "Fine."]), (1, [None, None]), (2, ["So."])]
+
+
 def test_lines_of_scores_are_those_that_the_table_marks(pictures, build):
     text = "source,instruction,edit,critique,score_line\n" + "".join(
         f"0.png,Add,{i}.png,{critique},{mark}\n"

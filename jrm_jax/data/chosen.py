@@ -5,9 +5,10 @@
 
 `prompt` or `conversations` may stand for `instruction`; they and the answers may be chat messages
 (`role` and `content`, or `from` and `value`), whose pictures without a name are those of `images`,
-in order. A list of answers holds several rejected (or chosen) ones. An answer that is a string is a
-picture where it ends like the name of one, else text. Fields that mean nothing here (models,
-categories) are passed over.
+in order, and in a text `<image>` stands for the next of them. Of the messages of an answer those
+after the last question count. A list of answers holds several rejected (or chosen) ones. An answer
+that is a string is a picture where it ends like the name of one, else text. Fields that mean
+nothing here (models, categories) are passed over.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def as_group(obj: Mapping[str, Any], where: str) -> Mapping[str, Any]:
         raise field_error(where, "instruction", "is missing (or 'prompt')")
     images = obj.get("images", [])
     unnamed = iter(list(images) if isinstance(images, list) else [images])
-    read = _Reader(where, unnamed)
+    read = _Reader(where, unnamed, places="images" in obj)
     prompt = read.parts(obj[asked], asked, str)  # the schema's own rule for strings
     for name in _SOURCES:
         if name in obj:
@@ -74,20 +75,26 @@ def _several(value: Any) -> list:
 
 
 class _Reader:
-    """Parts of one line. unnamed: pictures for the places that name none."""
+    """Parts of one line. unnamed: pictures for the places that name none; `places`: whether a
+    plain string may have such places."""
 
-    def __init__(self, where: str, unnamed: Iterator):
-        self._where, self._unnamed = where, unnamed
+    def __init__(self, where: str, unnamed: Iterator, places: bool):
+        self._where, self._unnamed, self._places = where, unnamed, places
 
     def answer(self, value: Any, field: str) -> Any:
         if isinstance(value, dict) and "parts" in value:
             return value  # a candidate as the schema has it
+        if isinstance(value, list):
+            asked = [i for i, item in enumerate(value) if _is_message(item) and _asks(item)]
+            value = value[asked[-1] + 1 :] if asked else value
+            if not value:
+                raise field_error(self._where, field, "holds the question, and no answer to it")
         return self.parts(value, field, _named_or_text)
 
     def parts(self, value: Any, field: str, string: Callable[[str], Any]) -> list:
         """Of a string, a picture, a part, messages, or a list of these. string: what one means."""
         if isinstance(value, str):
-            return [string(value)]
+            return (self._said(value) if self._places else []) or [string(value)]
         if isinstance(value, bytes):
             return [{"image": value}]
         if isinstance(value, list):
@@ -131,6 +138,10 @@ def _text(value: str) -> dict[str, str]:
 
 def _named_or_text(value: str) -> dict[str, str]:
     return {"image" if ends_like_picture(value) else "text": value}
+
+
+def _asks(message: Mapping[str, Any]) -> bool:
+    return message.get("role", message.get("from")) in ("user", "human")
 
 
 def _is_message(value: Any) -> bool:

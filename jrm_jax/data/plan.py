@@ -12,7 +12,6 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import functools
-import math
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -22,6 +21,8 @@ import numpy as np
 from jrm_jax.data.buckets import Bucket, assign, needs
 from jrm_jax.data.sizes import Sizes
 from jrm_jax.errors import UserError
+
+LOOKED_AT = 1000  # epochs, for the buckets in them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,12 +126,13 @@ class Plan(_Ids):
     __call__ = batch
 
     def buckets_met(self, start: int, stop: int) -> set[Bucket]:
-        """Of the batches of these steps. Epochs after each example has had its turn add none."""
-        rarest = min(weight for weight in self.weights if weight)
+        """Of the batches of these steps, of at most the first `LOOKED_AT` epochs among them."""
+        weighed = [m for m, weight in zip(self._members, self.weights, strict=True) if weight]
+        every = set(np.unique(self._bucket_of[np.concatenate(weighed)]).tolist())
         met: set[int] = set()
-        # the first may be half over, and so may the first round of a fraction
-        for _ in range(1 + 2 * math.ceil(1 / min(1, rarest))):
-            if start >= stop:
+        # epochs of the same examples have the same buckets, and the first may be half over
+        for _ in range(2 if self._constant else LOOKED_AT):
+            if start >= stop or met == every:
                 break
             epoch, first = self._find(start)
             batches = self._epoch(epoch)[start - first : stop - first]

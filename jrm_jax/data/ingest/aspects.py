@@ -26,6 +26,7 @@ _ASPECT = re.compile(
 _FIELD = re.compile(
     r"[#*\s-]*(Justification|Winner|Score(?: ([AB]))?)\b(?: \([^)]*\))?\**\s*:\**(.*)", re.DOTALL
 )
+_NONE = re.compile(r"[\s*\[(_]*(?:N/?A|None)\b", re.IGNORECASE)
 _END = re.compile(r"[#*\s]*(?:Summary|User Request Refinement)\b")
 
 
@@ -113,9 +114,10 @@ def shares_of(
 
 
 def _score(text: str, where: str, field: str) -> float | None:
-    found = re.search(r"-?\d+(?:[.,]\d+)*", text)
-    if found is None and text.strip(" *[].").upper() in ("N/A", "NA", "NONE", ""):
+    text = next((line for line in text.splitlines() if line.strip(" *[].")), "")
+    if not text or _NONE.match(text):  # whatever is remarked about it
         return None
+    found = re.search(r"-?\d+(?:[.,]\d+)*", text)
     try:
         number = read_decimal(found[0] if found else text)
     except ValueError:

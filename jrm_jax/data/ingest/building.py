@@ -36,7 +36,7 @@ from jrm_jax.data.ingest.waiting import Waiting
 from jrm_jax.data.schema import DEFAULT_DIMENSIONS
 from jrm_jax.errors import RecordError, UserError
 
-VERSION = 4  # raise it when the same files give other data sets
+VERSION = 5  # raise it when the same files give other data sets
 PARALLEL = 256  # rows from which on worker processes are worth their start, some seconds
 CARD, PROBLEMS = "README.md", "problems.txt"
 _TABLES = """
@@ -68,6 +68,8 @@ def build(
         UserError: `out` exists and has the split, a file cannot be read, a bad row (see `Options`),
             no usable row, or a half-made data set of other files, or a damaged one, lies there.
     """
+    if out.name in ("", ".."):  # of '.': its files are made beside it
+        out = out.resolve()
     splits = (options.split, "valid") if options.valid_fraction else (options.split,)
     base = store.check_splits(out, splits)
     files = find(source, layout.suffixes)

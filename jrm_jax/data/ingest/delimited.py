@@ -53,9 +53,10 @@ def _row(heads: list[str], cells: list[str] | csv.Error, where: str) -> dict | U
     if isinstance(cells, csv.Error):
         words = f"{where}: a quote (\") opens here and is not closed as it must be ({cells})"
         return RecordError(words, "quote that is not closed")
-    if len(cells) < len(heads) or any(cells[len(heads) :]):
-        return UserError(f"{where}: has not as many cells as the {len(heads)} heads")
-    return dict(zip(heads, cells, strict=False))
+    if any(cells[len(heads) :]):
+        return UserError(f"{where}: has more cells than the {len(heads)} heads")
+    # spreadsheets leave out empty cells at the end of a row
+    return dict(zip(heads, [*cells, *[""] * (len(heads) - len(cells))], strict=False))
 
 
 def _records(lines: _Lines, delimiter: str) -> Iterator[tuple[int, list[str] | csv.Error]]:

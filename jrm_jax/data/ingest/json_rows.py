@@ -19,7 +19,7 @@ _BLANK = " \t\r\n\v\f\ufeff"  # the mark may stand where files were joined
 
 
 class NoRows(UserError):
-    """A JSON file whose content is neither a list nor several objects."""
+    """A JSON file that holds one object alone, as files of settings do."""
 
 
 def read_lines(path: Path, columns: Any, skip: int) -> Iterator[tuple[str, Any]]:
@@ -44,7 +44,7 @@ def read_json_rows(path: Path, columns: Any, skip: int) -> Iterator[tuple[str, A
     """('file[index]', row) of a list, of several, or of objects; of JSON lines as `read_lines`.
 
     Raises:
-        NoRows: it begins with something else, or holds one object alone.
+        NoRows: it holds one object alone.
         UserError: it cannot be read on.
     """
     name = printable(path)
@@ -54,7 +54,7 @@ def read_json_rows(path: Path, columns: Any, skip: int) -> Iterator[tuple[str, A
         if not begin:
             raise UserError(f"{name} is not JSON (it is empty)")
         if begin not in "[{":
-            raise NoRows(f"{name} must hold a list of objects, is no list")
+            raise UserError(f"{name} is not JSON of rows (it must hold a list of objects)")
         if begin == "{" and _holds_lines(path):
             yield from read_lines(path, columns, skip)
             return
@@ -157,9 +157,13 @@ def _objects(values: _Values) -> Iterator[Any]:
     try:
         first = values.value(0, LONGEST)
     except UserError as error:
-        raise alone from error
-    if values.next_character() != "{":
+        if len(values.text) > LONGEST:
+            raise alone from error
+        raise
+    if not values.next_character():
         raise alone
+    if values.next_character() != "{":
+        raise UserError(f"{values.name} is not JSON (no object follows entry 0)")
     yield first
     index = 1
     while character := values.next_character():

@@ -59,7 +59,8 @@ def of_row(row: dict[str, Any], where: str, read: GroupPictures) -> Said:
                 check_type(text, str, where, f"{side}_reasoning", "a string")
                 reasons[side] = text
             value = row.get(f"{side}_score")
-            if value is not None and len(edits) > 1:
+            listed_too = isinstance(value, list) and value and isinstance(value[0], list)
+            if value is not None and (len(edits) > 1 or listed_too):
                 value = _own(value, index, len(edits), where, f"{side}_score")
             if value is not None:
                 scores[side] = _two(value, where, f"{side}_score")

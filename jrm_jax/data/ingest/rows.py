@@ -5,22 +5,24 @@ Nothing is held but the row at hand (of parquet: a few rows), however large a fi
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from jrm_jax.data.ingest.delimited import read_cells
 from jrm_jax.data.ingest.json_rows import read_json_rows, read_lines
 from jrm_jax.data.ingest.texts import check_row, printable
-from jrm_jax.data.labels import shown
+from jrm_jax.data.labels import is_text, shown
 from jrm_jax.errors import RecordError, UserError
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet", ".arrow")
 _PLACE = re.compile(r".+\.(json|jsonl|ndjson|parquet|arrow|csv|tsv)(:\d+|\[\d+\])", re.DOTALL)
 _PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 Pick = Callable[[list[str]], list[str]]
+_POINTER = b"version https://git-lfs"  # in the place of a large file
 _BATCH = 16  # rows of parquet
 # what the `datasets` library, TFDS and this project write beside the rows of a folder
 NO_ROWS = re.compile(
@@ -98,8 +100,8 @@ def read_rows(
         any_text: give rows whose text cannot be encoded as they are, not as errors.
 
     Raises:
-        UserError: a file that cannot be read on; `json_rows.NoRows`: one of JSON that
-            holds neither a list nor several objects.
+        UserError: a file that cannot be read on; `json_rows.NoRows`: one of JSON that holds one
+            object alone.
     """
     readers = {
         ".parquet": _parquet, ".arrow": _arrow, ".jsonl": read_lines, ".ndjson": read_lines,
@@ -107,6 +109,10 @@ def read_rows(
     }  # fmt: skip
     rows = readers.get(path.suffix.lower(), read_json_rows)(path, columns, skip)
     try:
+        with path.open("rb") as file:
+            if file.read(len(_POINTER)) == _POINTER:
+                words = "stands for a file that was not downloaded (run 'git lfs pull')"
+                raise UserError(f"{printable(path)} {words}")
         for where, row in rows:
             if isinstance(row, dict):
                 try:
@@ -139,7 +145,10 @@ def _parquet(path: Path, columns, skip: int) -> Iterator[tuple[str, Any]]:
 
     name = printable(path)
     try:
-        with pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
+        with (
+            _place_of(path) as place,
+            pyarrow.parquet.ParquetFile(place, buffer_size=1 << 20, pre_buffer=False) as file,
+        ):
             names = columns(file.schema_arrow.names) if columns else None
             groups, index = [], 0
             for group in range(file.num_row_groups):
@@ -166,7 +175,7 @@ def _arrow(path: Path, columns, skip: int) -> Iterator[tuple[str, Any]]:
 
     name = printable(path)
     try:
-        with pyarrow.memory_map(str(path)) as source:
+        with _place_of(path) as place, _mapped(place) as source:
             index = 0
             for batch in _record_batches(source):
                 wanted = batch.select(columns(batch.schema.names)) if columns else batch
@@ -174,6 +183,22 @@ def _arrow(path: Path, columns, skip: int) -> Iterator[tuple[str, Any]]:
                 index += batch.num_rows
     except pyarrow.ArrowException as error:
         raise UserError(f"{name} is no readable Arrow file ({_one_line(error)})") from error
+
+
+@contextlib.contextmanager
+def _place_of(path: Path) -> Iterator[str | BinaryIO]:
+    """What Arrow can open: it takes no name that holds bytes of another encoding than UTF-8."""
+    if is_text(str(path)):
+        yield str(path)
+        return
+    with path.open("rb") as file:
+        yield file
+
+
+def _mapped(place: str | BinaryIO) -> Any:
+    import pyarrow
+
+    return pyarrow.memory_map(place) if isinstance(place, str) else pyarrow.PythonFile(place, "r")
 
 
 def _record_batches(source) -> Iterator[Any]:

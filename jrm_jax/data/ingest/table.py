@@ -31,7 +31,8 @@ from jrm_jax.errors import UserError
 
 _MISSING = ("", "nan", "na", "n/a", "null", "none", "-")  # what tables write where nothing is
 _KNOWN = ("source", "instruction", "edit", "group", "critique", "score_line")
-_TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+_TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False,
+          "1.0": True, "0.0": False}  # fmt: skip
 
 
 class Table(NamedTuple):
@@ -47,7 +48,8 @@ class Table(NamedTuple):
         for name in ("instruction", "edit"):
             if not row.get(name, "").strip():
                 raise field_error(where, name, "is empty" if name in row else "is no column")
-        return row.get("group") or "\0".join([row.get("source", ""), row["instruction"]])
+        asked = "\0".join([_cell(row, "source"), row["instruction"].strip()])
+        return _cell(row, "group") or asked
 
     def label(self, row: dict[str, str]) -> str:
         return ""
@@ -60,11 +62,12 @@ class Table(NamedTuple):
         edits: list[_Edit] = []
 
         def read(row: dict[str, str], where: str) -> _Edit:
-            source, critique = row.get("source", ""), row.get("critique", "").strip() or None
+            source, critique = _cell(row, "source"), _cell(row, "critique") or None
+            instruction, picture = row["instruction"].strip(), row["edit"].strip()
             kind, columns = _labels(row, where)
             edit = _Edit(
-                (row["instruction"], pictures(source, where, "source") if source else b""),
-                pictures(row["edit"], where, "edit"),
+                (instruction, pictures(source, where, "source") if source else b""),
+                pictures(picture, where, "edit"),
                 kind,
                 {name: _number(row, column, where, problems) for name, column in columns.items()},
                 critique,
@@ -138,13 +141,17 @@ def _labels(row: dict[str, Any], where: str) -> tuple[str, dict[str, str]]:
     return next(iter(found.items())) if found else ("", {})
 
 
+def _cell(row: dict[str, str], name: str) -> str:
+    """Without blanks around it; '' where nothing is said."""
+    text = row.get(name, "").strip()
+    return "" if text.lower() in _MISSING else text
+
+
 def _truth(row: dict[str, str], name: str, where: str) -> bool:
-    text = row.get(name, "").strip().lower()
-    if text in _MISSING:
-        return False
-    if text not in _TRUTH:
+    text = _cell(row, name).lower()
+    if text and text not in _TRUTH:
         raise field_error(where, name, f"is {row[name]!r}, not true or false")
-    return _TRUTH[text]
+    return bool(text) and _TRUTH[text]
 
 
 def _number(
