@@ -31,6 +31,8 @@ import httpx
 import numpy as np
 import PIL.Image
 
+from jrm_jax.data.images import to_rgb
+
 Picture = Any  # see above
 RETRIED = (429, 503)
 LONGEST = 30.0  # seconds of one pause at most
@@ -238,10 +240,12 @@ def encode(picture: Picture) -> bytes:
         return picture
     if isinstance(picture, str | Path):
         return Path(picture).read_bytes()
-    if not isinstance(picture, PIL.Image.Image):
-        picture = PIL.Image.fromarray(pixels(picture))
+    if isinstance(picture, PIL.Image.Image):
+        image = to_rgb(picture)  # as its file would be shown: PNG holds neither turns nor CMYK
+    else:
+        image = PIL.Image.fromarray(pixels(picture))
     file = io.BytesIO()
-    picture.save(file, "PNG", compress_level=1)
+    image.save(file, "PNG", compress_level=1)
     return file.getvalue()
 
 

@@ -139,13 +139,19 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         from jrm_jax.evaluation.unsure import unsure
 
         result["unsure"] = report.plain(unsure(judged, model.dimensions))
-    if args.probe:
+
+    def save() -> None:
+        text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False)
+        output.save(args.out, f"{text}\n")
+        output.save(args.out.with_suffix(".md"), report.markdown(result))
+        output.save(args.out.with_suffix(".html"), page.page(result, judged))
+
+    save()
+    if args.probe:  # what is measured stays, whatever becomes of the probe
         from jrm_jax.evaluation.probe import probe
 
         result["probe"] = report.plain(probe(model, judged))
-    output.save(args.out, json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    output.save(args.out.with_suffix(".md"), report.markdown(result))
-    output.save(args.out.with_suffix(".html"), page.page(result, judged))
+        save()
     return result
 
 

@@ -12,6 +12,7 @@ import PIL.Image
 import pytest
 from service_case import BROKEN, FakeModel, make_service, png, serving
 
+from jrm_jax.adapters import verl_omni
 from jrm_jax.adapters.flow_grpo import jrm_score, jrm_score_edit_r1
 from jrm_jax.adapters.grouping import score_edits
 from jrm_jax.adapters.trl import make_reward
@@ -158,6 +159,15 @@ def test_groups_are_cut_and_put_back_in_order(url):
         assert sum(MODEL.batches[before:], []) == [1, 1]
 
 
+def test_sources_are_the_same_where_they_show_the_same():
+    """A palette is no part of an image's bytes."""
+    red, blue = (PIL.Image.new("RGB", (8, 8), colour).quantize() for colour in ("red", "blue"))
+    assert red.tobytes() == blue.tobytes()
+    client = Recorder()
+    score_edits(client, ["Red."] * 3, [red, blue, red.convert("RGB")], [png(v) for v in range(3)])
+    assert [[len(one.candidates) for one in groups] for groups in client.asked] == [[2, 1]]
+
+
 LARGE = encode(PIL.Image.new("1", (8192, 8192)))  # few bytes, many pixels
 
 
@@ -228,6 +238,9 @@ def test_verl_omni(url, tmp_path):
         return [one["score"] for one in await asyncio.gather(*asks)]
 
     assert asyncio.run(several()) == wanted(["Red."] * 9, [None] * 9, range(9))
+    for _ in range(5):  # a loop for each batch: connections of closed ones are not kept
+        ask(None, "Add a dog.")
+    assert len(verl_omni._CLIENTS) == 1
 
 
 def test_trl(url):

@@ -1,6 +1,7 @@
 """The client: scores or an error, never a made-up number; light, and patient with 429 and 503."""
 
 import asyncio
+import io
 import json
 import os
 import subprocess
@@ -18,6 +19,7 @@ from service_case import BROKEN, FakeModel, make_service, png, serving
 
 from jrm_jax import client as client_module
 from jrm_jax.client import AsyncRewardClient, RewardClient, RewardError, encode, pixels
+from jrm_jax.data.images import to_rgb
 from jrm_jax.service.auth import Tokens
 from jrm_jax.service.limits import Limits
 
@@ -168,6 +170,23 @@ def test_pixels():
             pixels(bad)
     with pytest.raises(FileNotFoundError):
         encode("no/such/file.png")
+
+
+def test_pillow_images_are_sent_as_their_files_are_shown(tmp_path):
+    """Turned upright, and in any mode, some of which PNG does not have."""
+    seen = PIL.Image.fromarray(np.arange(20 * 40 * 3, dtype=np.uint8).reshape(40, 20, 3))
+    turned = PIL.Image.Exif()
+    turned[0x0112] = 6
+    modes = ("L", "LA", "P", "RGBA", "CMYK", "YCbCr", "F", "I")
+    cases = [(seen.convert(mode), {}) for mode in modes]
+    for image, options in [*cases, (seen, {"exif": turned})]:
+        kind = "TIFF" if image.mode in ("CMYK", "F", "I") else "PNG"
+        if image.mode != "YCbCr":
+            image.save(tmp_path / "file", kind, **options)
+            image = PIL.Image.open(tmp_path / "file")
+        found = PIL.Image.open(io.BytesIO(encode(image)))
+        np.testing.assert_array_equal(np.asarray(found), np.asarray(to_rgb(image)))
+    assert found.size == (40, 20)  # as the tag says, 20 x 40 before
 
 
 def test_it_imports_quickly_and_without_jax(tmp_path):

@@ -272,6 +272,16 @@ def test_missing_or_broken_settings(tmp_path):
         load_processor(tmp_path)
 
 
+def test_a_picture_with_two_sizes_is_refused_before_it_is_decoded(monkeypatch):
+    """Room is made for the first header's, and Pillow reads the last one's."""
+    data = encoded(picture("RGB", 300, 200))
+    small = data[:8] + chunk(b"IHDR", (32).to_bytes(4, "big") * 2 + data[24:29]) + data[8:]
+    assert images.image_size(small) == (32, 32)
+    monkeypatch.setattr(images, "to_rgb", None)
+    with pytest.raises(ValueError, match="two headers, of .32, 32. and of .300, 200. pixels"):
+        images.decode(small)
+
+
 def test_bad_pictures():
     processor = Processor(16, 2, 4096, 65536)
     whole = encoded(picture("RGB", 64, 64))

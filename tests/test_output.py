@@ -81,6 +81,21 @@ def test_a_result_may_be_made_again_but_not_out_of_itself(tmp_path):
     assert out.read_text() == before
 
 
+def test_files_beside_a_comparison_are_the_users(tmp_path):
+    data, said = write_pairs(tmp_path), tmp_path / "said.json"
+    said.write_text(json.dumps([{"index": i, "scores": [1, 2]} for i in range(7)]))
+    results = [tmp_path / "one.json", tmp_path / "two.json"]
+    for out in results:
+        run(out, "genai_bench", data, [said])
+    out, own = tmp_path / "c.json", tmp_path / "c.md"
+    own.write_text("mine")
+    for _ in range(2):  # it writes nothing else
+        evaluate.main(["--compare", *map(str, results), f"--out={out}"])
+    with pytest.raises(SystemExit, match="c.md exists and is no result"):
+        evaluate.main(["--benchmark=world", "--checkpoint=/nowhere", f"--out={out}"])
+    assert own.read_text() == "mine"
+
+
 COMMANDS = {
     "score --output": (score.main, ["--model=/nowhere", "--input=a.jsonl", "--output={}/s.jsonl"]),
     "score --sheet": (score.main, ["--model=/nowhere", "--instruction=x", "--sheet={}/s.png", "a"]),

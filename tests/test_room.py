@@ -137,6 +137,16 @@ def test_who_waits_is_served_in_order_and_may_leave():
     asyncio.run(work())
 
 
+def test_a_share_is_given_back_once():
+    """A thread's work, with all that it began, may end before the thread itself is a user."""
+    room = Room(10)
+    share = asyncio.run(room.take(6))
+    for _ in range(2):
+        share.until(ended := Future())
+        ended.set_result(None)
+    assert room.free == 10
+
+
 def test_limits_that_cannot_hold_one_picture():
     with pytest.raises(UserError, match="cannot hold one picture"):
         Limits(max_decoded_bytes=100)

@@ -170,6 +170,25 @@ def stop(monkeypatch, source, out):
             scored(source, out)
 
 
+def test_the_same_command_given_twice_is_refused(folder, tmp_path):
+    source, out = folder / "rows.jsonl", tmp_path / "out.jsonl"
+    source.write_text("".join(json.dumps(PLAIN) + "\n" for _ in range(3)))
+    refused = []
+
+    class Slow(Lengths):
+        def iter_found(self, groups, like):
+            for found in super().iter_found(groups, like):
+                with pytest.raises(UserError, match="is being written by another process"):
+                    scored(source, out)
+                refused.append(out.read_text())
+                yield found
+
+    assert scored_files.score_file(Slow(), source, out) == (3, 0)
+    assert len(refused) == 3 and [row["row"] for row in lines_of(out)] == [0, 1, 2]
+    with pytest.raises(UserError, match="exists and is complete"):
+        scored(source, out)
+
+
 PARTS = [{"text": "Make it white", "image": None}, {"text": None, "image": "cat.png"}]
 PLAIN = {"instruction": "Make it white", "source": "cat.png", "candidates": ["a.png", "b.png"]}
 

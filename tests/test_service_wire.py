@@ -2,12 +2,15 @@
 
 import base64
 import json
+import tracemalloc
 
 import httpx
 import pytest
 from service_case import BROKEN, FakeModel, header_of, make_service, png, serving
 
-from jrm_jax.service.refusals import STATUS
+from jrm_jax.service.formats import FlowFactoryIn, UniRLIn
+from jrm_jax.service.refusals import STATUS, Refused
+from jrm_jax.service.wire import ScoreIn, parse
 
 MODEL = FakeModel()
 
@@ -145,6 +148,36 @@ def test_other_bodies_are_refused(http):
     assert answer.status_code == 413
     assert http.get("/v1/score").status_code == 405
     assert http.get("/page/../../etc/passwd").status_code == 404
+
+
+@pytest.mark.parametrize("kind, body, entry", [
+    (ScoreIn, '{"groups": [ENTRIES]}', '{"x": 1}'), (ScoreIn, '{"groups": [ENTRIES]}', "1"),
+    (ScoreIn, '{"groups": [{"instruction": "a", "candidates": [ENTRIES]}]}', "1"),
+    (ScoreIn, '{"groups": [ENTRIES]}', '{"instruction": "a", "candidates": ["b"]}'),
+    (UniRLIn, '{"requests": [ENTRIES]}', '{"x": 1}'), (FlowFactoryIn, '{"prompt": [ENTRIES]}', "1"),
+    (FlowFactoryIn, '{"prompt": ["a"], "condition_images": [ENTRIES]}', "[1]"),
+])  # fmt: skip
+def test_a_body_of_many_faults_takes_little(kind, body, entry):
+    """As what each takes is many times its bytes."""
+    for count in (100_000, 2_000_000):
+        text = body.replace("ENTRIES", ",".join([entry] * count)).encode()
+        tracemalloc.start()
+        try:
+            with pytest.raises(Refused) as refused:
+                parse(kind, text)
+            _, most = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert most < 60e6 and len(str(refused.value)) < 500
+
+
+def test_many_unknown_fields_are_counted_and_long_names_are_cut():
+    fields = {f"{'x' * 200}{i}": 1 for i in range(5000)}
+    with pytest.raises(Refused, match="5,002 fields are not as /docs says"):
+        parse(ScoreIn, json.dumps({"groups": [fields]}))
+    with pytest.raises(Refused) as refused:
+        parse(ScoreIn, json.dumps({"groups": [{"instruction": "a", "x" * 5000: 1}]}))
+    assert f"groups[0].{'x' * 80}: " in str(refused.value) and len(str(refused.value)) < 300
 
 
 def test_critique(http):

@@ -1,6 +1,7 @@
 """Statistics against scipy, against brute force and against cases worked out by hand."""
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -83,6 +84,18 @@ def test_groups_flip_their_signs_together():
     found = ours.paired_test(first, second, np.repeat(range(4), 3))
     assert found.test == "sign flips of groups"
     assert found.p == pytest.approx(2 / 8, abs=0.02)  # of 8 sign patterns two reach 7
+
+
+def test_many_groups_take_little_memory():
+    rng = np.random.default_rng(0)
+    first, second = rng.normal(size=3000), rng.normal(size=3000)
+    tracemalloc.start()
+    try:
+        assert 0 < ours.paired_test(first, second, np.repeat(range(1500), 2)).p < 1
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most < 50e6
 
 
 @pytest.mark.parametrize("seed", range(4))

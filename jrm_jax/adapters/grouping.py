@@ -11,6 +11,7 @@ import numpy as np
 import PIL.Image
 
 from jrm_jax.client import Group, GroupScores, RewardClient, encode, first_column
+from jrm_jax.data.images import to_rgb
 
 MOST = 16  # candidates of a group
 REQUEST = 64  # groups of a request
@@ -108,6 +109,7 @@ def _key(source: Any) -> Any:
         source = source.detach().cpu().float().numpy()
     if isinstance(source, np.ndarray):
         return source.shape, source.dtype.str, source.tobytes()
-    if hasattr(source, "tobytes"):  # a Pillow image
-        return source.size, source.mode, source.tobytes()
+    if isinstance(source, PIL.Image.Image):  # by what it shows: a palette is no part of its bytes
+        shown = to_rgb(source)
+        return shown.size, shown.tobytes()
     return id(source)

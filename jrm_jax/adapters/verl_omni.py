@@ -11,7 +11,6 @@ In its config, with the path of this file and the folder of the data set's pictu
 from __future__ import annotations
 
 import asyncio
-import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from jrm_jax.client import AsyncRewardClient, first_column
 
 # What verl-omni adds where it runs a reward model of its own, too.
 OF_ITS_MODEL = ("reward_router_address", "reward_model_tokenizer", "model_name", "sampling_params")
-_CLIENTS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+_CLIENTS: dict[asyncio.AbstractEventLoop, dict[Any, AsyncRewardClient]] = {}
 
 
 async def compute_score(
@@ -61,7 +60,10 @@ async def compute_score(
 
 
 def _client(servers: str, options: dict[str, Any]) -> AsyncRewardClient:
-    """One for each event loop, to which its connections belong."""
+    """One for each event loop, to which its connections belong; those of loops that were closed
+    are dropped."""
+    for loop in [loop for loop in _CLIENTS if loop.is_closed()]:
+        _CLIENTS.pop(loop, None)
     known = _CLIENTS.setdefault(asyncio.get_running_loop(), {})
     key = servers, *sorted(options.items())
     if key not in known:

@@ -73,9 +73,12 @@ def open_image(data: bytes):
     """
     import PIL.Image
 
-    image_size(data)
+    size = image_size(data)
     try:
-        return to_rgb(PIL.Image.open(io.BytesIO(data)))
+        image = PIL.Image.open(io.BytesIO(data))
+        if image.size != size:  # before it is decoded: room was made for that size
+            raise ValueError(f"it has two headers, of {size} and of {image.size} pixels")
+        return to_rgb(image)
     except Exception as error:  # Pillow's readers raise many kinds for broken files
         bare = _bare_png(data)
         if bare != data:

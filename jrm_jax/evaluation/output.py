@@ -33,13 +33,15 @@ def check_out(out: Path, read: Sequence[str] = (), beside: Sequence[str] = BESID
     disk.check_file(out)
     if any(out.resolve() == Path(name).resolve() for name in read):
         raise UserError(f"--out={out} is a file that this command reads: give another --out")
+    paths, ours = [out, *map(out.with_suffix, beside)], []
     if _holds(out):
         with contextlib.suppress(UserError):
             known = files.read_json(out)
             if isinstance(known, dict) and {"benchmark", "rows"} <= known.keys():
-                return
-    for path in (out, *map(out.with_suffix, beside)):
-        if _holds(path):
+                # a comparison of two results is a JSON file alone: what lies beside is not of it
+                ours = paths if "format" in known else [out]
+    for path in paths:
+        if path not in ours and _holds(path):
             raise UserError(
                 f"{path} exists and is no result of jrm_jax.evaluate: give another --out, or"
                 " remove it first"

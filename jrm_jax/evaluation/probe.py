@@ -87,7 +87,8 @@ def probe(model: Any, judged: Sequence[Judged], count: int = CASES) -> dict[str,
             _tell_instruction(seen, cases, base, spread, numbers, tell)
             _tell_black(seen, cases, base, numbers, tell)
             _tell_swap(seen, cases, base, numbers, tell)
-            _tell_critiques(seen, chosen, base, numbers, tell)
+            if model.speaks:
+                _tell_critiques(seen, chosen, base, numbers, tell)
     asked = main_dimension(judged)
     pairs = scored_pairs(asked)
     found = calibrated(pairs, deviations(pairs))

@@ -13,6 +13,7 @@ import numpy as np
 from scipy import stats
 
 DRAWS = 1000
+SIGNS, BLOCK = 20_000, 500  # random signs of every group, and how many are held at a time
 Statistic = Callable[[np.ndarray], float]
 
 
@@ -122,7 +123,7 @@ def paired_test(
     """Two models on the same judgements. Under the null the sign of each group's sum is chance.
 
     Where all sums that are not 0 have the same size, p is the exact binomial one (McNemar's test
-    when every group is one judgement); else from 20,000 random signs.
+    when every group is one judgement); else from `SIGNS` random signs of each group.
     """
     first_N, second_N = np.asarray(first_N, float), np.asarray(second_N, float)
     gap_N = second_N - first_N
@@ -137,9 +138,11 @@ def paired_test(
         p, test = float(stats.binomtest(wins, len(moved_G)).pvalue), "exact sign test (McNemar)"
     else:
         rng = np.random.default_rng(seed)
-        signs = rng.integers(0, 2, (20_000, len(moved_G))) * 2 - 1
-        reached = np.abs(signs @ moved_G) >= abs(moved_G.sum()) - 1e-12
-        p, test = float((reached.sum() + 1) / (len(signs) + 1)), "sign flips of groups"
+        reached = 0
+        for _ in range(SIGNS // BLOCK):  # a block of signs at a time
+            signs = rng.integers(0, 2, (BLOCK, len(moved_G)), np.int8) * 2.0 - 1
+            reached += int((np.abs(signs @ moved_G) >= abs(moved_G.sum()) - 1e-12).sum())
+        p, test = (reached + 1) / (SIGNS + 1), "sign flips of groups"
     return Paired(
         spread.value, spread.low, spread.high, p, test, len(gap_N), spread.groups,
         int((gap_N < 0).sum()), int((gap_N > 0).sum()),

@@ -16,7 +16,7 @@ import pydantic
 from jrm_jax.service.limits import Limits
 from jrm_jax.service.pictures import Fault, from_text
 from jrm_jax.service.refusals import Refused
-from jrm_jax.service.wire import Ask, Scored, Words, check_counts
+from jrm_jax.service.wire import Ask, Bounded, Scored, Words, check_counts
 
 REWARD = "jrm"  # the reward's name
 MAIN = "reward"  # its first sub-metric; the others are the dimensions
@@ -71,14 +71,14 @@ class UniRLItem(pydantic.BaseModel):
     """A history of one turn is text to image; of two turns an edit: the source, then the result."""
 
     history: Annotated[list[Turn], pydantic.Field(min_length=1, max_length=2)]
-    required_rewards: list[str]
+    required_rewards: Annotated[list[str], Bounded]
     metadata: dict[str, Any] | None = None
 
 
 class UniRLIn(pydantic.BaseModel):
     """Body of POST /score."""
 
-    requests: list[UniRLItem]
+    requests: Annotated[list[UniRLItem], Bounded]
 
 
 def unirl_edits(body: UniRLIn) -> list[Edit]:
@@ -125,14 +125,17 @@ def _metrics(scored: Scored, dimensions: Sequence[str]) -> dict[str, float]:
     return {**dict(zip(dimensions, reward_R, strict=True)), MAIN: reward_R[0]}
 
 
+Pictures = Annotated[list[str], Bounded]
+
+
 class FlowFactoryIn(pydantic.BaseModel):
     """Body of POST /compute. Videos are not scored."""
 
-    prompt: list[Words]
-    image: list[str] | None = None
-    video: list[Any] | None = None
-    condition_images: list[list[str]] | None = None
-    condition_videos: list[Any] | None = None
+    prompt: Annotated[list[Words], Bounded]
+    image: Annotated[list[str], Bounded] | None = None
+    video: Annotated[list[Any], Bounded] | None = None
+    condition_images: Annotated[list[Pictures], Bounded] | None = None
+    condition_videos: Annotated[list[Any], Bounded] | None = None
 
 
 def flow_factory_edits(body: FlowFactoryIn) -> list[Edit]:

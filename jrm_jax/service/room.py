@@ -56,7 +56,7 @@ class Share:
     began. A caller who hangs up ends neither a thread nor a call of the device."""
 
     def __init__(self, room: Room, count: int):
-        self._room, self._count, self._users = room, count, 0
+        self._room, self._count, self._users, self._given = room, count, 0, False
         self._lock = threading.Lock()
 
     def until(self, work: Future) -> None:
@@ -68,6 +68,8 @@ class Share:
     def _ended(self, _: Future) -> None:
         with self._lock:
             self._users -= 1
-            last = not self._users
+            # a thread's work may have ended, with all that it began, before it is a user itself
+            last = not self._users and not self._given
+            self._given |= last
         if last:
             self._room.give(self._count)

@@ -50,6 +50,12 @@ def _check_text(text: str) -> str:
     return text
 
 
+# What an object, an entry or a fault takes is many times its bytes: a body may have so many of
+# these characters, and of a list nothing is looked at behind its first fault. `limits.py` has the
+# limits that are meant.
+MARKS, MOST_MARKS = '{[,"', 1_000_000
+Bounded = pydantic.Field(max_length=10_000, fail_fast=True)
+TOLD, TOLD_OF = 3, 100  # faults that are told, and at most so many are looked at for them
 Words = Annotated[str, pydantic.Field(min_length=1), pydantic.AfterValidator(_check_text)]
 
 
@@ -63,14 +69,14 @@ class GroupIn(Strict):
     """One edit and its candidates."""
 
     instruction: Words
-    sources: list[str] = []
-    candidates: Annotated[list[str], pydantic.Field(min_length=1)]
+    sources: Annotated[list[str], Bounded] = []
+    candidates: Annotated[list[str], pydantic.Field(min_length=1), Bounded]
 
 
 class ScoreIn(Strict):
     """Body of POST /v1/score."""
 
-    groups: Annotated[list[GroupIn], pydantic.Field(min_length=1)]
+    groups: Annotated[list[GroupIn], pydantic.Field(min_length=1), Bounded]
 
 
 class CritiqueIn(ScoreIn):
@@ -92,6 +98,9 @@ def parse(kind: type[Model], body: bytes | str) -> Model:
     Raises:
         Refused: not that JSON; says where and what, never what the value was.
     """
+    marks = MARKS if isinstance(body, str) else map(str.encode, MARKS)
+    if sum(map(body.count, marks)) > MOST_MARKS:
+        raise Refused("invalid", "the JSON has more objects, entries and texts than are ever read")
     return _checked(kind.model_validate_json, body)
 
 
@@ -104,15 +113,19 @@ def _checked(validate: Callable[[Any], Model], given: Any) -> Model:
     try:
         return validate(given)
     except pydantic.ValidationError as error:
+        count = error.error_count()
+        if count > TOLD_OF:  # unknown fields, likely
+            words = f"{count:,} fields are not as /docs says"
+            raise Refused("invalid", words) from None
         told = error.errors(include_url=False, include_context=False, include_input=False)
-        lines = [f"{_place(one['loc'])}{one['msg']}" for one in told[:3]]
-        more = f" (and {len(told) - 3} more)" if len(told) > 3 else ""
+        lines = [f"{_place(one['loc'])}{one['msg']}" for one in told[:TOLD]]
+        more = f" (and {count - TOLD} more)" if count > TOLD else ""
         raise Refused("invalid", "; ".join(lines) + more) from None
 
 
 def _place(where: Sequence[str | int]) -> str:
     """('groups', 0, 'sources') -> 'groups[0].sources: '."""
-    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in where)
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part[:80]}" for part in where)
     return f"{text.lstrip('.')}: " if text else ""
 
 

@@ -18,12 +18,13 @@ it is, and `error` in place of what could not be scored: a candidate, or all of 
 from __future__ import annotations
 
 import collections
+import fcntl
 import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 from jrm_jax.data.chosen import is_pair
 from jrm_jax.data.ingest import rows as source_rows
@@ -84,10 +85,12 @@ def score_file(
         return ahead(lambda row: _ask(model, *row, pictures), some, 2 * model.batch_size)
 
     try:
-        done, failed = _begin(out, state, _facts(model, files, pictures, made or {}))
+        out.parent.mkdir(parents=True, exist_ok=True)
         bar = terminal.Bar("scoring", total)
-        bar.done = done
         with out.open("a", encoding="utf-8") as file, bar:
+            _hold(file, out)
+            done, failed = _begin(out, state, _facts(model, files, pictures, made or {}))
+            bar.done = done
             # by the same rows wherever a file goes on: the same programs, the same last digits
             begun = asked(0, FIRST * model.batch_size)
             like = [model.need(one.group) for one in begun if one.group]
@@ -155,10 +158,23 @@ def _facts(
     }
 
 
+def _hold(file: TextIO, out: Path) -> None:
+    """Until the file is closed, against the same command given twice.
+
+    Raises:
+        UserError: another process writes there.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(f"{out} is being written by another process") from error
+    except OSError:  # of file systems without locks
+        return
+
+
 def _begin(out: Path, state: Path, facts: dict[str, Any]) -> tuple[int, int]:
     """(complete lines of the output, those with an error); from a damaged line on it is cut off."""
-    if not out.exists():
-        out.parent.mkdir(parents=True, exist_ok=True)
+    if not out.stat().st_size:
         disk.write_whole(state, json.dumps(facts))
         return 0, 0
     if not state.exists():

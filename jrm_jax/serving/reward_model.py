@@ -86,7 +86,7 @@ class RewardModel:
             device, self.encoder, trained.config, batch_size, programs, trained.buckets
         )
         self.batch_size = self._runner.rows
-        self._headless = trained.config.text.headless
+        self.speaks = not trained.config.text.headless  # whether it can write critiques
         self.buckets, self.work = self._runner.ladder, self._runner.work
         self._runner.shelf((SCORES,))  # a bad limit shows here
 
@@ -363,7 +363,7 @@ class RewardModel:
         self, instruction, source, candidates, *, max_tokens=128, temperature=0.0, seed=0
     ) -> list[list[int]]:
         """Token ids of `critique`, without <|im_end|>."""
-        if self._headless:
+        if not self.speaks:
             raise UserError("this model's backbone came without a language head: no critiques")
         end = self.encoder.tokenizer.end_id
         parts = split(self.encode(Group(instruction, source, candidates)))
