@@ -117,7 +117,9 @@ def build_data(
         for split, records in store.open_dataset(folder).items():
             name = f"{folder.name}/{split}"
             found = held[-1][split] = contents.read_contents(folder, split, records)
-            if encoder.facts and len(records):  # before anything is compiled
+            if len(records):  # before anything is compiled
+                check_data.check_example(config, as_example(records[0]), name)
+            if encoder.facts and len(records):
                 encoder.candidate_facts(as_example(records[0]).candidates)
             key = f"{encoder.key}/{found.digest}"
             sizes = measure(records, encoder.sizes, key, name=name, folder=folder)

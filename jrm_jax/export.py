@@ -28,7 +28,7 @@ from jrm_jax.model.tensor_files import INDEX_FILE
 from jrm_jax.run.backbones import FILES, TOKENIZER
 from jrm_jax.serving.rounding import Rounding, measure
 from jrm_jax.serving.trained import STAMP, Trained, describe_lessons, load_trained
-from jrm_jax.shell import disk
+from jrm_jax.shell import disk, terminal
 from jrm_jax.shell.arguments import Parser, check_least
 from jrm_jax.shell.stop import ending
 
@@ -122,8 +122,9 @@ def export(
             (part / name).write_text(text, encoding="utf-8")
         for module in (CODE, PICTURES):
             shutil.copy(ASSETS / f"{module}.py", part)
-        rounding = measure(trained, part, dtype) if check else None
-        said = rounding.words(dtype) if rounding else "not compared with the trained model"
+        rounding, said = None, "not compared with the trained model"
+        if check:
+            rounding, said = _compared(trained, part, dtype)
         (part / "README.md").write_text(_model_card(trained, dtype, said), encoding="utf-8")
         os.rename(part, out)
         return rounding
@@ -131,6 +132,19 @@ def export(
         raise UserError(f"{out} could not be written: {disk.explain(error, out)}") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def _compared(trained: Trained, part: Path, dtype: str) -> tuple[Rounding | None, str]:
+    """With the trained model, in words; the folder is good, too, where both have no room."""
+    try:
+        rounding = measure(trained, part, dtype)
+        return rounding, rounding.words(dtype)
+    except Exception as error:
+        if not disk.is_out_of_memory(error):
+            raise
+        said = "not compared with the trained model, as there was no memory for both"
+        terminal.say(f"WARNING: the export was {said}")
+        return None, said
 
 
 def export_backbone(trained: Trained, out: Path, dtype: str, max_shard_bytes: int) -> None:

@@ -181,11 +181,11 @@ def _cut_back(path: Path, step: int) -> Path:
     if not path.exists():
         return path
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, TypeError):  # damaged, or not ours
             continue
     disk.write_whole(path, "".join(kept))
     return path

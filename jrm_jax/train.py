@@ -123,6 +123,7 @@ class _Run:
         steps = build.make_steps(config, backbone, self.data, optimizer, state)
         self.train_step, self.eval_step = steps
         self.owed = False  # an evaluation of the step at which the run starts
+        self.resumed = False  # from a checkpoint, of step 0 maybe
         self.state, self.start = self._resume(state)
         self.best = best_rank(checkpoints.folder, checkpoints.steps())
         if not self.start and (words := build.head_start(config, backbone_config).words):
@@ -162,7 +163,7 @@ class _Run:
         check_data.check_unchanged(self.workdir, meta["stamp"], self.data.stamp)
         self.rewards.totals = meta["rewards"]
         self.taught |= meta.get("taught", {})
-        self.owed = not meta["valid"]
+        self.owed, self.resumed = not meta["valid"], True
         if self.leader:
             print(f"resuming {self.workdir} from step {step}", flush=True)
         placed = jax.device_put(np.int32(step), state.step.sharding)
@@ -175,7 +176,8 @@ class _Run:
         began = time.monotonic()
         batches = build_data.batches(config, self.data, "train", self.mesh, self.start, total)
         pending: tuple[int, dict] | None = None
-        saved, saves = self.start or -1, (config.save_interval, config.keep_interval)
+        saved = self.start if self.resumed else -1
+        saves = config.save_interval, config.keep_interval
         try:
             with batches, self.watchdog:
                 if not self._prepare():
@@ -188,7 +190,8 @@ class _Run:
                     due_eval = step == total or _is_due(step, config.eval_interval)
                     due_save = step == total or _is_due(step, *saves)
                     due_log = step == total or _is_due(step, config.log_interval)
-                    new = step > self.start or not total  # no steps at all: the start is saved
+                    # no steps at all: the start is saved
+                    new = step > self.start or not (total or self.resumed)
                     if new and (due_eval or due_save or due_log or stopping):
                         pending = self._check(pending)
                     if new and due_log:

@@ -24,11 +24,15 @@ if ((DRY_RUN)); then
 fi
 
 restarts=0
-asked=0
+asked=0 failed=0
 again() { # count a start that came to nothing
   restarts=$((restarts + 1))
-  ((restarts <= ${MAX_RESTARTS:-50})) || fail "given up after ${MAX_RESTARTS:-50} restarts"
+  ((restarts <= ${MAX_RESTARTS:-50})) || give_up "after ${MAX_RESTARTS:-50} restarts"
   echo "restart $restarts: $*"
+}
+give_up() { # nobody watches them any more
+  "$here/delete.sh" || echo "THE TPUS ARE NOT DELETED AND COST MONEY: launch/delete.sh" >&2
+  fail "given up $*"
 }
 
 while true; do
@@ -51,7 +55,15 @@ while true; do
         done
         exit 0
       fi
-      again "the run ended with status $status"
+      if ((status == 3)); then # another boot would end alike, unless it was the network
+        ((failed += 1))
+        ((failed < 2)) || give_up "as the nodes did not start, twice"
+        again "the nodes did not start"
+        "$here/delete.sh" || true
+      else
+        failed=0
+        again "the run ended with status $status"
+      fi
       ;;
     SUSPENDED | SUSPENDING | FAILED) # nothing brings these back
       asked=1

@@ -25,6 +25,7 @@ def loop(monkeypatch, scores, begun=0, saved_before=(), **fields):
         ("begin", "beat", "at", "close", "say", "check"), lambda *_: None
     ))  # fmt: skip
     run.config, run.start, run.owed, run.data, run.best_metric = config, begun, False, None, "x"
+    run.resumed = bool(begun)
     run.best = max(saved_before, default=-math.inf)
     run.window = SimpleNamespace(begin=nothing.begin, timed=lambda _: contextlib.nullcontext())
     run.watchdog = contextlib.nullcontext()

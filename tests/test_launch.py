@@ -54,7 +54,7 @@ def test_scripts_stop_at_the_first_error(name):
     if name in ("common.sh", "tpu_env.sh"):  # sourced into shells of others
         assert text.startswith("# shellcheck shell=bash")
         return
-    assert "\nset -euo pipefail\n" in text and os.access(LAUNCH / name, os.X_OK)
+    assert re.search("\nset -E?euo pipefail\n", text) and os.access(LAUNCH / name, os.X_OK)
 
 
 @pytest.mark.parametrize(
@@ -83,8 +83,10 @@ def test_create_asks_for_several_slices_and_other_terms():
 
 
 def test_run_gives_every_worker_of_every_slice_the_same_command():
-    commands = dry("run.sh", "--", *TRAINING, SLICES="2")
-    assert [c[5] for c in commands] == ["pod-0", "pod-1"]
+    *waiting, one, other = dry("run.sh", "--", *TRAINING, SLICES="2")
+    assert all("/jrm/ready" in c[-1] for c in waiting)
+    commands = [one, other]
+    assert [c[5] for c in waiting] == [c[5] for c in commands] == ["pod-0", "pod-1"]
     first, second = (dict(a.partition("=")[::2] for a in c[6:]) for c in commands)
     assert first == second and first["--worker"] == "all"
     words = shlex.split(first["--command"])
@@ -94,15 +96,18 @@ def test_run_gives_every_worker_of_every_slice_the_same_command():
 
 def test_watch_prints_all_that_it_may_do():
     verbs = [c[4] for c in dry("watch.sh", "--", *TRAINING)]
-    assert verbs == ["create", "describe", "ssh", "delete"]
+    assert verbs == ["create", "describe", "ssh", "ssh", "delete"]
 
 
 def test_startup_is_printed_in_order():
     commands = dry("startup.sh")
-    assert commands[0] == ["rm", "-f", "/jrm/ready"] and commands[-1] == ["touch", "/jrm/ready"]
-    assert ["git", "-C", "/jrm/code", "checkout", "--force", "METADATA-jrm-revision"] in commands
+    assert commands[0] == ["rm", "-f", "/jrm/ready", "/jrm/failed"]
+    assert commands[-1] == ["touch", "/jrm/ready"]
+    assert ["git", "-C", "/jrm/code", "checkout", "--force", "--detach",
+            "METADATA-jrm-revision"] in commands
     (mount,) = (command for command in commands if command[0] == "gcsfuse")
     assert {"--implicit-dirs", "--rename-dir-limit=200000"} <= set(mount)  # checkpoints are renamed
+    assert {"--file-mode=666", "--dir-mode=777", "allow_other"} <= set(mount)  # not by root alone
 
 
 @pytest.mark.parametrize("generation", ["v5e", "v5p", "v6e", "tpu7x"])
@@ -139,6 +144,7 @@ def test_bad_settings_are_one_line(script, settings, words):
 
 FAKE = """#!/usr/bin/env bash
 verb=$4; [[ "$3" == tpu-vm ]] && verb=ssh
+[[ "$*" == *"/jrm/ready"* ]] && verb=await
 echo "$verb" >> calls
 if [[ -e trouble && "$(head -n 1 trouble)" == "$verb" ]]; then  # the next call of it fails
   sed -i 1d trouble
@@ -148,6 +154,7 @@ fi
 case "$verb" in
   create) echo PROVISIONING > state ;;
   delete) rm -f state ;;
+  await) eval "$(printf '%s\n' "$@" | sed -n 's/^--command=//p' | sed "s|/jrm/|$PWD/|g")" ;;
   ssh)
     echo x >> runs
     if (($(wc -l < runs) == 1)); then exit 7; fi ;;   # the first run fails by itself
@@ -165,6 +172,7 @@ def gcloud(tmp_path):
     """Call a script with the pretended gcloud; `trouble`: calls that fail, in this order."""
     (tmp_path / "gcloud").write_text(FAKE)
     (tmp_path / "gcloud").chmod(0o755)
+    (tmp_path / "ready").touch()  # by launch/startup.sh
 
     def call(script, *arguments, trouble=(), **settings):
         (tmp_path / "trouble").write_text("".join(f"{verb}\n" for verb in trouble))
@@ -174,7 +182,8 @@ def gcloud(tmp_path):
             [str(LAUNCH / script), *arguments], env=env, cwd=tmp_path, capture_output=True,
             text=True, timeout=60,
         )  # fmt: skip
-        return done, [c for c in (tmp_path / "calls").read_text().split() if c != "describe"]
+        made = (tmp_path / "calls").read_text().split()
+        return done, [c for c in made if c not in ("describe", "await")]
 
     return call
 
@@ -219,6 +228,45 @@ def test_a_request_that_is_refused_is_made_again_but_for_the_first(gcloud, tmp_p
     assert done.returncode == 0, (done.stdout, done.stderr)
     assert calls == ["delete", "delete", "create", "create", "create", "ssh", "delete"]
     assert done.stdout.count("asking for TPUs failed") == 2
+
+
+def test_nodes_that_do_not_start_are_not_waited_for(gcloud, tmp_path):
+    (tmp_path / "ready").unlink()
+    (tmp_path / "failed").touch()
+    done, calls = gcloud("watch.sh", "--", *TRAINING)
+    assert done.returncode == 1 and "given up as the nodes did not start, twice" in done.stderr
+    assert calls == ["create", "delete", "create", "delete"] and not (tmp_path / "state").exists()
+    assert "launch/startup.sh failed, or took too long" in done.stdout
+    (tmp_path / "failed").unlink()
+    done, calls = gcloud("run.sh", "--", *TRAINING, START_MINUTES="0")
+    assert done.returncode == 3 and not calls
+    (tmp_path / "state").write_text("ACTIVE\n")
+    done, calls = gcloud("run.sh", "--", *TRAINING, trouble=("await",))  # taken away meanwhile
+    assert done.returncode == 1 and not calls
+
+
+def test_who_gives_up_gives_the_tpus_back(gcloud, tmp_path):
+    (tmp_path / "state").write_text("ACTIVE\n")
+    trouble = ("ssh", "ssh", "delete")
+    done, calls = gcloud("watch.sh", "--", *TRAINING, trouble=trouble, MAX_RESTARTS="1")
+    assert done.returncode == 1 and "given up after 1 restarts" in done.stderr
+    assert calls == ["ssh", "ssh", "delete"] and "ARE NOT DELETED AND COST MONEY" in done.stderr
+    done, calls = gcloud("watch.sh", "--", *TRAINING, trouble=trouble[:2], MAX_RESTARTS="1")
+    assert calls == ["ssh", "ssh", "delete"] and not (tmp_path / "state").exists()
+
+
+def test_a_start_that_fails_leaves_word_of_it(tmp_path):
+    """`run.sh` waits for one of two files."""
+    script = (LAUNCH / "startup.sh").read_text().replace("ROOT=/jrm\n", f"ROOT={tmp_path}\n")
+    for name in ("curl", "apt-get", "gcsfuse", "gcloud", "git", "python3.11", "mountpoint"):
+        (tmp_path / name).write_text("#!/bin/bash\necho value\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "ready").touch()
+    (tmp_path / "gcloud").write_text("#!/bin/bash\nexit 1\n")
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", "-c", script], env=env, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert (tmp_path / "failed").exists() and not (tmp_path / "ready").exists()
 
 
 def test_watch_recreates_what_is_taken_away_and_ends_with_the_run(gcloud, tmp_path):
@@ -272,7 +320,9 @@ def test_the_jobset_has_the_structure_that_its_schema_asks_for():
     assert mounts == {volume["name"] for volume in pod["volumes"]}
     (bucket,) = (volume["csi"] for volume in pod["volumes"] if "csi" in volume)
     options = bucket["volumeAttributes"]["mountOptions"]
-    assert {"implicit-dirs", "file-system:rename-dir-limit:200000"} == set(options.split(","))
+    assert {
+        "implicit-dirs", "file-system:rename-dir-limit:200000", "metadata-cache:ttl-secs:60"
+    } == set(options.split(","))  # fmt: skip
     # shapes agree with each other
     chips = container["resources"]["limits"]["google.com/tpu"]
     topology = pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x")

@@ -88,6 +88,14 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether a folder holds all files of its weights."""
+    try:
+        return bool(weight_files(folder))
+    except UserError:
+        return False
+
+
 def indexed_names(index: Path) -> list[str]:
     """
     Raises:

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from jrm_jax import build, build_data, lora, sharding
 from jrm_jax.data.buckets import Bucket
-from jrm_jax.data.pipeline import empty_batch
+from jrm_jax.data.pipeline import empty_batch, repeat_prompt
 from jrm_jax.errors import UserError
 from jrm_jax.model.config import BackboneConfig
 from jrm_jax.model.published import PIXELS, PUBLISHED, UNUSED_TOKEN
@@ -116,9 +116,14 @@ def make_bucket(
     )
 
 
-def abstract_batch(config: ConfigDict, backbone: BackboneConfig, bucket: Bucket, mesh: Any) -> dict:
-    """A batch of `config.batch_size` groups as shapes on the mesh."""
+def abstract_batch(
+    config: ConfigDict, backbone: BackboneConfig, bucket: Bucket, mesh: Any, share: bool = False
+) -> dict:
+    """A batch of `config.batch_size` groups as shapes on the mesh; `share`: prompts are shared
+    whatever `config.data.share_prompt` says, as in scoring."""
     one = empty_batch(1, bucket, stand_in_encoder(config, backbone))
+    if not (share or config.data.share_prompt):
+        one = repeat_prompt(one)
     groups, rows = (config.batch_size,), sharding.batch_sharding(mesh)
     return {
         name: jax.ShapeDtypeStruct(groups + array.shape[1:], array.dtype, sharding=rows)
@@ -184,7 +189,7 @@ def compile_score(
         make_score_step(module, processor.mean, processor.std),
         compiler_options=sharding.compiler_options(mesh),
     )
-    batch = abstract_batch(config, backbone, bucket, mesh)
+    batch = abstract_batch(config, backbone, bucket, mesh, share=True)
     return _compile(step, (params, batch), bytes_per_device(params), 0, bytes_per_device(batch))
 
 

@@ -34,7 +34,7 @@ from jrm_jax.run.fit import (
     more_parts,
     rough_bytes,
 )
-from jrm_jax.run.flops import StepFlops, score_flops, train_flops
+from jrm_jax.run.flops import StepFlops, score_flops, train_flops, unshared
 
 _LARGEST = 64  # groups per place of the mesh that the search tries, at most
 
@@ -77,6 +77,7 @@ class Case:
         if which == "score":
             return score_flops(self.backbone, bucket)
         state, _ = build.abstract_state(self.config, self.backbone, self.mesh())
+        bucket = bucket if self.config.data.share_prompt else unshared(bucket)
         return train_flops(
             self.backbone, bucket, state.trainable, state.frozen, self.config.remat,
             flash,

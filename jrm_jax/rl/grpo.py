@@ -54,7 +54,9 @@ def advantages(reward_GK: jax.Array, scale: str) -> jax.Array:
     spread_G1 = jnp.sqrt(jnp.square(centred_GK).mean(1, keepdims=True))
     whole = jnp.sqrt(jnp.square(centred_GK).mean())
     by = {"group": spread_G1, "batch": whole}[scale]
-    return jnp.where(spread_G1 > FLAT, centred_GK / jnp.maximum(by, FLAT), 0.0)
+    # the rounded mean of equal numbers may be another one
+    equal_G1 = (reward_GK == reward_GK[:, :1]).all(1, keepdims=True)
+    return jnp.where((spread_G1 > FLAT) & ~equal_G1, centred_GK / jnp.maximum(by, FLAT), 0.0)
 
 
 def repeated(choice: policy.Choice, count: int) -> policy.Choice:

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from jrm_jax.data import contents, store
 from jrm_jax.data.contents import Contents
+from jrm_jax.data.schema import Image, PreferenceExample
 from jrm_jax.data.stated import OVERALL, plain
 from jrm_jax.errors import UserError
 from jrm_jax.run.ranking import METRICS, best_metric
@@ -88,6 +89,20 @@ def check_lessons(
         warning = "" if reads else "WARNING: "
         said.append(f"{warning}{name}: {silent}, so config.loss.teacher_weight counts for nothing")
     return said
+
+
+def check_example(config: ConfigDict, example: PreferenceExample, name: str) -> None:
+    """One for all of a split, whose prompts are alike in most sets.
+
+    Raises:
+        UserError: critiques that see their candidate by its reward token alone would not see the
+            instruction: a text at the end of a prompt stands with the candidate.
+    """
+    if config.loss.through_reward and not isinstance(example.prompt[-1], Image):
+        raise UserError(
+            f"{name}: config.loss.through_reward needs prompts that end with a picture, because "
+            f"critiques would not see a text behind it; that of {example.id!r} ends with text"
+        )
 
 
 def teacher_scale(

@@ -100,6 +100,12 @@ def forward_flops(backbone: BackboneConfig, bucket: Bucket, causal: bool = True)
     }
 
 
+def unshared(bucket: Bucket) -> Bucket:
+    """What it is where every candidate begins with the prompt (`pipeline.repeat_prompt`)."""
+    longer = bucket.candidate + bucket.prompt
+    return dataclasses.replace(bucket, candidate=longer, prompt=0 * longer)
+
+
 def group_cost(backbone: BackboneConfig, share_prompt: bool = True) -> Cost:
     """The forward FLOPs of a group as a function of its sizes, by which buckets are chosen.
 
@@ -109,9 +115,7 @@ def group_cost(backbone: BackboneConfig, share_prompt: bool = True) -> Cost:
 
     def cost(sizes_m6: np.ndarray) -> np.ndarray:
         bucket = Bucket(*np.asarray(sizes_m6, np.int64).T)
-        if not share_prompt:
-            longer = bucket.candidate + bucket.prompt
-            bucket = dataclasses.replace(bucket, candidate=longer, prompt=0 * longer)
+        bucket = bucket if share_prompt else unshared(bucket)
         return sum(map(sum, forward_flops(backbone, bucket).values()))
 
     return cost

@@ -9,12 +9,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jrm_jax.data.schema import Image, Text
 from jrm_jax.data.world.scenes import make_example
 from jrm_jax.model import stored_head, weights
+from jrm_jax.model.tensor_files import has_weights
 from jrm_jax.model.tensors import flatten
 from jrm_jax.serving.groups import Group
 from jrm_jax.serving.reward_model import RewardModel
@@ -60,9 +62,13 @@ def measure(trained: Trained, folder: Path, dtype: str) -> Rounding:
     Raises:
         UserError: the folder cannot be read back.
     """
-    changed, kept = _entries(trained, dtype)
+    # where nothing is frozen a model is read without the weights that it began from
+    there = has_weights(trained.folder)
+    changed, kept = _entries(trained, dtype) if there else (0, 0)
     groups = [_group(index) for index in range(GROUPS)]
-    both = [RewardModel(model).score_batch(groups) for model in (trained, load_trained(folder))]
+    # one after the other: what the first needs to score is free again
+    both = [RewardModel(read()).score_batch(groups)
+            for read in (lambda: trained, lambda: load_trained(folder))]  # fmt: skip
     ours, theirs = (np.concatenate([one.reward_KR for one in scores]) for scores in both)
     difference, deviation = float(np.abs(ours - theirs).max()), None
     if both[0][0].deviation_KR is not None:
@@ -84,9 +90,14 @@ def _entries(trained: Trained, dtype: str) -> tuple[int, int]:
         )
         (before,) = flatten(read).values()
         now = jnp.asarray(leaf, jnp.float32)
-        changed += int(jnp.sum(now != before))
-        kept += int(jnp.sum(now.astype(stored) != before.astype(stored)))
+        changed += _count(now != before)
+        kept += _count(now.astype(stored) != before.astype(stored))
     return changed, kept
+
+
+def _count(true: jax.Array) -> int:
+    """Of a leaf that may have more entries than an int32 can count."""
+    return int(np.asarray(jnp.sum(true, axis=-1, dtype=jnp.int32)).sum(dtype=np.int64))
 
 
 def _group(index: int) -> Group:
