@@ -291,6 +291,18 @@ def test_the_shapes_of_a_plan_are_those_of_its_losses():
     assert {"facts", "words", "teacher"} <= set(outputs.terms)
 
 
+def test_prompts_that_are_not_shared_are_in_every_candidate():
+    """As the run's are; in scoring they are shared."""
+    config, backbone, bucket = small_case()
+    shared = compiling.abstract_batch(config, backbone, bucket, one_device())
+    config.data.share_prompt = False
+    own = compiling.abstract_batch(config, backbone, bucket, one_device())
+    assert own["prompt_tokens"].shape[-1] == 0
+    assert own["candidate_tokens"].shape[-1] == bucket.prompt + bucket.candidate
+    again = compiling.abstract_batch(config, backbone, bucket, one_device(), share=True)
+    assert again == shared
+
+
 def test_find_takes_the_largest_batch_then_the_least_remat(monkeypatch):
     """A step that needs 1 GiB a group, and twice that with 'dots', of 5."""
     config = joint.get_config("qwen3_vl_8b")

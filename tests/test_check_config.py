@@ -187,6 +187,8 @@ def test_a_config_is_checked_before_its_runs_name_is_made_of_it(fields, words):
          "config.loss.words_weight is 1.0 and"),
         ({"best_metric": "-words"}, "not measured while config.loss.words_weight is 0"),
         ({"batch_size": 6, "accumulation": 4}, "it must divide config.batch_size, 6"),
+        ({"loss.through_reward": True, "data.share_prompt": False},
+         "critiques would not see the instruction"),
         ({"loss.facts_weight": 1.0}, "'edits', whose critiques are words alone: give"),
     ],
 )  # fmt: skip

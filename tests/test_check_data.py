@@ -13,6 +13,7 @@ from jrm_jax.data import contents, store
 from jrm_jax.data.contents import Contents, read_contents
 from jrm_jax.data.schema import Candidate, PreferenceExample, Text
 from jrm_jax.data.sizes import as_example
+from jrm_jax.data.world.scenes import make_example
 from jrm_jax.errors import UserError
 from jrm_jax.run import check_data, ranking
 
@@ -203,6 +204,19 @@ def test_without_labels_in_valid_another_loss_ranks_checkpoints(tmp_path, change
     assert not [line for line in said if "valid" in line]
     config.best_metric = "-centering"
     assert ranking.best_metric(config, judged=False) == "-centering"
+
+
+def test_critiques_that_see_the_reward_token_alone_need_pictures_last(tmp_path):
+    config = joint.get_config()
+    config.loss.through_reward = True
+    folder = write(tmp_path / "texts", [group(i, critique="Fine.") for i in range(4)])
+    with pytest.raises(UserError, match="texts/train: .* that of '0' ends with text"):
+        build_from(folder, config)
+    example = make_example("train", 0, 0)
+    check_data.check_example(config, example, "world")
+    turned = dataclasses.replace(example, prompt=example.prompt[::-1])
+    with pytest.raises(UserError, match="needs prompts that end with a picture"):
+        check_data.check_example(config, turned, "world")
 
 
 def test_two_sets_of_one_name_have_a_scale_together(tmp_path):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -185,6 +186,25 @@ def test_what_bfloat16_rounds_away_is_told(case, tmp_path, change, low, high):
     words = found.words("bfloat16")
     assert f"of the {found.trained:,} weights that training changed" in words
     assert words in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_run_whose_first_weights_are_gone_is_exported(case, tmp_path):
+    """Where nothing is frozen they are needed for nothing but the count of changes."""
+    trained, bare = load_trained(case[1]), tmp_path / "bare"
+    shutil.copytree(trained.folder, bare, ignore=shutil.ignore_patterns("*.safetensors*"))
+    found = export.export(trained._replace(folder=bare), tmp_path / "out", "float32", 10**9)
+    assert (found.trained, found.kept) == (0, 0) and found.difference < 1e-5
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_an_export_stays_where_there_is_no_memory_to_compare(case, tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    monkeypatch.setattr(export, "measure", full)
+    assert export.export(load_trained(case[1]), tmp_path / "out", "float32", 10**9) is None
+    assert "WARNING: the export was not compared" in capsys.readouterr().err
+    assert "no memory for both" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_a_bfloat16_folder_means_the_same_on_both_sides(case, scored):

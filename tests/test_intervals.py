@@ -16,7 +16,7 @@ class Batches(contextlib.nullcontext):
         return None
 
 
-def loop(monkeypatch, scores, begun=0, saved_before=(), **fields):
+def loop(monkeypatch, scores, begun=0, saved_before=(), resumed=False, **fields):
     """[(step saved, its metric or None)] of a run whose `valid` gives `scores` by step."""
     config = joint.get_config()
     config.update(fields)
@@ -25,7 +25,7 @@ def loop(monkeypatch, scores, begun=0, saved_before=(), **fields):
         ("begin", "beat", "at", "close", "say", "check"), lambda *_: None
     ))  # fmt: skip
     run.config, run.start, run.owed, run.data, run.best_metric = config, begun, False, None, "x"
-    run.resumed = bool(begun)
+    run.resumed = resumed or bool(begun)
     run.best = max(saved_before, default=-math.inf)
     run.window = SimpleNamespace(begin=nothing.begin, timed=lambda _: contextlib.nullcontext())
     run.watchdog = contextlib.nullcontext()
@@ -75,6 +75,12 @@ def test_intervals_that_divide_each_other_save_what_they_always_did(monkeypatch)
     assert loop(monkeypatch, SCORES, **same) == list(SCORES.items())
     often = loop(monkeypatch, SCORES, **same | {"save_interval": 50})
     assert [step for step, _ in often] == list(range(50, 601, 50))
+
+
+def test_a_run_of_no_steps_that_goes_on_has_saved_its_start(monkeypatch):
+    none = {"total_steps": 0, "eval_interval": 150, "save_interval": 100}
+    assert loop(monkeypatch, {0: 0.5}, **none) == [(0, 0.5)]
+    assert loop(monkeypatch, {0: 0.5}, resumed=True, **none) == []
 
 
 def test_never_but_at_the_end_is_kept_to(monkeypatch):

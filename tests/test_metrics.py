@@ -89,8 +89,9 @@ def test_lines_after_the_restored_step_and_broken_lines_are_cut(tmp_path):
     for step in (2, 4, 6):
         writer.write(step, "train", {"loss": step})
     writer.close()
-    with (tmp_path / JSONL).open("a") as file:
-        file.write('{"step": 4, "split": "va')  # a crash in the middle of a line
+    with (tmp_path / JSONL).open("ab") as file:
+        file.write(b'\xff\xfe\nnull\n17\n{"step": null}\n{"split": "train"}\n')  # a bad disk
+        file.write(b'{"step": 4, "split": "va')  # a crash in the middle of a line
     writer = Writer(tmp_path, 10, 4)
     writer.write(5, "train", {"loss": 50})
     writer.close()

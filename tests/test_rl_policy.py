@@ -144,6 +144,17 @@ def test_advantages_by_hand():
     np.testing.assert_allclose(found, np.array([[-1, 1], [0, 0], [-3, 3]]) / whole, rtol=1e-6)
 
 
+@pytest.mark.parametrize("count", [3, 5, 6, 7, 24])
+def test_equal_rewards_have_no_advantage_however_large(count):
+    """The rounded mean of equal numbers may be another one."""
+    reward = jnp.repeat(jnp.linspace(16, 4000, 50, dtype=jnp.float32)[:, None], count, 1)
+    for scale in ("group", "batch"):
+        assert not grpo.advantages(reward, scale).any()
+    some = reward.at[0, 0].add(1.0)
+    found = grpo.advantages(some, "group")
+    assert found[0].all() and not found[1:].any()
+
+
 def test_the_base_learns_and_its_file_is_checked(tmp_path, start):
     problems, programs = base.imitated(24, 2)
     params, losses = base.train(problems, programs, steps=30)
