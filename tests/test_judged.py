@@ -71,6 +71,12 @@ def test_lists_of_one_edit(pictures, build, score):
     assert "instruction following 20, consistency 10" in example.candidates[0].critique
 
 
+def test_rows_about_regions_without_boxes_are_left_out(pictures, build):
+    rows = [judged_row(SC_reasoning="<|bbox_0|> has a hat."), judged_row("2.png")]
+    (example,), kinds = build("editscore", lines(pictures / "train.jsonl", rows))
+    assert kinds == {("left out", "field 'SC_reasoning'"): 1} and len(example.candidates) == 1
+
+
 def talk(images, asked, answered):
     turns = [{"from": "human", "value": "<image>" * len(images) + asked},
              {"from": "gpt", "value": answered}]  # fmt: skip

@@ -57,6 +57,9 @@ def of_row(row: dict[str, Any], where: str, read: GroupPictures) -> Said:
             text = _own(row.get(f"{side}_reasoning"), index, len(edits), where, f"{side}_reasoning")
             if text is not None and str(text).strip():
                 check_type(text, str, where, f"{side}_reasoning", "a string")
+                if regions.has_tokens(text):
+                    words = "is about regions of the edit, whose boxes only talks have"
+                    raise field_error(where, f"{side}_reasoning", words)
                 reasons[side] = text
             value = row.get(f"{side}_score")
             listed_too = isinstance(value, list) and value and isinstance(value[0], list)
