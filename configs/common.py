@@ -66,7 +66,7 @@ def base() -> ConfigDict:
     config.save_interval = 150
     config.keep_interval = 0  # checkpoints at multiples of so many steps are all kept; 0: none
     config.log_interval = 10
-    config.best_metric = "auto"  # of `valid`; auto: pair_accuracy, or -language without ranking
+    config.best_metric = "auto"  # of `valid`; auto: pair_accuracy, else -teacher, -language
     config.trainable = (".*",)  # patterns of the parameters that learn; the others are frozen
     # What the backward pass computes again: none, dots (all but products), narrow (and the wide
     # products of MLPs), full; auto: the least that fits. This small model fits with none

@@ -129,17 +129,13 @@ def frozen_dtype(config: ConfigDict) -> Callable[[str], Any]:
 
 
 def trainable_patterns(config: ConfigDict) -> tuple[str, ...]:
-    """What learns: what `config.trainable` names, and heads of training alone; with adapters these
-    and the score, and what is named besides."""
+    """What learns. With adapters these and the score, and what `config.trainable` names besides."""
     patterns = tuple(config.trainable)
-    if lora_scale(config) is None and patterns == (EVERYTHING,):
+    if lora_scale(config) is None:
         return patterns
     used = (n for n in heads.TRAINING_HEADS if config.loss.get(n.replace("head", "weight")))
-    heads_ = tuple(f"^{name}/" for name in used)  # a frozen one would teach the backbone nothing
-    if lora_scale(config) is None:
-        return (*patterns, *heads_)
     patterns = () if patterns == (EVERYTHING,) else patterns
-    return (*lora.TRAINABLE, *heads_, *patterns)
+    return (*lora.TRAINABLE, *(f"^{name}/" for name in used), *patterns)
 
 
 def lora_scale(config: ConfigDict) -> float | None:

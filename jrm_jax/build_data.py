@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from jrm_jax.run import check_data
 from jrm_jax.run.backbones import find_folder, path_of
 from jrm_jax.run.check_data import reads_critiques
 from jrm_jax.run.flops import group_cost
+from jrm_jax.run.ranking import METRICS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Data:
     buckets: tuple[Bucket, ...]
     stamp: dict[str, Any]
     real: dict[str, float]  # shares of the slots that hold something, see `run.buckets`
-    judged: bool = True  # whether labels of `valid`, if there is one, can rank checkpoints
+    measured: Collection[str] = tuple(METRICS)  # of `ranking.METRICS`: what `valid` can be asked
 
     def example_names(self, ids: Sequence[int]) -> list[str]:
         """String ids of global training ids, for messages; none for filler rows (-1)."""
@@ -110,7 +111,8 @@ def build_data(
     sources: dict[str, list[plan.Source]] = {}
     sets: dict[str, list[Sequence[Any]]] = {}
     held: list[dict[str, contents.Contents]] = []  # by data set, then by split
-    lessons, stated, spans = [], Counter(), {}
+    lessons, spans = [], {}
+    stated: dict[str, Counter] = {"train": Counter(), "valid": Counter()}
     dimensions, mix = tuple(config.data.dimensions), dict(config.loss.teacher_mix)
     for folder, weight in folders:
         held.append({})
@@ -131,11 +133,14 @@ def build_data(
             if split == "train" and config.data.labelled:
                 lessons.append(contents.find_lessons(folder, split, records, dimensions))
             # a pass over all records, which a set without critiques need not have
-            if split == "train" and config.loss.teacher_weight and weight and found.critiques:
+            if config.loss.teacher_weight and found.critiques and split in ("train", "valid"):
                 said = contents.find_stated(folder, split, records, dimensions, mix)
-                stated.update(said.groups)
-                spans[f"{folder}/{split}"] = said.spans  # two sets may have one name
-    judged = _check_splits(config, folders, held, stated, say)
+                if split == "valid":
+                    stated[split].update(said.groups)
+                elif weight:
+                    stated[split].update(said.groups)
+                    spans[f"{folder}/{split}"] = said.spans  # two sets may have one name
+    measured = _check_splits(config, folders, held, stated, say)
     scale, words = check_data.teacher_scale(config, spans)
     for line in words:
         say(line)
@@ -183,7 +188,7 @@ def build_data(
         real=bucket_choice.real_shares(
             train_plan, sources["train"], language, config.data.share_prompt
         ),
-        judged=judged,
+        measured=measured,
     )
 
 
@@ -218,11 +223,11 @@ def _check_splits(
     config: ConfigDict,
     folders: Sequence[tuple[Path, float]],
     held: Sequence[dict[str, contents.Contents]],
-    stated: Mapping[str, int],
+    stated: Mapping[str, Mapping[str, int]],
     say: Callable[[str], None],
-) -> bool:
+) -> Collection[str]:
     """Is there something to learn, and something to measure it by? What is missing is said.
-    Returns whether checkpoints can be ranked by labels of `valid`, if there is one."""
+    Returns what checkpoints can be ranked by, of `ranking.METRICS`."""
     paths = [path for path, _ in folders]
     names = ", ".join(map(str, paths))
     train = [
@@ -232,18 +237,23 @@ def _check_splits(
     ]
     if not train:
         raise UserError(f"{names}: there is no split 'train'")
-    for words in check_data.check_lessons(config, train, names, stated):
+    for words in check_data.check_lessons(config, train, names, stated["train"]):
         say(words)
     for words in check_data.describe_unused(config, paths):
         say(words)
     valid = [found["valid"] for found in held if "valid" in found]
     if not valid:
         say(check_data.describe_no_valid(config, paths))
-        return True
-    judged = any(found.labels.get(d) for found in valid for d in config.data.dimensions)
-    if config.loss.preference_weight and not judged:
-        say(check_data.describe_no_judgement(config))
-    return judged
+        return tuple(METRICS)
+    absent = {
+        "pair_accuracy": not any(c.labels.get(d) for c in valid for d in config.data.dimensions),
+        "-teacher": not any(stated["valid"].values()),
+        "-language": not any(found.critiques for found in valid),
+    }
+    measured = [metric for metric in METRICS if not absent.get(metric)]
+    if config.loss.preference_weight and absent["pair_accuracy"]:
+        say(check_data.describe_no_judgement(config, measured))
+    return measured
 
 
 def make_caps(config: ConfigDict, backbone: BackboneConfig) -> Bucket:

@@ -130,7 +130,7 @@ class _Run:
             say(words)
         self.seconds = 0.0  # of this session
         self.window = Window(SCALARS)
-        self.best_metric = best_metric(config, self.data.judged)
+        self.best_metric = best_metric(config, self.data.measured)
         self.writer = Writer(workdir, config.total_steps, self.start, leader)
         self.watchdog = Watchdog(
             config.watchdog_seconds, config.heartbeat_seconds, self.writer.say if leader else print

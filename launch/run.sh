@@ -46,4 +46,5 @@ if ((!DRY_RUN)) && [[ "$said" == *"$failed"* ]]; then # gcloud may end with a st
   exit 3
 fi
 ((status == 0)) || exit "$status"
+((DRY_RUN)) || [[ -z "${STARTED:-}" ]] || touch "$STARTED" # for watch.sh
 on_all "$remote"

@@ -25,13 +25,13 @@ metadata() { # a value that create.sh has given
   fi
 }
 
+run rm -f "$ROOT/ready" "$ROOT/failed" # until everything below is done
+run mkdir -p "$ROOT/bucket" "$ROOT/compiled"
+trap 'run touch "$ROOT/failed"' ERR # run.sh waits for one of the two
+
 repository=$(metadata jrm-repository)
 revision=$(metadata jrm-revision)
 bucket=$(metadata jrm-bucket)
-
-run rm -f "$ROOT/ready" "$ROOT/failed" # until everything below is done
-trap 'run touch "$ROOT/failed"' ERR      # run.sh waits for one of the two
-run mkdir -p "$ROOT/bucket" "$ROOT/compiled"
 
 if ((DRY_RUN)) || ! command -v gcsfuse >/dev/null; then
   run apt-get update -q

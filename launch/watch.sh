@@ -25,6 +25,8 @@ fi
 
 restarts=0
 asked=0 failed=0
+places=$(mktemp -d)
+trap 'rm -rf "$places"' EXIT
 again() { # count a start that came to nothing
   restarts=$((restarts + 1))
   ((restarts <= ${MAX_RESTARTS:-50})) || give_up "after ${MAX_RESTARTS:-50} restarts"
@@ -47,7 +49,9 @@ while true; do
       ;;
     ACTIVE)
       asked=1 status=0
-      "$here/run.sh" -- "${REST[@]}" || status=$?
+      STARTED="$places/started" "$here/run.sh" -- "${REST[@]}" || status=$?
+      [[ ! -e "$places/started" ]] || failed=0
+      rm -f "$places/started"
       if ((status == 0)); then
         until "$here/delete.sh"; do # they cost money until it has worked
           again "the run has finished, but the TPUs are not deleted and cost money"
@@ -61,7 +65,6 @@ while true; do
         again "the nodes did not start"
         "$here/delete.sh" || true
       else
-        failed=0
         again "the run ended with status $status"
       fi
       ;;

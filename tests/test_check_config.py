@@ -208,6 +208,8 @@ def test_contradictions_are_refused(fields, words):
          "config.loss.language_end counts for nothing: loss.language_weight is 0"),
         ({"optimizer.schedule": "constant", "optimizer.final_scale": 0.5},
          "config.optimizer.final_scale counts for nothing: optimizer.schedule is constant"),
+        ({"loss.facts_weight": 1.0, "data.world.kind": "facts", "trainable": ("^backbone/",)},
+         "config.loss.facts_weight counts for nothing: config.trainable does not name facts_head"),
         ({"loss.language_weight": 0.0, "loss.chunk": 64, "loss.through_reward": True},
          "config.loss.chunk, config.loss.through_reward count for nothing: loss.language_weight"),
         ({"loss.language_weight": 0.0, "loss.words_weight": 1.0, "loss.chunk": 64},

@@ -178,32 +178,37 @@ def test_a_run_says_what_is_missing_before_it_starts(tmp_path):
         build_from(folder, generative.get_config())
 
 
+SAYS = {"language_weight": 1.0, "teacher_weight": 0.5}
+
+
 @pytest.mark.parametrize(
-    "changes, metric, words",
+    "changes, line, metric, words",
     [
-        ({}, "pair_accuracy", "no checkpoint is better than another"),
-        ({"language_weight": 1.0}, "-language", "with the least language loss there"),
-        (
-            {"language_weight": 1.0, "teacher_weight": 0.5},
-            "-teacher",
-            "the least teacher loss there",
-        ),
+        ({}, "overall 5", "pair_accuracy", "no checkpoint is better than another"),
+        ({"language_weight": 1.0}, "overall 5", "-language", "with the least language loss there"),
+        (SAYS, "overall 5", "-teacher", "with the least teacher loss there"),
+        (SAYS, "Fine.", "-language", "with the least language loss there"),
+        (SAYS, None, "pair_accuracy", "no checkpoint is better than another"),
     ],
 )
-def test_without_labels_in_valid_another_loss_ranks_checkpoints(tmp_path, changes, metric, words):
+def test_without_labels_in_valid_another_loss_ranks_checkpoints(
+    tmp_path, changes, line, metric, words
+):
+    """One of those for which it holds something."""
     rows = [stating(i, 0, 25) for i in range(4)]
-    bare = dataclasses.replace(stating(9, 5, 10), weight=np.zeros_like(rows[0].weight))
+    candidates = tuple(Candidate(c.parts, line, bool(line)) for c in rows[0].candidates)
+    bare = dataclasses.replace(rows[0], candidates=candidates, weight=np.zeros_like(rows[0].weight))
     config = discriminative.get_config()
     config.loss.update({"teacher_scale": 0.0, **changes})
     data, said = build_from(write(tmp_path / "edits", rows, valid=[bare]), config)
-    assert ranking.best_metric(config, data.judged) == metric
-    (line,) = (line for line in said if "no group of split 'valid' has a label in overall" in line)
-    assert words in line
+    assert ranking.best_metric(config, data.measured) == metric
+    (told,) = (line for line in said if "no group of split 'valid' has a label in overall" in line)
+    assert words in told
     data, said = build_from(write(tmp_path / "judged", rows, valid=[bare, rows[0]]), config)
-    assert ranking.best_metric(config, data.judged) == "pair_accuracy"
+    assert ranking.best_metric(config, data.measured) == "pair_accuracy"
     assert not [line for line in said if "valid" in line]
     config.best_metric = "-centering"
-    assert ranking.best_metric(config, judged=False) == "-centering"
+    assert ranking.best_metric(config, ()) == "-centering"
 
 
 def test_critiques_that_see_the_reward_token_alone_need_pictures_last(tmp_path):
@@ -217,6 +222,8 @@ def test_critiques_that_see_the_reward_token_alone_need_pictures_last(tmp_path):
     turned = dataclasses.replace(example, prompt=example.prompt[::-1])
     with pytest.raises(UserError, match="needs prompts that end with a picture"):
         check_data.check_example(config, turned, "world")
+    config.loss.language_weight = 0.0  # nothing is written
+    check_data.check_example(config, turned, "world")
 
 
 def test_two_sets_of_one_name_have_a_scale_together(tmp_path):

@@ -233,7 +233,8 @@ def test_a_request_that_is_refused_is_made_again_but_for_the_first(gcloud, tmp_p
 def test_nodes_that_do_not_start_are_not_waited_for(gcloud, tmp_path):
     (tmp_path / "ready").unlink()
     (tmp_path / "failed").touch()
-    done, calls = gcloud("watch.sh", "--", *TRAINING)
+    # a connection that is refused between is no start
+    done, calls = gcloud("watch.sh", "--", *TRAINING, trouble=("await",))
     assert done.returncode == 1 and "given up as the nodes did not start, twice" in done.stderr
     assert calls == ["create", "delete", "create", "delete"] and not (tmp_path / "state").exists()
     assert "launch/startup.sh failed, or took too long" in done.stdout
@@ -255,14 +256,15 @@ def test_who_gives_up_gives_the_tpus_back(gcloud, tmp_path):
     assert calls == ["ssh", "ssh", "delete"] and not (tmp_path / "state").exists()
 
 
-def test_a_start_that_fails_leaves_word_of_it(tmp_path):
+@pytest.mark.parametrize("broken", ["gcloud", "curl"])
+def test_a_start_that_fails_leaves_word_of_it(tmp_path, broken):
     """`run.sh` waits for one of two files."""
     script = (LAUNCH / "startup.sh").read_text().replace("ROOT=/jrm\n", f"ROOT={tmp_path}\n")
     for name in ("curl", "apt-get", "gcsfuse", "gcloud", "git", "python3.11", "mountpoint"):
         (tmp_path / name).write_text("#!/bin/bash\necho value\n")
         (tmp_path / name).chmod(0o755)
     (tmp_path / "ready").touch()
-    (tmp_path / "gcloud").write_text("#!/bin/bash\nexit 1\n")
+    (tmp_path / broken).write_text("#!/bin/bash\nexit 1\n")
     env = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     done = subprocess.run(["bash", "-c", script], env=env, capture_output=True, text=True)
     assert done.returncode == 1

@@ -96,17 +96,6 @@ def test_heads_of_training_alone_train_beside_adapters():
     assert "^words_head/" in build.trainable_patterns(config)
 
 
-def test_heads_of_training_alone_train_where_a_part_does():
-    """A frozen one of zeros would teach the backbone nothing."""
-    config = joint.get_config()
-    config.trainable = ("^backbone/decoder/", "^reward_head/")
-    assert build.trainable_patterns(config) == config.trainable
-    config.loss.facts_weight = config.loss.words_weight = 1.0
-    assert build.trainable_patterns(config)[2:] == ("^facts_head/", "^words_head/")
-    config.trainable = (".*",)
-    assert build.trainable_patterns(config) == (".*",)
-
-
 def test_adapters_lie_like_their_kernels():
     layer = "backbone/decoder/layers/attn/"
     assert sharding.rule(layer + "q/lora_a") == (None, "fsdp", None)

@@ -184,6 +184,8 @@ def test_rationales_that_cannot_be_used_are_refused_by_name(pictures, build, cap
         ("N/A (Image 2 has no text)", None), ("**N/A** - 0 words", None), ("[n/a]", None),
         ("None, as 3 letters are missing", None), ("NA", None), ("", None), ("\n\n", None),
         ("N/A\n\n# Overall: 2 of 4", None), ("3.5\n\n# Overall: 2 of 4", 3.5), ("**4.0**", 4.0),
+        ("---\n3", 3.0), ("(see below)\n3.0", 3.0), ("- N/A", None), ("**None**", None),
+        ("None of the letters is readable, 1.0", 1.0),
         ("[2]", 2.0), ("about 3", 3.0), ("\n1", 1.0), ("0", 0.0),
     ],
 )  # fmt: skip

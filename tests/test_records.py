@@ -101,6 +101,13 @@ def test_places_without_pictures_and_questions_without_answers():
     pair = {"prompt": "Add", "chosen": "Write <image> here.", "rejected": "b"}
     found = parse_json(pair, lambda value: value.encode(), "x")
     assert found.candidates[0].parts[0].text == "Write <image> here."  # no `images`: a text
+    for images, shown in (([], []), (["0.png"], [b"0.png"])):
+        row = {"prompt": "Add", "images": images, "chosen": "use an <image> tag", "rejected": "b"}
+        found = parse_json(row, lambda value: value.encode(), "x")
+        assert found.candidates[0].parts[0].text == "use an <image> tag"
+        assert [part.data for part in found.prompt[1:]] == shown
+    row = pair | {"prompt": "Write <image> here", "images": []}
+    assert parse_json(row, lambda value: value.encode(), "x").prompt[0].text == row["prompt"]
     with pytest.raises(RecordError, match="holds the question, and no answer"):
         parse_json(pair | {"chosen": [QUESTION]}, lambda value: value.encode(), "x")
 

@@ -5,7 +5,8 @@
 
 `prompt` or `conversations` may stand for `instruction`; they and the answers may be chat messages
 (`role` and `content`, or `from` and `value`), whose pictures without a name are those of `images`,
-in order, and in a text `<image>` stands for the next of them. Of the messages of an answer those
+in order, and `<image>` stands for the next of them: in messages, in a question, and where it is all
+of an answer. Of the messages of an answer those
 after the last question count. A list of answers holds several rejected (or chosen) ones. An answer
 that is a string is a picture where it ends like the name of one, else text. Fields that mean
 nothing here (models, categories) are passed over.
@@ -54,8 +55,9 @@ def as_group(obj: Mapping[str, Any], where: str) -> Mapping[str, Any]:
         raise field_error(where, "instruction", "is missing (or 'prompt')")
     images = obj.get("images", [])
     unnamed = iter(list(images) if isinstance(images, list) else [images])
-    read = _Reader(where, unnamed, places="images" in obj)
-    prompt = read.parts(obj[asked], asked, str)  # the schema's own rule for strings
+    read = _Reader(where, unnamed)
+    # the schema's own rule for strings
+    prompt = (images and read.said(obj[asked])) or read.parts(obj[asked], asked, str)
     for name in _SOURCES:
         if name in obj:
             several = obj[name] if isinstance(obj[name], list) else [obj[name]]
@@ -75,11 +77,10 @@ def _several(value: Any) -> list:
 
 
 class _Reader:
-    """Parts of one line. unnamed: pictures for the places that name none; `places`: whether a
-    plain string may have such places."""
+    """Parts of one line. unnamed: pictures for the places that name none."""
 
-    def __init__(self, where: str, unnamed: Iterator, places: bool):
-        self._where, self._unnamed, self._places = where, unnamed, places
+    def __init__(self, where: str, unnamed: Iterator):
+        self._where, self._unnamed = where, unnamed
 
     def answer(self, value: Any, field: str) -> Any:
         if isinstance(value, dict) and "parts" in value:
@@ -89,19 +90,21 @@ class _Reader:
             value = value[asked[-1] + 1 :] if asked else value
             if not value:
                 raise field_error(self._where, field, "holds the question, and no answer to it")
+        if isinstance(value, str) and value.strip() == _PLACE:
+            return self.said(value)
         return self.parts(value, field, _named_or_text)
 
     def parts(self, value: Any, field: str, string: Callable[[str], Any]) -> list:
         """Of a string, a picture, a part, messages, or a list of these. string: what one means."""
         if isinstance(value, str):
-            return (self._said(value) if self._places else []) or [string(value)]
+            return [string(value)]
         if isinstance(value, bytes):
             return [{"image": value}]
         if isinstance(value, list):
             return [part for item in value for part in self.parts(item, field, string)]
         if _is_message(value):
             content = value.get("content", value.get("value"))
-            return self._said(content) or self.parts(content, field, _text)
+            return self.said(content) or self.parts(content, field, _text)
         if isinstance(value, dict):
             if value.get("type") == "image_url":
                 link = value.get("image_url")
@@ -114,8 +117,8 @@ class _Reader:
         words = "must be a text, a picture's name, or a list of parts or messages"
         raise field_error(self._where, field, words)
 
-    def _said(self, content: Any) -> list:
-        """A message's text with places for pictures; [] where it is something else."""
+    def said(self, content: Any) -> list:
+        """A text with places for pictures; [] where it is something else."""
         if not isinstance(content, str) or _PLACE not in content:
             return []
         parts: list[dict[str, Any]] = []

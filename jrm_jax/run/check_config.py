@@ -276,7 +276,7 @@ def _contradictions(config: ConfigDict) -> Iterator[str]:
                 f"config.loss.{name} is {loss[name]} and config.loss.preference_weight is 0: this "
                 "loss is read off scored states, so both must be above 0, or this one 0"
             )
-    if loss.through_reward and not data.share_prompt:
+    if loss.through_reward and loss.language_weight and not data.share_prompt:
         yield (
             "config.loss.through_reward is True and config.data.share_prompt is False: critiques "
             "would not see the instruction, which stands before the reward token then; leave "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -98,7 +98,8 @@ def check_example(config: ConfigDict, example: PreferenceExample, name: str) -> 
         UserError: critiques that see their candidate by its reward token alone would not see the
             instruction: a text at the end of a prompt stands with the candidate.
     """
-    if config.loss.through_reward and not isinstance(example.prompt[-1], Image):
+    blind = config.loss.through_reward and config.loss.language_weight
+    if blind and not isinstance(example.prompt[-1], Image):
         raise UserError(
             f"{name}: config.loss.through_reward needs prompts that end with a picture, because "
             f"critiques would not see a text behind it; that of {example.id!r} ends with text"
@@ -173,9 +174,9 @@ def describe_no_valid(config: ConfigDict, folders: Sequence[Path]) -> str:
     )
 
 
-def describe_no_judgement(config: ConfigDict) -> str:
-    """What a run lacks whose `valid` has no labels in its dimensions."""
-    metric = best_metric(config, judged=False)
+def describe_no_judgement(config: ConfigDict, measured: Collection[str]) -> str:
+    """What a run lacks whose `valid` has no labels in its dimensions; `measured`: what it has."""
+    metric = best_metric(config, measured)
     words = f"the best checkpoint is the one with the least {metric.lstrip('-')} loss there"
     if METRICS[metric] == "preference_weight":
         words = "no checkpoint is better than another, so the last one counts as the best"

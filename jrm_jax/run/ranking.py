@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from ml_collections import ConfigDict
 
 # What `valid` can be ranked by -> the loss that must be on for it to be measured.
@@ -16,11 +18,10 @@ METRICS = {
 }
 
 
-def best_metric(config: ConfigDict, judged: bool = True) -> str:
-    """What `valid` is ranked by: a key of METRICS; `judged`: whether it has labels."""
+def best_metric(config: ConfigDict, measured: Collection[str] = tuple(METRICS)) -> str:
+    """What `valid` is ranked by: a key of METRICS; `measured`: those for which its groups hold
+    something."""
     if config.best_metric != "auto":
         return config.best_metric
-    ranks, loss = config.loss.preference_weight, config.loss
-    if ranks and not judged and loss.teacher_weight:
-        return "-teacher"
-    return "pair_accuracy" if ranks and (judged or not loss.language_weight) else "-language"
+    on = [m for m in ("pair_accuracy", "-teacher", "-language") if config.loss[METRICS[m]]]
+    return next((metric for metric in on if metric in measured), on[0])

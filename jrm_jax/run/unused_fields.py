@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 from ml_collections import ConfigDict
 
+from jrm_jax import optim
 from jrm_jax.data.stated import OVERALL, plain
 from jrm_jax.run.check_data import reads_critiques
 from jrm_jax.run.workdir import defaults
@@ -43,6 +44,12 @@ UNUSED: tuple[tuple[tuple[str, ...], Callable[[ConfigDict], bool], str], ...] = 
         ("loss.teacher_mix",),
         lambda c: c.loss.teacher_weight and OVERALL not in map(plain, c.data.dimensions),
         "it makes 'overall', which is not among data.dimensions",
+    ),
+    (
+        # the head begins with a kernel of zeros: frozen, it hands no gradient on
+        ("loss.facts_weight",),
+        lambda c: not c.lora.rank and not optim.matching(c.trainable, ["facts_head/kernel"]),
+        "config.trainable does not name facts_head (add '^facts_head/')",
     ),
     (("optimizer.decay_patterns",), lambda c: not c.optimizer.weight_decay,
      "optimizer.weight_decay is 0"),

@@ -9,6 +9,8 @@ import math
 from jrm_jax.errors import UserError
 from jrm_jax.shell.arguments import Parser
 
+MOST = 10_000  # entries of a list that are looked at, whatever a limit says
+
 
 def _limit(default: int | float, words: str) -> int | float:
     return dataclasses.field(default=default, metadata={"help": words})
@@ -44,6 +46,9 @@ class Limits:
                 raise UserError(f"--{name}={value}: must be a finite number")
             if value <= 0 and name != "wait_ms":
                 raise UserError(f"--{name}={value}: must be larger than zero")
+        for name in ("max_groups", "max_sources", "max_candidates"):
+            if getattr(self, name) > MOST:
+                raise UserError(f"--{name}={getattr(self, name)}: must be at most {MOST:,}")
         if self.wait_ms < 0:
             raise UserError(f"--wait_ms={self.wait_ms}: must not be negative")
         if self.max_decoded_bytes < 3 * self.max_pixels:

@@ -22,7 +22,7 @@ import numpy as np
 import pydantic
 
 from jrm_jax.data.labels import BROKEN_TEXT, is_text
-from jrm_jax.service.limits import Limits
+from jrm_jax.service.limits import MOST, Limits
 from jrm_jax.service.pictures import Fault, from_text
 from jrm_jax.service.refusals import Refused
 
@@ -54,7 +54,7 @@ def _check_text(text: str) -> str:
 # these characters, and of a list nothing is looked at behind its first fault. `limits.py` has the
 # limits that are meant.
 MARKS, MOST_MARKS = '{[,"', 1_000_000
-Bounded = pydantic.Field(max_length=10_000, fail_fast=True)
+Bounded = pydantic.Field(max_length=MOST, fail_fast=True)
 TOLD, TOLD_OF = 3, 100  # faults that are told, and at most so many are looked at for them
 Words = Annotated[str, pydantic.Field(min_length=1), pydantic.AfterValidator(_check_text)]
 

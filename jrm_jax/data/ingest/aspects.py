@@ -26,7 +26,7 @@ _ASPECT = re.compile(
 _FIELD = re.compile(
     r"[#*\s-]*(Justification|Winner|Score(?: ([AB]))?)\b(?: \([^)]*\))?\**\s*:\**(.*)", re.DOTALL
 )
-_NONE = re.compile(r"[\s*\[(_]*(?:N/?A|None)\b", re.IGNORECASE)
+_NONE = re.compile(r"[\s*\[(_-]*(?:N/?A\b|None\s*(?:[.,;:!\])*]|$))", re.IGNORECASE)
 _END = re.compile(r"[#*\s]*(?:Summary|User Request Refinement)\b")
 
 
@@ -114,10 +114,15 @@ def shares_of(
 
 
 def _score(text: str, where: str, field: str) -> float | None:
-    text = next((line for line in text.splitlines() if line.strip(" *[].")), "")
-    if not text or _NONE.match(text):  # whatever is remarked about it
+    found = None
+    for line in text.splitlines():
+        if _NONE.match(line):  # whatever is remarked about it
+            return None
+        found = re.search(r"-?\d+(?:[.,]\d+)*", line)
+        if found or line.startswith("#"):
+            break
+    if not text.strip(" *[].\n"):
         return None
-    found = re.search(r"-?\d+(?:[.,]\d+)*", text)
     try:
         number = read_decimal(found[0] if found else text)
     except ValueError:
