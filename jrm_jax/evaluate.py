@@ -102,6 +102,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         output.check_folder(output.predictions_folder(args.out))
     model = _load(args) if args.checkpoint else None
     benchmark = _read(args, layout, issues, model)
+    whole = benchmark
     if args.limit and args.benchmark != "world":
         benchmark = benchmark._replace(cases=benchmark.cases[: args.limit])
     name = args.name or _name(args)
@@ -111,7 +112,10 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         with output.new_predictions(output.predictions_folder(args.out)) as folder:
             layout.write(judged, folder, name, threshold)
     else:
-        judged = in_order(benchmark.cases, layout.read_predictions(benchmark, args.predictions))
+        asked = {id(case) for case in benchmark.cases}
+        judged = in_order(benchmark.cases, layout.read_predictions(whole, args.predictions))
+        if len(benchmark.cases) < len(whole.cases):
+            judged = [one for one in judged if id(one.case) in asked]
     if not judged:
         what = "no case has a prediction" if benchmark.cases else "the files hold no case to judge"
         raise UserError(f"nothing to measure: {what}"

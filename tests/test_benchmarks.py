@@ -195,6 +195,17 @@ def test_editscore_averages_subtasks_and_counts_equal_as_wrong(editscore, tmp_pa
     assert [row["metric"] for row in found["rows"]] == wanted
 
 
+def test_a_limit_is_one_of_predictions_too(editscore, tmp_path):
+    """What lies behind it counts nowhere, and is no unknown id."""
+    _, rows, path = editscore
+    judge = judge_editscore(rows, tmp_path / "judge")
+    result = run(tmp_path / "r.json", "editscore_bench", path, [judge], "--limit=3")
+    names = [f"{row['dimension']}: {row['task_type']}" for row in rows[:3]]
+    assert len({*names}) == 3 and not issue(result, "unknown")
+    assert result["counts"]["cases with a prediction"] == 4  # the first stands there twice
+    assert {r["section"] for r in result["rows"] if r["count"]} >= {"consistency", "overall"}
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_editscore_as_the_arrow_folder_that_is_downloaded(editscore, tmp_path, stream):
     _, rows, path = editscore
@@ -360,3 +371,23 @@ def test_a_users_own_json_lines(tmp_path):
     said.write_text('{"id": "u0", "scores": [1, 2]}\n')
     with pytest.raises(UserError, match="2 scores for 3 candidates"):
         run(tmp_path / "r.json", "jsonl", path, [said])
+
+
+def test_headlines_are_of_the_first_dimension_whoever_comes_first(tmp_path):
+    """The first case may have labels in another one alone."""
+    lines = [
+        {"id": f"u{i}", "prompt": ["Edit"], "candidates": ["a", f"b{i}", f"c{i}"],
+         "dimensions": ["overall", "quality"], "scores": scores}
+        for i, scores in enumerate((
+            {"overall": [None] * 3, "quality": [1, 2, 3]}, {"overall": [3, 2, 1]},
+            {"overall": [1, 2, 3], "quality": [3, 2, 1]},
+        ))
+    ]  # fmt: skip
+    path, said = tmp_path / "own.jsonl", tmp_path / "said.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    said.write_text("".join(f'{{"id": "u{i}", "scores": [3, 2, 1]}}\n' for i in range(3)))
+    result = run(tmp_path / "r.json", "jsonl", path, [said])
+    row = number(result, "pairs", "pair accuracy")
+    assert row["headline"] and (row["right"], row["count"]) == (3, 6)
+    other = number(result, "pairs (quality)", "pair accuracy")
+    assert not other["headline"] and (other["right"], other["count"]) == (3, 6)

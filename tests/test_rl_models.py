@@ -5,6 +5,7 @@ import pytest
 from configs import rl
 from jrm_jax.errors import UserError
 from jrm_jax.rl import models, runner
+from jrm_jax.run.workdir import CHECKPOINTS, RESULTS
 
 
 @pytest.fixture(scope="module")
@@ -106,3 +107,15 @@ def test_a_models_number_is_its_seed_whatever_else_is_there(tmp_path):
     folders(tmp_path, f"joint-n64-w1-s1-{16 * 'b'}")
     with pytest.raises(UserError, match="s1-a+ and .*s1-b+ would both be joint-1"):
         models.models(own, [])
+
+
+def test_a_run_that_trains_still_is_no_model(tmp_path, capsys):
+    """Its best step is not yet known."""
+    own = of_arms(tmp_path, joint=["joint-s?"])
+    folders(tmp_path, "joint-s0", "joint-s1")
+    for number in (0, 1):
+        (tmp_path / f"joint-s{number}" / CHECKPOINTS).mkdir()
+    (tmp_path / "joint-s0" / RESULTS).write_text("{}")
+    found = [m for m in models.models(own, [])[0] if m.folders]
+    assert [m.number for m in found] == [0]
+    assert "joint-s1 is a run that has not finished yet" in capsys.readouterr().err

@@ -127,9 +127,9 @@ def test_the_time_a_cell_will_take():
              for s in range(3)}  # fmt: skip
     config = study.get_config()
     assert cells.estimate(config, Cell("joint", 10, 1.0, 7), found) == 15.0
-    assert cells.estimate(config, Cell("discriminative_x2", 10, 1.0, 0), found) == 28.0
+    assert cells.estimate(config, Cell("discriminative_x2", 10, 1.0, 0), found) == 26.0
     assert cells.estimate(config, Cell("joint", 10, 1.0, 7), {}) is None
-    assert "2 to go, about 0:43" in runner.budget(
+    assert "2 to go, about 0:41" in runner.budget(
         config, [Cell("joint", 10, 1.0, 7), Cell("discriminative_x2", 10, 1.0, 0)], found
     )
 

@@ -9,8 +9,10 @@ from benchmark_case import answered, issue, number, run, values
 from benchmark_files import tiger_log, tiger_rows, write_parquet, write_tiger
 
 from jrm_jax.errors import UserError
+from jrm_jax.evaluation import report
 from jrm_jax.evaluation.cases import Answer, Issues, Judged
 from jrm_jax.evaluation.layouts import LAYOUTS
+from jrm_jax.evaluation.unsure import scored_pairs
 
 # as `inference_2pair_hf.py --model_name m` looks for it
 PAIR_FILE = "m_pairwise_2pair_2pair_hf.json"
@@ -81,6 +83,21 @@ def test_tiger_published_numbers_to_the_last_digit(tiger, tmp_path, seed):
     assert number(result, "Overall", "strict accuracy")["total"] == 15
     assert issue(result, "bare 'A=B'") == ["2-Pair/4"]
     assert len(issue(result, "ranking that cannot be read")) == 1
+
+
+def test_rankings_that_cannot_be_read_are_nobodys_preference(tmp_path):
+    """They count as wrong, officially, and as nothing else."""
+    folder = write_tiger(tmp_path)
+    path = folder / "EditReward_Bench_2pair.json"
+    groups = json.loads(path.read_text())
+    groups[0]["human_vote"]["ranking"] = "A?B"
+    path.write_text(json.dumps(groups))
+    _, judged = answered(
+        "editreward_bench", folder, lambda i, case: tuple(range(len(case.candidates)))
+    )
+    assert 2 in {c.label for one in judged for c in one.case.comparisons}
+    assert {v.comparison.label for v in report.worst(judged, 100)} <= {1, -1}
+    assert {v.comparison.label for v in scored_pairs(judged)} == {1, -1}
 
 
 def test_tiger_strict_accuracy_with_a_threshold_from_elsewhere(tiger):

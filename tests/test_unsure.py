@@ -159,7 +159,8 @@ def test_right_deviations_calibrate_what_means_alone_do_not():
     assert found["with"]["log_loss"] < found["without"]["log_loss"]
     assert found["accuracy_surer"] > found["accuracy_less_sure"] + 0.1
     assert unsure(judge(30, 4.0, False)) is None and unsure([]) is None
-    style = [one._replace(case=one.case._replace(dimension="style")) for one in judge(9, 1.0, True)]
+    other = {"dimension": "style", "headline": False}
+    style = [one._replace(case=one.case._replace(**other)) for one in judge(9, 1.0, True)]
     both = judge(8, 1.0, True) + style
     counts = [unsure(both, own)["with"]["count"] for own in ((), ("style",), ("other",), NAMES)]
     assert counts == [8, 9, 8, 17]

@@ -103,7 +103,7 @@ class JaxSides:
 
         def step(state: TrainState, short: dict, full: dict):
             def objective(trainable, forward, batch):
-                terms = forward(trainable | {"language_head": {}}, batch).terms
+                terms = forward({"language_head": {}} | trainable, batch).terms
                 coefficients = {
                     "preference": loss.preference_weight,
                     "language": loss.language_weight,

@@ -105,6 +105,7 @@ class Case(NamedTuple):
     dimension: the reward asked for. targets: people's scores per candidate, where there are any.
     fields: of the row in the benchmark's file, for files that repeat them. given: the id in the
     benchmark's file, where that stands for several cases with other content ('' = `id` does).
+    headline: whether its dimension is the one, or one of those, that headline numbers are of.
     """
 
     id: str
@@ -119,6 +120,7 @@ class Case(NamedTuple):
     targets: tuple[float, ...] | None = None
     fields: dict[str, Any] = {}  # noqa: RUF012
     given: str = ""
+    headline: bool = True
 
     @property
     def pictures(self) -> list[Picture]:

@@ -119,5 +119,10 @@ def accuracy(section: str, name: str, items: Sequence[Verdict], **more: Any) -> 
 
 
 def strict(items: Sequence[Verdict]) -> list[Verdict]:
-    """Those that people decided."""
+    """Those that are no tie of people's; one that cannot be read is wrong whatever is said."""
     return [item for item in items if item.comparison.label]
+
+
+def decided(items: Sequence[Verdict]) -> list[Verdict]:
+    """Those that people decided."""
+    return [item for item in items if item.comparison.label in (1, -1)]

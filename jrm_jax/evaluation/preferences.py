@@ -114,10 +114,12 @@ def _draw(split: str, count: int, seed: int) -> Iterator[PreferenceExample]:
 
 
 def _benchmark(name: str, cases: list[Case], issues: Issues) -> Benchmark:
+    if cases and not any(case.headline for case in cases):  # nothing has labels in the first one
+        cases = [c._replace(headline=c.dimension == cases[0].dimension) for c in cases]
     seen = [
         (case.id, tuple((c.id, c.label) for c in case.comparisons))
         for case in cases
-        if case.dimension == cases[0].dimension
+        if case.headline
     ]
     note_duplicates(issues, seen)
     return Benchmark(name, tell_apart(cases), issues, PROTOCOL)
@@ -152,6 +154,7 @@ def _cases(
             yield Case(
                 name, group, section, subtask, prompt, candidates, comparisons, dimension,
                 names=tuple(kinds) or tuple(f"candidate {i}" for i in range(len(candidates))),
+                headline=not column,
             )  # fmt: skip
 
 
@@ -181,7 +184,7 @@ def measure(benchmark: Benchmark, judged: Sequence[Judged], threshold: float) ->
     metrics = []
     wanted = sections(benchmark.cases, lambda case: (case.section, case.dimension))
     found = sections(judged, lambda one: (one.case.section, one.case.dimension))
-    main = benchmark.cases[0].dimension if benchmark.cases else ""
+    main = next((case.dimension for case in benchmark.cases if case.headline), "")
     for (section, dimension), cases in wanted.items():
         items = found.get((section, dimension), [])
         name = section if dimension == main else f"{section} ({dimension})"

@@ -15,7 +15,7 @@ from jrm_jax.data.schema import Text
 from jrm_jax.errors import UserError
 from jrm_jax.evaluation import files
 from jrm_jax.evaluation.cases import SHOWN, Benchmark, Judged
-from jrm_jax.evaluation.metrics import Metric, Verdict, strict, to_row, verdicts
+from jrm_jax.evaluation.metrics import Metric, Verdict, decided, to_row, verdicts
 from jrm_jax.evaluation.statistics import paired_test, tune_threshold
 
 FORMAT = 1  # of the JSON file
@@ -105,12 +105,12 @@ def _remarks(judged: Sequence[Judged]) -> list[str]:
 
 def main_dimension(judged: Sequence[Judged]) -> list[Judged]:
     """Of several reward dimensions the first; where they are sections, each."""
-    return [j for j in judged if j.case.dimension in (judged[0].case.dimension, j.case.section)]
+    return [one for one in judged if one.case.headline]
 
 
 def worst(judged: Sequence[Judged], count: int = WORST) -> list[Verdict]:
     """Pairs ranked most wrongly, one per case; where there are no scores, just wrong ones."""
-    wrong = [v for v in strict(verdicts(main_dimension(judged))) if not v.right]
+    wrong = [v for v in decided(verdicts(main_dimension(judged))) if not v.right]
     wrong.sort(key=lambda v: -abs(v.gap or 0.0))
     found: dict[Any, Verdict] = {}
     for verdict in wrong:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from jrm_jax.evaluation.cases import Judged
-from jrm_jax.evaluation.metrics import Verdict, strict, verdicts
+from jrm_jax.evaluation.metrics import Verdict, decided, verdicts
 from jrm_jax.evaluation.report import main_dimension
 from jrm_jax.evaluation.statistics import (
     bootstrap,
@@ -26,7 +26,7 @@ FEWEST = 20  # pairs, for halves of them
 
 def scored_pairs(judged: Sequence[Judged]) -> list[Verdict]:
     """Pairs that people decided, by scores."""
-    return [v for v in strict(verdicts(judged)) if v.gap is not None]
+    return [v for v in decided(verdicts(judged)) if v.gap is not None]
 
 
 def deviations(pairs: Sequence[Verdict]) -> np.ndarray | None:

@@ -58,7 +58,7 @@ def measure(
     Raises:
         UserError: another run's folder, or another process works there; a score that failed.
     """
-    with claimed(folder, settings, say):
+    with claimed(folder, settings, say) as lock:
         settle(folder, config, pools["train"], reward)
         result = {"name": name, **settings, **known, "worst": [], "seconds": 0.0}
         count = -(-config.best_of.attempts // config.edits)
@@ -70,7 +70,9 @@ def measure(
                     if signal := stop.now():
                         return signal
                     path.parent.mkdir(exist_ok=True)
-                    disk.write_whole(path, json.dumps(_block(config, pool, split, block, reward)))
+                    made = json.dumps(_block(config, pool, split, block, reward))
+                    lock.check()
+                    disk.write_whole(path, made)
                 rows.append(disk.read_json(path))
                 if count >= 4 and (block + 1) % (count // 4) == 0:
                     share = (place * count + block + 1) / (count * len(SPLITS))
@@ -84,6 +86,7 @@ def measure(
             result["worst"] += worst(best)
             result["seconds"] += sum(row["seconds"] for row in rows)
         result["seconds"] = round(result["seconds"], 1)
+        lock.check()
         disk.write_whole(out, json.dumps(json_safe(result), indent=1) + "\n")
     return 0
 

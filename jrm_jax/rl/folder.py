@@ -17,7 +17,7 @@ from jrm_jax.rl import base
 from jrm_jax.rl.reward import Chance, Reward, Scale
 from jrm_jax.rl.rollout import SETTLE, Dice, Pool, roll
 from jrm_jax.rl.settings import check_same
-from jrm_jax.run.lock import hold
+from jrm_jax.run.lock import Lock, hold
 from jrm_jax.run.workdir import CONFIG
 from jrm_jax.shell import disk
 
@@ -28,20 +28,21 @@ SETTLING = 4  # batches of the base's edits, from which the scale of a reward is
 @contextlib.contextmanager
 def claimed(
     folder: Path, settings: Mapping[str, Any], say: Callable[[str], None]
-) -> Iterator[None]:
-    """This process alone works in `folder`, which is made if need be, on the run of `settings`.
+) -> Iterator[Lock]:
+    """This process alone works in `folder`, which is made if need be, on the run of `settings`;
+    `Lock.check` before anything is saved.
 
     Raises:
         UserError: another run's folder, or another process works there.
     """
-    with hold(folder, say):
+    with hold(folder, say) as lock:
         path = folder / CONFIG
         if path.exists():
             check_same(folder, disk.read_json(path), settings)
         else:
             (folder / SCALE).unlink(missing_ok=True)  # nobody knows whose it is
         disk.write_whole(path, json.dumps(settings, indent=1) + "\n")
-        yield
+        yield lock
 
 
 def settle(

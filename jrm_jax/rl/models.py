@@ -12,6 +12,8 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from jrm_jax.errors import UserError
+from jrm_jax.run.workdir import CHECKPOINTS, RESULTS
+from jrm_jax.shell import terminal
 
 GOLD, CHANCE, ENSEMBLE = "gold", "chance", "ensemble"
 CONTROLS = (GOLD, CHANCE)  # arms whose reward is no model's
@@ -82,10 +84,19 @@ def _of_arms(config: ConfigDict) -> tuple[list[Model], list[str]]:
             )
             for place, pattern in enumerate(patterns)
             for path in sorted(glob.glob(pattern))
+            if _is_finished(Path(path))
         ]
         found += sorted(own, key=lambda model: model.number)
         missing += [] if own else [arm]
     return found, missing
+
+
+def _is_finished(folder: Path) -> bool:
+    """A run that trains still would give the weights of a step that nobody chose."""
+    unfinished = (folder / CHECKPOINTS).is_dir() and not (folder / RESULTS).is_file()
+    if unfinished:
+        terminal.say(f"left out: {folder} is a run that has not finished yet")
+    return not unfinished
 
 
 def _named(folders: Sequence[str], taken: Sequence[str]) -> dict[str, str]:

@@ -101,7 +101,7 @@ def command(config: ConfigDict, numbers: Numbers, out: Path) -> str:
     variant = f":{config.variant}" if config.variant else ""
     plain = flat(load_config_module("rl").get_config(config.variant or None).to_dict())
     own = flat(config.to_dict()) | {"iterations": numbers["iterations"] or config.iterations}
-    changed = {n: v for n, v in own.items() if v != plain[n] and n != "arms"}
+    changed = {n: v for n, v in own.items() if v != plain.get(n) and n != "arms"}
     arms = {arm for arm, _ in config.arms}
     words = [
         f"--config=configs/rl.py{variant}",
@@ -204,7 +204,7 @@ def _fit(fit: Mapping[str, Any]) -> str:
 
 
 def _rl(config: ConfigDict, numbers: Numbers) -> list[str]:
-    rows, at = [], []
+    rows, at, first = [], [], []
     for arm, found in numbers["arms"].items():
         own = found["rl"]
         if not own:
@@ -218,13 +218,26 @@ def _rl(config: ConfigDict, numbers: Numbers) -> list[str]:
              "-" if arm in CONTROLS else number(last["gap"], "+.2f"),
              f"{100 * last['flat']:.0f} %", _fit(own["fit"]))
         )  # fmt: skip
-        at.append((arm, *(_gold(own["at"][f"{x:g}"]) for x in config.verdict.nats)))
+        at.append((arm, *(_reached(own, f"{x:g}") for x in config.verdict.nats)))
+        first.extend(run["kl"][1] for run in own["by_run"] if len(run["kl"]) > 1)
     if not rows:
         return ["## RL", "", f"All {MISSING}.", ""]
     head = ("reward", "models / runs", "base", "peak, at nats", "end, at nats", "fall",
             "collapsed", "Spearman, end", "gap, end", "flat groups", "alpha, beta")  # fmt: skip
     nats = ("gold at equal divergence", *(f"{x:g} nats" for x in config.verdict.nats))
-    return ["## RL", "", *_optimiser(numbers), *table(head, rows), *table(nats, at)]
+    words = "" if not first else (
+        "Between the base and a run's first evaluation after it, which is at "
+        f"{min(first):.1f} to {max(first):.1f} nats, gold is a straight line of nats: what stands "
+        "under fewer nats than that is not measured."
+    )  # fmt: skip
+    return ["## RL", "", *_optimiser(numbers), *table(head, rows), *table(nats, at), words, ""]
+
+
+def _reached(own: Mapping[str, Any], nats: str) -> str:
+    """Gold at a divergence, and how many runs reached it where not all did."""
+    found, every = own["at"][nats], own["last"]["runs"]
+    some = f", {found['runs']} of {every} runs" if found and found["runs"] < every else ""
+    return f"{_gold(found)}{some}"
 
 
 def _optimiser(numbers: Numbers) -> list[str]:

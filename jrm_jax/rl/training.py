@@ -115,7 +115,7 @@ class Run:
             UserError: another config, another run here, a score that failed, a full disk.
         """
         with (
-            claimed(self.folder, self.settings, say),
+            claimed(self.folder, self.settings, say) as self.lock,
             open_checkpoints(self.folder / CHECKPOINTS, say) as kept,
         ):
             self.base_gold = settle(self.folder, self.config, self.pools["train"], self.reward)
@@ -142,6 +142,7 @@ class Run:
             if (last or stopping or step % config.save_interval == 0) and step not in saved:
                 self.seconds = before + time.monotonic() - began
                 meta = {"seconds": self.seconds, "evaluations": self.evaluations}
+                self.lock.check()
                 kept.save(step, params, opt_state, json_safe(meta), math.nan)
             if stopping:
                 return stopping
@@ -238,4 +239,5 @@ class Run:
             golds = [found for part in both.values() for found in part.golds]
             result[f"lost_{when}"] = measures.lost(golds)
         result["worst"] = [row for split, part in both.items() for row in worst(liked(part, split))]
+        self.lock.check()
         disk.write_whole(self.folder / RUN, json.dumps(json_safe(result), indent=1) + "\n")

@@ -306,17 +306,16 @@ def unneeded(cell: Cell, found: Mapping[Cell, Mapping[str, Any]]) -> str:
 def estimate(
     config: ConfigDict, cell: Cell, found: Mapping[Cell, Mapping[str, Any]]
 ) -> float | None:
-    """Seconds, from measured cells of its arm, else from the slowest others, by the number of their
-    steps; None at first."""
+    """Seconds, from measured cells of its arm, else of all arms, by the number of their steps; None
+    at first."""
 
     def length(other: Cell) -> float:
         """In units of the config's steps."""
         return other.changes(config)["total_steps"] / config.train.total_steps
 
-    def seconds(others: list[Cell], pick) -> float:
-        rates = [found[c]["seconds"]["train"] / length(c) for c in others]
-        rest = [found[c]["seconds"]["measure"] for c in others]
-        return pick(rates) * length(cell) + pick(rest)
-
-    same = [c for c in found if c.arm == cell.arm]
-    return seconds(same, statistics.median) if same else seconds([*found], max) if found else None
+    if not found:
+        return None
+    alike = [c for c in found if c.arm == cell.arm] or [*found]
+    rates = [found[c]["seconds"]["train"] / length(c) for c in alike]
+    rest = [found[c]["seconds"]["measure"] for c in alike]
+    return statistics.median(rates) * length(cell) + statistics.median(rest)

@@ -36,13 +36,18 @@ def reasons(numbers: Numbers) -> list[str]:
         why = found["why"] if found else None
         if not why or not why["seeds"]:
             continue
+        # gradients were weighted as at the start; of a loss that fades nothing is left at the end
+        fades = ARMS[name].changes.get("loss.language_end", 1.0) != 1.0
         says, pulls = why["says"], why["pulls"]
         rows.append(
             (
                 name,
                 str(why["seeds"]),
                 *(number(says.get(topic), ".3f") for topic in TOPICS),
-                *(number(pulls.get(key), ".2f") for key in ("ratio", "cosine", "kept")),
+                *(
+                    "-" if fades else number(pulls.get(key), ".2f")
+                    for key in ("ratio", "cosine", "kept")
+                ),
                 _course(why["training"]),
             )
         )
@@ -57,7 +62,8 @@ def reasons(numbers: Numbers) -> list[str]:
         "critiques state, from the reward token's final state, at the last step; learnt on half of "
         "the groups of `test`, read on the others. Language / preference: norms of the two losses' "
         "weighted gradients in the backbone's kernels on 64 groups of `valid`; cosine between "
-        "them; step kept: cosine between Muon's step for both and its step for preferences alone. "
+        "them; step kept: cosine between Muon's step for both and its step for preferences alone; "
+        "not of an arm whose language loss has faded by the last step. "
         "Language loss of training: in the first ten steps, around step 100, in the last ten. "
         "Cells from before these measures were taken are not in the table.",
         "",
