@@ -87,13 +87,11 @@ def test_tiger_published_numbers_to_the_last_digit(tiger, tmp_path, seed):
 
 def test_rankings_that_cannot_be_read_are_nobodys_preference(tmp_path):
     """They count as wrong, officially, and as nothing else."""
-    folder = write_tiger(tmp_path)
-    path = folder / "EditReward_Bench_2pair.json"
-    groups = json.loads(path.read_text())
-    groups[0]["human_vote"]["ranking"] = "A?B"
-    path.write_text(json.dumps(groups))
+    rows = tiger_rows()
+    rows[0]["ranking"] = "A?B"
+    path = write_parquet(tmp_path / "rows.parquet", rows)
     _, judged = answered(
-        "editreward_bench", folder, lambda i, case: tuple(range(len(case.candidates)))
+        "editreward_bench", path, lambda i, case: tuple(range(len(case.candidates)))
     )
     assert 2 in {c.label for one in judged for c in one.case.comparisons}
     assert {v.comparison.label for v in report.worst(judged, 100)} <= {1, -1}
