@@ -9,7 +9,7 @@ FROM base AS serve
 # cpu, gpu (CUDA comes as wheels; the host needs the driver and NVIDIA's container toolkit) or tpu
 ARG ACCELERATOR=cpu
 COPY requirements*.txt ./
-RUN extra=requirements-$ACCELERATOR.txt; test -f "$extra" || extra=requirements.txt; \
+RUN extra=requirements.txt; [ "$ACCELERATOR" = cpu ] || extra=requirements-$ACCELERATOR.txt; \
     pip install --no-cache-dir -r "$extra" -r requirements-serve.txt
 COPY jrm_jax jrm_jax
 COPY configs configs

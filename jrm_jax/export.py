@@ -97,7 +97,7 @@ def export(
     """
     if out.exists():
         raise UserError(f"{out} exists: give another --out, or remove it first")
-    part = out.with_name(f"{out.name}.incomplete-{os.getpid()}")
+    part = disk.half_made(out)
     try:
         part.mkdir(parents=True)
         reward_id = trained.encoder.tokenizer.reward_id
@@ -154,7 +154,7 @@ def export_backbone(trained: Trained, out: Path, dtype: str, max_shard_bytes: in
     Raises:
         UserError: `out` exists, or cannot be written.
     """
-    part = out.with_name(f"{out.name}.incomplete-{os.getpid()}")
+    part = disk.half_made(out)
     try:
         part.mkdir(parents=True)
         for name in set(FILES) - {INDEX_FILE, *TOKENIZER}:

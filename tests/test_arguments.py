@@ -43,6 +43,13 @@ def test_addresses_are_refused(argv):
     assert BAD[argv] in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("word", ["--workdir=~/run", "--config.data.path=~", "--out=~me/x"])
+def test_a_home_that_the_shell_leaves_as_it_is_is_refused(word):
+    with pytest.raises(UserError, match="the shell does not know ~ there: "):
+        check_places([word])
+    check_places(["--instruction=~/a", "--name", "~", "--workdir=a~/b", "--out=~x.json"])
+
+
 COMMANDS = [
     (score.parse_args, ["--model=gs://b/run", "--instruction=x", "a.png"]),
     (score.parse_args, ["--model=run", "--instruction=x", "--source=s3://b/a.png", "a.png"]),

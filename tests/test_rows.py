@@ -12,7 +12,7 @@ from benchmark_files import png
 from layout_case import build, lines, pictures  # noqa: F401
 
 from jrm_jax.data import builders, store
-from jrm_jax.data.ingest import json_rows, rows
+from jrm_jax.data.ingest import json_rows, making, rows
 from jrm_jax.errors import UserError
 
 
@@ -328,3 +328,38 @@ def test_a_split_is_added_to_the_folder_in_which_one_is(pictures, monkeypatch):
     assert {name: len(rows) for name, rows in store.open_dataset(out).items()} == {
         "train": 3, "valid": 3
     }  # fmt: skip
+
+
+def test_a_split_is_added_where_a_link_leads(pictures, monkeypatch):
+    """The disk of the link may be another one."""
+    rows_ = [{"id": str(i), "prompt": ["Add"], "candidates": ["a", f"b{i}"], "ranks": [1, 2]}
+             for i in range(3)]  # fmt: skip
+    data, far = lines(pictures / "rows.jsonl", rows_), pictures / "far"
+    far.mkdir()
+    assert builders.main(["jsonl", f"--data={data}", f"--out={far / 'own'}"]) == 0
+    (pictures / "link").symlink_to(far / "own")
+    places, make = [], Path.mkdir
+
+    def noted(path, *options, **more):
+        places.append(path)
+        make(path, *options, **more)
+
+    monkeypatch.setattr(Path, "mkdir", noted)
+    arguments = ["jsonl", f"--data={data}", f"--out={pictures / 'link'}", "--split=valid"]
+    assert builders.main(arguments) == 0
+    assert (pictures / "link").is_symlink() and len(store.open_dataset(far / "own")) == 2
+    assert far / "own.building" in places and pictures / "link.building" not in places
+
+
+def test_places_that_cannot_be_used_are_one_line(pictures, monkeypatch, capsys):
+    data = lines(pictures / "rows.jsonl", [line("a")])
+    out = os.fsdecode(os.fsencode(pictures) + b"/z\xfc")
+    assert builders.main(["jsonl", f"--data={data}", f"--out={out}"]) == 1
+    assert "give a name that UTF-8 can hold" in capsys.readouterr().err
+
+    def refuse():
+        raise OSError("AF_UNIX path too long")
+
+    monkeypatch.setattr(making.forkserver, "ensure_running", refuse)
+    with pytest.raises(UserError, match="AF_UNIX path too long.: set TMPDIR to .* short name"):
+        making.start_server()

@@ -234,6 +234,24 @@ def of_another_machine(folder: Path, **changes) -> Path:
     return path
 
 
+def test_another_users_process_that_cannot_be_seen_may_live(monkeypatch):
+    """As on a machine whose /proc is mounted with hidepid: its signs of life are watched."""
+    found = lock.Holder("here", 5, lock._place(), "77", "yesterday", "its token")
+
+    def refuse(*_):
+        raise PermissionError
+
+    def gone(*_):
+        raise ProcessLookupError
+
+    monkeypatch.setattr(lock, "_began", lambda process: None)
+    for answer, lives in ((refuse, None), (gone, False), (lambda *_: None, False)):
+        monkeypatch.setattr(os, "kill", answer)
+        assert lock._lives(found) is lives
+    monkeypatch.setattr(lock, "_began", lambda process: "78")
+    assert lock._lives(found) is False
+
+
 def test_of_many_that_start_at_once_one_trains(tmp_path, monkeypatch):
     """Over the lock of a process that is dead, which all of them see before any takes it."""
     of_another_machine(tmp_path, place=lock._place(), process=2**30)

@@ -3,6 +3,8 @@
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -88,6 +90,45 @@ def test_a_read_that_never_returns_is_not_waited_for(monkeypatch):
         next(iterator)
     assert process.killed
     iterator.close()  # does not wait either
+
+
+def _large(_: int) -> bytes:
+    return bytes(1 << 20)  # more than a pipe holds
+
+
+def test_a_pool_that_is_given_up_ends_whatever_its_processes_write():
+    """One that is killed with half a result in the pipe leaves a reader that waits for the rest."""
+    code = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from jrm_jax.data import workers
+from test_workers import _large
+for _ in range(8):
+    try:
+        with workers.pool(2, "fork", int, (), "lost") as pool:
+            asked = [pool.submit(_large, i) for i in range(400)]
+            asked[3].result()
+            raise KeyError
+    except KeyError:
+        print("ended", flush=True)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=240
+    )
+    assert done.stdout.count("ended") == 8, done.stderr
+
+
+def test_a_full_dev_shm_is_told(monkeypatch):
+    class Process:
+        name, pid, exitcode = "grain-1", 77, -signal.SIGBUS
+
+        def kill(self):
+            pass
+
+    process = Process()
+    monkeypatch.setattr(multiprocessing, "active_children", lambda: [process])
+    with pytest.raises(WorkerDied, match="SIGBUS, perhaps because /dev/shm is full"):
+        next(WatchedIterator("ab"))
 
 
 def test_what_ends_an_iterator_is_told_every_time():

@@ -254,8 +254,7 @@ def write_dataset(
     """
     path = Path(path)
     check_absent(path)
-    temporary = path.with_name(f"{path.name}.incomplete-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = disk.half_made(path)
     shards = Shards(temporary, name)
     try:
         with disk_errors(path):

@@ -81,6 +81,10 @@ def pool(
         # and then waits for all.
         for process in set(multiprocessing.active_children()) - others:
             process.kill()
+        # One may have died with half a result in the pipe: whoever reads it waits for the rest as
+        # long as somebody could write it, and that is this process itself.
+        with contextlib.suppress(AttributeError, OSError):  # the library's own
+            made._result_queue._writer.close()
         if isinstance(error, BrokenProcessPool):
             raise UserError(lost) from error
         raise
@@ -142,10 +146,13 @@ class WatchedIterator:
             process.kill()
         code = dead[0].exitcode
         how = signal.Signals(-code).name if code < 0 else f"status {code}"
+        full = "the memory is full"
+        if how == "SIGBUS":  # of a page that could not be had
+            full = "/dev/shm is full, through which batches come (docker: --shm-size=8g)"
         self._error = WorkerDied(
             f"a process that prepares batches ({dead[0].pid}) was ended by {how}, perhaps because "
-            "the memory is full: run the same command to go on from the last checkpoint, or with "
-            "fewer config.data.workers"
+            f"{full}: run the same command to go on from the last checkpoint, or with fewer "
+            "config.data.workers (0: none)"
         )
         raise self._error
 

@@ -7,7 +7,6 @@ hold what `MARK` in it lists, and nothing else.
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -97,7 +96,7 @@ def new_predictions(folder: Path) -> Iterator[Path]:
     """
     folder, complete = folder.resolve(), False
     check_folder(folder)
-    part = folder.with_name(f"{folder.name}.incomplete-{os.getpid()}")
+    part = disk.half_made(folder)
     try:
         part.mkdir(parents=True)
         yield part

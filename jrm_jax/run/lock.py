@@ -174,12 +174,25 @@ def _began(process: int) -> str | None:
     return None if fields[0] in "ZX" else fields[19]
 
 
+def _is_anothers(process: int) -> bool:
+    """Whether there is such a process of another user, whatever may be seen of it."""
+    try:
+        os.kill(process, 0)
+    except PermissionError:
+        return True
+    except ProcessLookupError:
+        pass
+    return False
+
+
 def _lives(found: Holder | None) -> bool | None:
     """Whether the holder's process lives; None where that cannot be seen from here."""
     if found is None or found.place != _place():
         return None
     if found.place is not None:
-        return _began(found.process) == found.began
+        began = _began(found.process)
+        hidden = began is None and _is_anothers(found.process)  # /proc may be mounted with hidepid
+        return None if hidden else began == found.began
     if found.host == socket.gethostname():
         with contextlib.suppress(PermissionError):
             try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -30,8 +31,12 @@ def check_place(name: str, value: str, shown: str = "") -> None:
         shown: what the message says of them; NAME=VALUE unless given.
 
     Raises:
-        UserError: `value` holds an address such as gs://bucket/run where a file or folder is meant.
+        UserError: `value` holds an address such as gs://bucket/run where a file or folder is meant,
+            or begins with a ~ that the shell has left as it is.
     """
+    if re.match(r"~(?:[\w.-]*/|$)", value) and _is_place(name):
+        whole = os.path.expanduser(value)
+        raise UserError(f"{shown or f'{name}={value}'}: the shell does not know ~ there: {whole}")
     found = _ADDRESS.search(value)
     if found and _is_place(name):
         host = found[2].lstrip("/").split("/")[0]

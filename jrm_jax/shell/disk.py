@@ -98,6 +98,12 @@ def explain(error: BaseException, path: Path) -> str:
     return f"{one_line(error)}{f': {advice}' if advice else ''}"
 
 
+def half_made(path: Path) -> Path:
+    """A name beside `path` for what becomes it when all of it is there; no other process has it,
+    not even one with the same number in another container."""
+    return path.with_name(f"{path.name}.incomplete-{uuid.uuid4().hex[:8]}")
+
+
 def write_whole(path: Path, content: str | Callable[[BinaryIO], Any]) -> None:
     """All of a file or nothing, whenever the process or the machine dies, and whoever else writes
     it: a text, or what a function writes.

@@ -33,6 +33,7 @@ from jrm_jax.data.ingest.making import Item, Maker, Queue
 from jrm_jax.data.ingest.rows import find, read_rows
 from jrm_jax.data.ingest.texts import printable
 from jrm_jax.data.ingest.waiting import Waiting
+from jrm_jax.data.labels import is_text
 from jrm_jax.data.schema import DEFAULT_DIMENSIONS
 from jrm_jax.errors import RecordError, UserError
 
@@ -68,7 +69,9 @@ def build(
         UserError: `out` exists and has the split, a file cannot be read, a bad row (see `Options`),
             no usable row, or a half-made data set of other files, or a damaged one, lies there.
     """
-    if out.name in ("", ".."):  # of '.': its files are made beside it
+    if not is_text(str(out)):
+        raise UserError(f"--out={printable(out)}: give a name that UTF-8 can hold")
+    if out.name in ("", "..") or out.is_symlink():  # files are made beside it, on the same disk
         out = out.resolve()
     splits = (options.split, "valid") if options.valid_fraction else (options.split,)
     base = store.check_splits(out, splits)

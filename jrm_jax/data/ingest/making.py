@@ -111,9 +111,19 @@ class Maker(NamedTuple):
 
 def start_server() -> None:
     """Begin to start what starts workers: a process without threads, which ends with this one,
-    whatever ends it. It imports for seconds, while this process goes on."""
+    whatever ends it. It imports for seconds, while this process goes on.
+
+    Raises:
+        UserError: it cannot be started.
+    """
     multiprocessing.set_forkserver_preload([__name__, "tensorflow_datasets"])
-    forkserver.ensure_running()
+    try:
+        forkserver.ensure_running()
+    except OSError as error:  # it makes a socket in the folder for temporary files
+        raise UserError(
+            f"worker processes cannot be started ({error}): set TMPDIR to a folder with a short "
+            "name that can be written, or give --workers=1"
+        ) from error
 
 
 class Item(NamedTuple):
