@@ -102,9 +102,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         output.check_folder(output.predictions_folder(args.out))
     model = _load(args) if args.checkpoint else None
     benchmark = _read(args, layout, issues, model)
-    whole = benchmark
     if args.limit and args.benchmark != "world":
-        benchmark = benchmark._replace(cases=benchmark.cases[: args.limit])
+        benchmark = _limited(benchmark, args.limit)
     name = args.name or _name(args)
     if model is not None:
         judged = scoring.score_cases(model, benchmark.cases, issues, layout.download)
@@ -112,10 +111,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         with output.new_predictions(output.predictions_folder(args.out)) as folder:
             layout.write(judged, folder, name, threshold)
     else:
-        asked = {id(case) for case in benchmark.cases}
-        judged = in_order(benchmark.cases, layout.read_predictions(whole, args.predictions))
-        if len(benchmark.cases) < len(whole.cases):
-            judged = [one for one in judged if id(one.case) in asked]
+        judged = in_order(benchmark.cases, layout.read_predictions(benchmark, args.predictions))
     if not judged:
         what = "no case has a prediction" if benchmark.cases else "the files hold no case to judge"
         raise UserError(f"nothing to measure: {what}"
@@ -157,6 +153,15 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         result["probe"] = report.plain(probe(model, judged))
         save()
     return result
+
+
+def _limited(benchmark: Any, count: int) -> Any:
+    kept, cut = benchmark.cases[:count], benchmark.cases[count:]
+    if kept and not any(case.headline for case in kept):
+        from jrm_jax.evaluation.preferences import headlined
+
+        kept = headlined(kept)
+    return benchmark._replace(cases=kept, cut=cut)
 
 
 def _threshold(args: argparse.Namespace) -> float:

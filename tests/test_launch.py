@@ -234,9 +234,9 @@ def test_nodes_that_do_not_start_are_not_waited_for(gcloud, tmp_path):
     (tmp_path / "ready").unlink()
     (tmp_path / "failed").touch()
     # a connection that is refused between is no start
-    done, calls = gcloud("watch.sh", "--", *TRAINING, trouble=("await",))
+    done, calls = gcloud("watch.sh", "--", *TRAINING, trouble=("delete", "await"))
     assert done.returncode == 1 and "given up as the nodes did not start, twice" in done.stderr
-    assert calls == ["create", "delete", "create", "delete"] and not (tmp_path / "state").exists()
+    assert calls == ["create", "delete", "delete"] and not (tmp_path / "state").exists()
     assert "launch/startup.sh failed, or took too long" in done.stdout
     (tmp_path / "failed").unlink()
     done, calls = gcloud("run.sh", "--", *TRAINING, START_MINUTES="0")

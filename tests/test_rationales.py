@@ -7,6 +7,7 @@ from layout_case import build, lines, parquet, pictures  # noqa: F401
 from jrm_jax.data.ingest import aspects
 from jrm_jax.data.ingest.comparisons import split
 from jrm_jax.data.stated import teacher_scores
+from jrm_jax.errors import RecordError
 
 REQUEST = "Add a red hat <|reward|>\nand a bow"
 TWO = """You are an expert image editing evaluator.
@@ -185,12 +186,20 @@ def test_rationales_that_cannot_be_used_are_refused_by_name(pictures, build, cap
         ("None, as 3 letters are missing", None), ("NA", None), ("", None), ("\n\n", None),
         ("N/A\n\n# Overall: 2 of 4", None), ("3.5\n\n# Overall: 2 of 4", 3.5), ("**4.0**", 4.0),
         ("---\n3", 3.0), ("(see below)\n3.0", 3.0), ("- N/A", None), ("**None**", None),
-        ("None of the letters is readable, 1.0", 1.0),
+        ("None of the letters is readable, 1.0", 1.0), ("Score:\n2", 2.0),
+        ("None (Image 2 has no text)", None), ("None - 0 words", None), ("None given", None),
+        ("None\u20143 words", None), ("None / 2 letters", None),
         ("[2]", 2.0), ("about 3", 3.0), ("\n1", 1.0), ("0", 0.0),
     ],
 )  # fmt: skip
 def test_a_score_is_what_its_own_line_says(said, found):
     assert aspects._score(said, "x", "score") == found
+
+
+def test_a_line_of_words_is_no_score():
+    for said in ("Not applicable\nThere are 2 letters", "good\n3"):
+        with pytest.raises(RecordError):
+            aspects._score(said, "x", "score")
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,8 @@ QUESTION = {"role": "user", "content": "Add"}
          "rejected": "2.png"},
         {"instruction": "Add <image>", "images": ["0.png", "1.png", "2.png"], "chosen": "<image>",
          "rejected": "<image>"},
+        {"prompt": ["Add", "<image>"], "images": ["0.png", "1.png", "2.png"],
+         "chosen": "\n<image>", "rejected": ["<image>"]},
     ],
 )  # fmt: skip
 def test_questions_and_places_of_pictures_in_pairs(row):

@@ -5,8 +5,8 @@
 
 `prompt` or `conversations` may stand for `instruction`; they and the answers may be chat messages
 (`role` and `content`, or `from` and `value`), whose pictures without a name are those of `images`,
-in order, and `<image>` stands for the next of them: in messages, in a question, and where it is all
-of an answer. Of the messages of an answer those
+in order. `<image>` in a text stands for the next of them: in messages, in questions, and in answers
+where there is one of `images` for every place. Of the messages of an answer those
 after the last question count. A list of answers holds several rejected (or chosen) ones. An answer
 that is a string is a picture where it ends like the name of one, else text. Fields that mean
 nothing here (models, categories) are passed over.
@@ -55,9 +55,11 @@ def as_group(obj: Mapping[str, Any], where: str) -> Mapping[str, Any]:
         raise field_error(where, "instruction", "is missing (or 'prompt')")
     images = obj.get("images", [])
     unnamed = iter(list(images) if isinstance(images, list) else [images])
-    read = _Reader(where, unnamed)
-    # the schema's own rule for strings
-    prompt = (images and read.said(obj[asked])) or read.parts(obj[asked], asked, str)
+    read = _Reader(where, unnamed, places=bool(images))
+    prompt = read.parts(obj[asked], asked, str)  # the schema's own rule for strings
+    in_all = [_places(obj[name]) for name in (asked, *SIDES)]
+    fits = isinstance(images, list) and sum(in_all) == len(images)
+    read.places = fits and (in_all[0] > 0 or all(in_all[1:]))  # else a text tells of a tag
     for name in _SOURCES:
         if name in obj:
             several = obj[name] if isinstance(obj[name], list) else [obj[name]]
@@ -77,10 +79,11 @@ def _several(value: Any) -> list:
 
 
 class _Reader:
-    """Parts of one line. unnamed: pictures for the places that name none."""
+    """Parts of one line. unnamed: pictures for the places that name none. places: whether a plain
+    string may have such places."""
 
-    def __init__(self, where: str, unnamed: Iterator):
-        self._where, self._unnamed = where, unnamed
+    def __init__(self, where: str, unnamed: Iterator, places: bool):
+        self._where, self._unnamed, self.places = where, unnamed, places
 
     def answer(self, value: Any, field: str) -> Any:
         if isinstance(value, dict) and "parts" in value:
@@ -90,14 +93,12 @@ class _Reader:
             value = value[asked[-1] + 1 :] if asked else value
             if not value:
                 raise field_error(self._where, field, "holds the question, and no answer to it")
-        if isinstance(value, str) and value.strip() == _PLACE:
-            return self.said(value)
         return self.parts(value, field, _named_or_text)
 
     def parts(self, value: Any, field: str, string: Callable[[str], Any]) -> list:
         """Of a string, a picture, a part, messages, or a list of these. string: what one means."""
         if isinstance(value, str):
-            return [string(value)]
+            return (self.places and self.said(value)) or [string(value)]
         if isinstance(value, bytes):
             return [{"image": value}]
         if isinstance(value, list):
@@ -141,6 +142,19 @@ def _text(value: str) -> dict[str, str]:
 
 def _named_or_text(value: str) -> dict[str, str]:
     return {"image" if ends_like_picture(value) else "text": value}
+
+
+def _places(value: Any) -> int:
+    """Places of pictures that name none, in all that a question or the answers hold."""
+    if isinstance(value, str):
+        return value.count(_PLACE)
+    if isinstance(value, list):
+        return sum(map(_places, value))
+    if not isinstance(value, dict):
+        return 0
+    if _is_message(value):
+        return _places(value.get("content", value.get("value")))
+    return int(value.get("type") == "image" and not {"text", "image"} & value.keys())
 
 
 def _asks(message: Mapping[str, Any]) -> bool:

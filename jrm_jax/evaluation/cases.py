@@ -169,10 +169,14 @@ class Issues:
 
 
 class Benchmark(NamedTuple):
+    """protocol: how the numbers are computed, in a sentence or two. cut: cases that are left out on
+    request; what is predicted of them is passed over."""
+
     name: str
     cases: list[Case]
     issues: Issues
-    protocol: str  # how the numbers are computed, in a sentence or two
+    protocol: str
+    cut: Sequence[Case] = ()
 
 
 def note_duplicates(issues: Issues, ids_and_labels: list[tuple[str, Any]]) -> None:

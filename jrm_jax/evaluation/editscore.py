@@ -121,14 +121,18 @@ def read_predictions(benchmark: Benchmark, paths: Sequence[str]) -> list[Judged]
         raise UserError("--predictions must be one folder that holds <task>/<dimension>.jsonl")
     issues, judged, seen = benchmark.issues, [], []
     by_key = {(c.subtask, c.dimension, _key(c)): c for c in benchmark.cases}
+    beyond = {(c.subtask, c.dimension, _key(c)) for c in benchmark.cut}
     for path in files.find(paths[0], (".jsonl",)):
         task, dimension = path.parent.name, path.stem
         if dimension not in DIMENSIONS:
             issues.add("prediction file of an unknown dimension (not read)", path)
             continue
         for row in entries([path], (".jsonl",), issues):
-            key, scores = row.field("key", list), _scores(row, issues)
+            key = row.field("key", list)
             name = " > ".join(map(str, key))
+            if (task, dimension, name) in beyond:
+                continue
+            scores = _scores(row, issues)
             case = by_key.get((task, dimension, name))
             if case is None:
                 if benchmark.cases:

@@ -54,6 +54,7 @@ class Collected:
     def __init__(self, benchmark: Benchmark):
         self.issues = benchmark.issues
         self._cases = sections(benchmark.cases, lambda case: case.id)
+        self._beyond = {name for case in benchmark.cut for name in (case.id, case.given)}
         self._found: dict[str, list[Judged]] = {}
         self._shared: dict[str, list[tuple[Any, str]]] = {
             case.given: [] for case in benchmark.cases if case.given
@@ -70,7 +71,8 @@ class Collected:
             self._shared[name].append((values, where))
             return
         if name not in self._cases:
-            self.issues.add(UNKNOWN, name)
+            if name not in self._beyond:
+                self.issues.add(UNKNOWN, name)
             return
         if self._found.get(name):
             self.issues.add(SECOND, name)

@@ -114,8 +114,7 @@ def _draw(split: str, count: int, seed: int) -> Iterator[PreferenceExample]:
 
 
 def _benchmark(name: str, cases: list[Case], issues: Issues) -> Benchmark:
-    if cases and not any(case.headline for case in cases):  # nothing has labels in the first one
-        cases = [c._replace(headline=c.dimension == cases[0].dimension) for c in cases]
+    cases = headlined(cases)
     seen = [
         (case.id, tuple((c.id, c.label) for c in case.comparisons))
         for case in cases
@@ -123,6 +122,14 @@ def _benchmark(name: str, cases: list[Case], issues: Issues) -> Benchmark:
     ]
     note_duplicates(issues, seen)
     return Benchmark(name, tell_apart(cases), issues, PROTOCOL)
+
+
+def headlined(cases: list[Case]) -> list[Case]:
+    """The same, of which those in one dimension are of the headlines: the first that examples name,
+    or, where nothing has labels in it, that of the first case."""
+    main = next((case.dimension for case in cases if case.headline), "")
+    main = main or (cases[0].dimension if cases else "")
+    return [case._replace(headline=case.dimension == main) for case in cases]
 
 
 def _cases(

@@ -30,7 +30,7 @@ def claimed(
     folder: Path, settings: Mapping[str, Any], say: Callable[[str], None]
 ) -> Iterator[Lock]:
     """This process alone works in `folder`, which is made if need be, on the run of `settings`;
-    `Lock.check` before anything is saved.
+    `Lock.check` before a checkpoint or a result is saved.
 
     Raises:
         UserError: another run's folder, or another process works there.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,6 +52,8 @@ def models(config: ConfigDict, given: Sequence[str]) -> tuple[list[Model], list[
     for folder in given:
         if not Path(folder).is_dir():
             raise UserError(f"--model={folder}: no such folder: give a run's, or an export's")
+        if _trains_still(Path(folder)):
+            terminal.say(f"WARNING: {folder} trains still: its best step may become another one")
     unknown = [arm for arm in config.controls if arm not in CONTROLS]
     if unknown:
         raise UserError(f"config.controls: {unknown[0]!r} is none of {', '.join(CONTROLS)}")
@@ -83,20 +85,24 @@ def _of_arms(config: ConfigDict) -> tuple[list[Model], list[str]]:
                 arm, int(seed[-1]) if (seed := _SEED.findall(Path(path).name)) else place, (path,)
             )
             for place, pattern in enumerate(patterns)
-            for path in sorted(glob.glob(pattern))
-            if _is_finished(Path(path))
+            for path in _finished(pattern)
         ]
         found += sorted(own, key=lambda model: model.number)
         missing += [] if own else [arm]
     return found, missing
 
 
-def _is_finished(folder: Path) -> bool:
-    """A run that trains still would give the weights of a step that nobody chose."""
-    unfinished = (folder / CHECKPOINTS).is_dir() and not (folder / RESULTS).is_file()
-    if unfinished:
-        terminal.say(f"left out: {folder} is a run that has not finished yet")
-    return not unfinished
+def _finished(pattern: str) -> Iterator[str]:
+    """Folders; but a run that trains still would give the weights of a step that nobody chose."""
+    for path in sorted(glob.glob(pattern)):
+        if _trains_still(Path(path)):
+            terminal.say(f"left out: {path} is a run that has not finished yet")
+        else:
+            yield path
+
+
+def _trains_still(folder: Path) -> bool:
+    return (folder / CHECKPOINTS).is_dir() and not (folder / RESULTS).is_file()
 
 
 def _named(folders: Sequence[str], taken: Sequence[str]) -> dict[str, str]:

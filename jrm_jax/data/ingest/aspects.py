@@ -26,7 +26,8 @@ _ASPECT = re.compile(
 _FIELD = re.compile(
     r"[#*\s-]*(Justification|Winner|Score(?: ([AB]))?)\b(?: \([^)]*\))?\**\s*:\**(.*)", re.DOTALL
 )
-_NONE = re.compile(r"[\s*\[(_-]*(?:N/?A\b|None\s*(?:[.,;:!\])*]|$))", re.IGNORECASE)
+_NONE = re.compile(r"[\s*\[(_-]*(?:N/?A\b|None\b(?!\s+of\b))", re.IGNORECASE)
+_ASIDE = re.compile(r"\([^)]*\)|[^:]*:\s*$|\W|_")  # what a line may hold before a score comes
 _END = re.compile(r"[#*\s]*(?:Summary|User Request Refinement)\b")
 
 
@@ -119,7 +120,7 @@ def _score(text: str, where: str, field: str) -> float | None:
         if _NONE.match(line):  # whatever is remarked about it
             return None
         found = re.search(r"-?\d+(?:[.,]\d+)*", line)
-        if found or line.startswith("#"):
+        if found or line.startswith("#") or _ASIDE.sub("", line):
             break
     if not text.strip(" *[].\n"):
         return None
