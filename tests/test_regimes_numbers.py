@@ -211,6 +211,22 @@ def test_seeds_differ_as_much_as_with_as_many_labels(hand):
     assert enough["low"] > gain["low"]
 
 
+def test_arms_that_begin_with_a_run_of_their_own_are_a_pool_apart(hand):
+    """Their seeds differ by that run, too, and say nothing of the others."""
+    counts = {"discriminative": (4, 4, 4), "teacher": (5, 6, 5), "staged": (2, 8, 4)}
+    found = {
+        Point(arm, 400, 0.35, seed): made(right(count))
+        for arm, own in counts.items() for seed, count in enumerate(own)
+    }  # fmt: skip
+    table = regimes_numbers.Table(hand, found)
+    teacher, staged = (table.known_spread(a, 400, "hard", True) for a in ("teacher", "staged"))
+    assert staged.deviation > 4 * teacher.deviation and staged.freedom == teacher.freedom == 2
+    before = {p: r for p, r in found.items() if p.arm != "staged"}
+    alone = regimes_numbers.Table(hand, before)
+    assert alone.known_spread("teacher", 400, "hard", True) == teacher
+    assert table.known_spread("staged_joint", 400, "hard", True) == staged
+
+
 def test_arms_that_share_seeds_tell_their_spread_once(hand):
     """Two more arms of the same seeds add no degree of freedom, another flip does."""
     found = {

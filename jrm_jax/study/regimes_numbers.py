@@ -57,7 +57,8 @@ def collect(config: ConfigDict, found: Found, again: Found) -> dict[str, Any]:
         "cells": {p.name: table.cell(p) for p in found if not p.is_trial},
         "spreads": {
             str(size): {
-                arm: known._asdict() for arm in ARMS if arm != BASELINE
+                arm: known._asdict() for arm in ARMS
+                if arm != BASELINE and not ARMS[arm].first
                 and (known := table.known_spread(arm, size, "hard", True))
             }
             for size in config.sizes
@@ -114,7 +115,8 @@ class Table:
         """How much one seed's accuracy, or its gain over the discriminative arm, varies with so
         many labelled groups; fewer labels make seeds differ more.
 
-        It is pooled over all arms and flips, or over this arm's flips where these differ more.
+        It is pooled over all arms and flips, or over this arm's flips where these differ more. Arms
+        that begin with a run of their own, whose seeds differ by that run, too, are a pool apart.
         Arms of one flip share labelled groups, and their gains the discriminative runs: so degrees
         of freedom are counted once for each flip.
         """
@@ -125,7 +127,10 @@ class Table:
 
     def _pool(self, arm: str, labelled: int, split: str, gains: bool) -> analysis.Spread | None:
         samples: dict[tuple[str, float], list[float]] = {}
-        places = {(p.arm, p.flip) for p in self.found if p.labelled == labelled}
+        places = {
+            (p.arm, p.flip) for p in self.found
+            if p.labelled == labelled and bool(p.what.first) == bool(ARMS[arm].first)
+        }  # fmt: skip
         for other, flip in sorted(places):  # sums to the last digit
             rows = (
                 self._gains(other, labelled, flip, split) if gains

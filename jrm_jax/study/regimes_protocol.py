@@ -75,7 +75,9 @@ def _spreads(config: ConfigDict, numbers: Numbers) -> str:
         "arm's own shares where these vary more: two or three seeds tell little of it, and one "
         f"tells nothing. Of a gain on `hard` the standard deviation is {', '.join(said)}; degrees "
         "of freedom are counted once for each share of wrong votes, as arms share the runs that "
-        "they are compared with. This was decided after the cells of the curves were there; the "
+        "they are compared with. Arms that begin with critiques alone are a pool apart, because "
+        "their seeds differ by that run, too; that was decided when their first cells were there. "
+        "The rest of this was decided after the cells of the curves were there; the "
         f"claim is of {config.verdict.seeds} seeds of its own, as it was fixed. A test measures "
         "that such intervals hold the truth as often as they say. "
     )
