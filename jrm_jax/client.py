@@ -31,10 +31,9 @@ import httpx
 import numpy as np
 import PIL.Image
 
-from jrm_jax.data.images import to_rgb
-
 Picture = Any  # see above
 RETRIED = (429, 503)
+_ORIENTATION = 0x0112  # EXIF tag
 LONGEST = 30.0  # seconds of one pause at most
 
 
@@ -241,11 +240,18 @@ def encode(picture: Picture) -> bytes:
     if isinstance(picture, str | Path):
         return Path(picture).read_bytes()
     if isinstance(picture, PIL.Image.Image):
-        image = to_rgb(picture)  # as its file would be shown: PNG holds neither turns nor CMYK
+        image, turned = picture, picture.getexif().get(_ORIENTATION)
+        if image.mode in ("F", "I"):
+            words = "whose range is not known: give an array of uint8, or floats from 0 to 1"
+            raise TypeError(f"a Pillow image of mode {image.mode}, {words}")
+        if image.mode in ("CMYK", "YCbCr", "LAB", "HSV"):  # which PNG does not have
+            image = image.convert("RGB")
     else:
-        image = PIL.Image.fromarray(pixels(picture))
-    file = io.BytesIO()
-    image.save(file, "PNG", compress_level=1)
+        image, turned = PIL.Image.fromarray(pixels(picture)), None
+    file, exif = io.BytesIO(), PIL.Image.Exif()
+    if turned:  # the service turns it upright, as it does a file
+        exif[_ORIENTATION] = turned
+    image.save(file, "PNG", compress_level=1, exif=exif)
     return file.getvalue()
 
 

@@ -164,7 +164,7 @@ def test_sources_are_the_same_where_they_show_the_same():
     red, blue = (PIL.Image.new("RGB", (8, 8), colour).quantize() for colour in ("red", "blue"))
     assert red.tobytes() == blue.tobytes()
     client = Recorder()
-    score_edits(client, ["Red."] * 3, [red, blue, red.convert("RGB")], [png(v) for v in range(3)])
+    score_edits(client, ["Red."] * 3, [red, blue, red.copy()], [png(v) for v in range(3)])
     assert [[len(one.candidates) for one in groups] for groups in client.asked] == [[2, 1]]
 
 

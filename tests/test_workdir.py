@@ -78,7 +78,7 @@ def test_how_scores_would_be_learnt_is_no_difference_where_they_are_not(tmp_path
     before.loss.update({"teacher_weight": 0.0, "teacher_scale": 1.0})
     stored(tmp_path, before)
     config = joint.get_config("qwen3_vl_2b")
-    changed = r"\(loss.teacher_scale: 1.0 -> 0.0, loss.teacher_weight: 0.0 -> 0.33"
+    changed = r"\(loss.teacher_scale: 1.0 -> 0.0; loss.teacher_weight: 0.0 -> 0.33"
     with pytest.raises(UserError, match=changed):
         workdir.check_config(tmp_path, config)
     config.loss.teacher_weight = 0.0

@@ -11,7 +11,6 @@ import numpy as np
 import PIL.Image
 
 from jrm_jax.client import Group, GroupScores, RewardClient, encode, first_column
-from jrm_jax.data.images import to_rgb
 
 MOST = 16  # candidates of a group
 REQUEST = 64  # groups of a request
@@ -110,6 +109,5 @@ def _key(source: Any) -> Any:
     if isinstance(source, np.ndarray):
         return source.shape, source.dtype.str, source.tobytes()
     if isinstance(source, PIL.Image.Image):  # by what it shows: a palette is no part of its bytes
-        shown = to_rgb(source)
-        return shown.size, shown.tobytes()
+        return encode(source)
     return id(source)
