@@ -119,10 +119,11 @@ def build_data(
         for split, records in store.open_dataset(folder).items():
             name = f"{folder.name}/{split}"
             found = held[-1][split] = contents.read_contents(folder, split, records)
-            if len(records):  # before anything is compiled
-                check_data.check_example(config, as_example(records[0]), name)
-            if encoder.facts and len(records):
-                encoder.candidate_facts(as_example(records[0]).candidates)
+            if len(records) and (config.loss.through_reward or encoder.facts):
+                first = as_example(records[0])  # before anything is compiled
+                check_data.check_example(config, first, name)
+                if encoder.facts:
+                    encoder.candidate_facts(first.candidates)
             key = f"{encoder.key}/{found.digest}"
             sizes = measure(records, encoder.sizes, key, name=name, folder=folder)
             kept, words = select(sizes, caps, language, config.data.skip_large, name)

@@ -6,8 +6,8 @@
 
 A picture is a path, an encoded file as bytes, a Pillow image, or an array or tensor: uint8 or float
 in 0 to 1, [h, w, 3] or [3, h, w]. Arrays travel as PNG, so no pixel changes on the way but by the
-rounding of floats. In `score` and `critique` a candidate without a score raises;
-`score_groups` gives it NaN and says why. Retried are answers of
+rounding of floats. In `score` and `critique` a candidate without a score raises; `score_groups`
+gives it NaN and says why. Retried are answers of
 429 and 503 alone, with growing pauses, at the next server.
 
 Letters: K candidates, R reward dimensions.
@@ -240,19 +240,28 @@ def encode(picture: Picture) -> bytes:
     if isinstance(picture, str | Path):
         return Path(picture).read_bytes()
     if isinstance(picture, PIL.Image.Image):
-        image, turned = picture, picture.getexif().get(_ORIENTATION)
+        image, turned = picture, _turn_of(picture)
         if image.mode in ("F", "I"):
             words = "whose range is not known: give an array of uint8, or floats from 0 to 1"
             raise TypeError(f"a Pillow image of mode {image.mode}, {words}")
         if image.mode in ("CMYK", "YCbCr", "LAB", "HSV"):  # which PNG does not have
             image = image.convert("RGB")
     else:
-        image, turned = PIL.Image.fromarray(pixels(picture)), None
+        image, turned = PIL.Image.fromarray(pixels(picture)), 0
     file, exif = io.BytesIO(), PIL.Image.Exif()
     if turned:  # the service turns it upright, as it does a file
         exif[_ORIENTATION] = turned
     image.save(file, "PNG", compress_level=1, exif=exif)
     return file.getvalue()
+
+
+def _turn_of(image: PIL.Image.Image) -> int:
+    """What its EXIF tag says, from 2 to 8; 0: it stands upright, or the tag cannot be read."""
+    try:
+        found = image.getexif().get(_ORIENTATION)
+    except Exception:  # a broken tag of a good picture; Pillow raises many kinds
+        return 0
+    return found if found in range(2, 9) else 0
 
 
 def pixels(array: Any) -> np.ndarray:

@@ -186,6 +186,10 @@ def test_pillow_images_are_sent_as_their_files_are_shown(tmp_path):
         found = decode(encode(image))  # as the service does
         np.testing.assert_array_equal(found, np.asarray(to_rgb(image)))
     assert found.shape == (20, 40, 3)  # as the tag says, 20 x 40 before
+    for broken in (b"Exif\0\0no such thing", b"Exif\0\0II*\0\xff\xff\xff\xff"):
+        tagged = seen.copy()
+        tagged.info["exif"] = broken
+        np.testing.assert_array_equal(decode(encode(tagged)), np.asarray(seen))
     for mode in ("F", "I"):
         with pytest.raises(TypeError, match=f"mode {mode}, whose range is not known"):
             encode(seen.convert(mode))

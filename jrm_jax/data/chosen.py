@@ -6,10 +6,10 @@
 `prompt` or `conversations` may stand for `instruction`; they and the answers may be chat messages
 (`role` and `content`, or `from` and `value`), whose pictures without a name are those of `images`,
 in order. `<image>` in a text stands for the next of them: in messages, in questions, and in answers
-where there is one of `images` for every place. Of the messages of an answer those
-after the last question count. A list of answers holds several rejected (or chosen) ones. An answer
-that is a string is a picture where it ends like the name of one, else text. Fields that mean
-nothing here (models, categories) are passed over.
+where there is one of `images` for every place. Of the messages of an answer those after the last
+question count. A list of answers holds several rejected (or chosen) ones. An answer that is a
+string is a picture where it ends like the name of one, else text. Fields that mean nothing here
+(models, categories) are passed over.
 """
 
 from __future__ import annotations
